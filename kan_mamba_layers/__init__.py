@@ -1,0 +1,34 @@
+"""KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
+
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANLayer, KANLinear
+from kan_mamba_layers.models import (
+    KMUNet,
+    KMUNetPP,
+    convert_state_dict,
+    create_model,
+    from_pretrained,
+    list_models,
+)
+from kan_mamba_layers.ops import bspline_basis, cross_selective_scan, kan_linear, resolve, selective_scan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "SS2D",
+    "KANBlock",
+    "KANLayer",
+    "KANLinear",
+    "KMUNet",
+    "KMUNetPP",
+    "__version__",
+    "bspline_basis",
+    "convert_state_dict",
+    "create_model",
+    "cross_selective_scan",
+    "from_pretrained",
+    "kan_linear",
+    "list_models",
+    "resolve",
+    "selective_scan",
+]

@@ -1,0 +1,61 @@
+"""Argument checks: every error names the argument, its value and the fix."""
+
+import math
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """``x`` is a real floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}; convert it, e.g. {name}.float()")
+
+
+def check_shape(name: str, x: Any, shape: Sequence[int | str], letters: str) -> None:
+    """``x`` is a floating-point tensor of the given shape; a string stands for any size."""
+    check_tensor(name, x)
+    fits = x.ndim == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({letters}) = ({wanted}), got {tuple(x.shape)}; reshape or slice it")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """``value`` is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}; pass an int >= {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}; pass an int >= {minimum}")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+    """``value`` is a finite real number in ``[low, high]``, or in ``(low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
+    number = float(value)
+    below = number <= low if open_low else number < low
+    if not math.isfinite(number) or below or number > high:
+        left = "(" if open_low else "["
+        raise ValueError(f"{name} must be a finite number in {left}{low}, {high}], got {value}; choose one inside")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """``value`` is a multiple of ``divisor``."""
+    if value % divisor:
+        raise ValueError(
+            f"{name} must be divisible by {divisor_name}, got {name}={value} and {divisor_name}={divisor}; "
+            f"use {name}={math.ceil(value / divisor) * divisor} or another {divisor_name}"
+        )

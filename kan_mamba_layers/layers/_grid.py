@@ -1,0 +1,77 @@
+"""Knots of KAN layers: making them, fitting them to data, refining them, and carrying splines from one to another."""
+
+import torch
+from torch import Tensor
+
+# Intervals narrower than this share of a feature's even spacing are widened: ties would make knots coincide.
+_MIN_SHARE = 1e-3
+# Least half-width of a feature's range, relative to its size.
+_MIN_RADIUS = 5e-3
+
+
+def uniform(low: float, high: float, grid_size: int, spline_order: int) -> Tensor:
+    """Equally spaced knots on ``[low, high]`` and ``spline_order`` more on either side, in float64."""
+    steps = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64)
+    return low + steps * ((high - low) / grid_size)  # g+2s+1
+
+
+def fit(samples: Tensor, grid_size: int, spline_order: int, margin: float, eps: float) -> Tensor:  # m i -> i g+2s+1
+    """Knots for data: ``eps`` of equal spacing over each feature's range and ``1 - eps`` of its quantiles."""
+    low, high = samples.amin(0), samples.amax(0)  # i
+    centre = (low + high) / 2
+    # A constant feature still needs an interval, one that float32 can divide.
+    radius = torch.maximum((high - low) / 2 + margin, _MIN_RADIUS * centre.abs().clamp_min(1))
+    low, high = centre - radius, centre + radius
+    shares = torch.linspace(0, 1, grid_size + 1, dtype=samples.dtype, device=samples.device)
+    even = low[:, None] + shares * (high - low)[:, None]  # i g+1
+    if eps == 1.0:
+        inside = even
+    else:
+        ordered = samples.sort(0).values
+        index = (shares * (len(samples) - 1)).round().long()
+        quantiles = ordered[index].T.clone()  # i g+1
+        quantiles[:, 0], quantiles[:, -1] = low, high
+        inside = _separate(eps * even + (1 - eps) * quantiles)
+    return _extend(inside, spline_order)
+
+
+def refine(grid: Tensor, spline_order: int, grid_size: int) -> Tensor:  # i g+2s+1 -> i g'+2s+1
+    """Knots with ``grid_size`` intervals that divide the old ones evenly."""
+    inside = grid[:, spline_order:-spline_order]  # i g+1
+    intervals = inside.shape[1] - 1
+    position = torch.linspace(0, intervals, grid_size + 1, dtype=grid.dtype, device=grid.device)
+    left = position.floor().clamp(max=intervals - 1).long()
+    start = inside[:, left]
+    return _extend(start + (position - left) * (inside[:, left + 1] - start), spline_order)
+
+
+def is_uniform(grid: Tensor) -> bool:
+    """Whether the knots of every feature are equally spaced, up to the rounding of float32."""
+    spacing = grid.double().diff(dim=1)
+    mean = spacing.mean(1, keepdim=True)
+    rounding = 4 * torch.finfo(torch.float32).eps * grid.abs().amax(1, keepdim=True)
+    return bool(((spacing - mean).abs() <= 1e-4 * mean.abs() + rounding).all())
+
+
+def transfer(old: Tensor, new: Tensor, ridge: float) -> Tensor:  # i m c, i m c' -> i c' c
+    """The matrix that carries coefficients of the bases ``old`` to the bases ``new``, by least squares at m points."""
+    gram = new.mT @ new  # i c' c'
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge * scale * identity, new.mT @ old)
+
+
+def _extend(inside: Tensor, spline_order: int) -> Tensor:  # i g+1 -> i g+2s+1
+    """Add ``spline_order`` knots on either side, spaced as the intervals are on average."""
+    spacing = (inside[:, -1:] - inside[:, :1]) / (inside.shape[1] - 1)  # i 1
+    steps = torch.arange(1, spline_order + 1, dtype=inside.dtype, device=inside.device)
+    return torch.cat([inside[:, :1] - steps.flip(0) * spacing, inside, inside[:, -1:] + steps * spacing], 1)
+
+
+def _separate(inside: Tensor) -> Tensor:  # i g+1
+    """Widen intervals that ties have closed, keeping both ends."""
+    width = inside.diff(dim=1)  # i g
+    total = inside[:, -1:] - inside[:, :1]
+    width = width.clamp_min(0) + _MIN_SHARE * total / width.shape[1]
+    width = width * (total / width.sum(1, keepdim=True))
+    return torch.cat([inside[:, :1], inside[:, :1] + width.cumsum(1)], 1)

@@ -1,0 +1,98 @@
+"""The small blocks that both models share."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kan_mamba_layers.layers.ema import EMA
+from kan_mamba_layers.layers.kan import KANBlock
+from kan_mamba_layers.layers.ss2d import SS2D
+
+
+class ConvBNReLU(nn.Sequential):
+    """3x3 convolution, BatchNorm, ReLU. The convolution has no bias: BatchNorm would take it away again."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
+        )
+
+
+class ConvLayer(nn.Sequential):
+    """Two convolutions; the first changes the channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(ConvBNReLU(in_channels, out_channels), ConvBNReLU(out_channels, out_channels))
+
+
+class DConvLayer(nn.Sequential):
+    """Two convolutions; the second changes the channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(ConvBNReLU(in_channels, in_channels), ConvBNReLU(in_channels, out_channels))
+
+
+class DownLayer(nn.Module):
+    """Convolve, then halve the size by the maximum of each 2x2 window."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = ConvLayer(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c' h/2 w/2
+        return F.max_pool2d(self.conv(x), 2)
+
+
+class PatchEmbed(nn.Module):
+    """Halve the size by an overlapping strided convolution and normalise over channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c' h/2 w/2
+        x = self.proj(x)
+        return _to_image(self.norm(_to_tokens(x)), x)
+
+
+class KANStage(nn.Module):
+    """A KAN block over the pixels of a map, then LayerNorm."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__()
+        self.block = KANBlock(channels, **options)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w
+        tokens = self.block(_to_tokens(x), *x.shape[2:])
+        return _to_image(self.norm(tokens), x)
+
+
+class ContextBlock(nn.Module):
+    """SS2D for the context of the whole image, then EMA for attention; either may be left out."""
+
+    def __init__(self, channels: int, *, use_ss2d: bool = True, use_ema: bool = True, ema_factor: int = 8, **ss2d: Any) -> None:
+        super().__init__()
+        self.ss2d = SS2D(channels, **ss2d) if use_ss2d else None
+        self.ema = EMA(channels, ema_factor) if use_ema else None
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w
+        if self.ss2d is not None:
+            x = self.ss2d(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x if self.ema is None else self.ema(x)
+
+
+def upsample(x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c h' w'
+    """Bilinear interpolation to ``size``; a factor of two unless a level below was rounded."""
+    return F.interpolate(x, size=size, mode="bilinear")
+
+
+def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c
+    return x.flatten(2).transpose(1, 2)
+
+
+def _to_image(tokens: Tensor, like: Tensor) -> Tensor:  # b (h w) c -> b c h w
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])

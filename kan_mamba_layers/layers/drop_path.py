@@ -1,0 +1,32 @@
+"""Stochastic depth."""
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers._check import check_number
+
+
+class DropPath(nn.Module):
+    """In training, zero a residual branch for a random share of the samples and scale the others up.
+
+    Args:
+        rate: probability that a sample's branch is dropped, in ``[0, 1)``.
+
+    References:
+        Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        check_number("drop_path", rate, 0.0, 0.999)
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:  # b ...
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        mask = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}"

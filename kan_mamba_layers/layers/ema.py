@@ -1,0 +1,84 @@
+"""EMA: efficient multi-scale attention with cross-spatial learning."""
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers._check import check_divisible, check_int, check_shape
+
+
+class EMA(nn.Module):
+    r"""Weight every pixel by what two branches of different reach agree on.
+
+    The channels are cut into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w` the
+    means over the width and over the height,
+
+    .. math::
+        (a, b) &= \mathrm{Conv}_{1\times1}([\bar{x}^h, \bar{x}^w]), \qquad
+        x_1 = \mathrm{GroupNorm}(x \cdot \mathrm{sigmoid}(a) \cdot \mathrm{sigmoid}(b)), \qquad
+        x_2 = \mathrm{Conv}_{3\times3}(x) \\
+        m &= \mathrm{softmax}_c(\mathrm{mean}(x_1))^\top x_2 + \mathrm{softmax}_c(\mathrm{mean}(x_2))^\top x_1, \qquad
+        \mathrm{EMA}(x) = x \cdot \mathrm{sigmoid}(m) .
+
+    Args:
+        channels: channels ``c`` of input and output.
+        factor: number of groups; must divide ``channels``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        Input and output ``(b, channels, h, w)``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``factor`` does not divide ``channels``, or the input is not ``(b, channels, h, w)``.
+
+    Numerics:
+        Means are plain means rather than adaptive pooling, whose backward on CUDA is not deterministic.
+
+    Example:
+        >>> import torch
+        >>> EMA(16)(torch.randn(2, 16, 9, 7)).shape
+        torch.Size([2, 16, 9, 7])
+
+    References:
+        Ouyang et al., Efficient Multi-Scale Attention Module with Cross-Spatial Learning, arXiv 2305.13563, section 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        factor: int = 8,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        check_int("factor", factor, 1)
+        check_divisible("channels", channels, "factor", factor)
+        self.channels = channels
+        self.factor = factor
+        width = channels // factor
+        self.conv1x1 = nn.Conv2d(width, width, 1, device=device, dtype=dtype)
+        self.conv3x3 = nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
+        self.gn = nn.GroupNorm(width, width, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w
+        check_shape("x", x, ("any", self.channels, "any", "any"), "b, channels, h, w")
+        height, width = x.shape[2:]
+        groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)  # b*f c/f h w
+        means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c/f h+w
+        gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c/f h+w 1
+        of_rows, of_columns = gates.split([height, width], 2)
+        local = self.gn(groups * of_rows * of_columns.mT)  # b*f c/f h w
+        spatial = self.conv3x3(groups)  # b*f c/f h w
+        weights = (_channel_share(local) * spatial + _channel_share(spatial) * local).sum(1, keepdim=True)  # b*f 1 h w
+        return (groups * weights.sigmoid()).unflatten(0, (-1, self.factor)).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, factor={self.factor}"
+
+
+def _channel_share(x: Tensor) -> Tensor:  # b c h w -> b c 1 1
+    """How much each channel counts: the softmax of the channels' means."""
+    return x.mean((2, 3), keepdim=True).softmax(1)

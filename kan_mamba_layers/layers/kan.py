@@ -1,0 +1,176 @@
+"""The tokenised KAN layer and block of U-KAN."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers._check import check_int, check_shape
+from kan_mamba_layers.layers.drop_path import DropPath
+from kan_mamba_layers.layers.kan_linear import KANLinear
+from kan_mamba_layers.ops.backend import Backend
+from kan_mamba_layers.ops.kan_linear import Extrapolation
+
+
+class KANLayer(nn.Module):
+    r"""Three KANLinear layers over tokens, each followed by a depthwise convolution over the image they form.
+
+    .. math::
+        x \leftarrow \mathrm{ReLU}(\mathrm{BN}(\mathrm{DWConv}_{3\times3}(\mathrm{KANLinear}_m(x)))), \qquad m = 1, 2, 3
+
+    Args:
+        in_features: channels of the input, ``c``.
+        hidden_features: channels after the first and second map; default ``in_features``.
+        out_features: channels of the output; default ``in_features``.
+        use_kan: False replaces each KANLinear by ``nn.Linear``, as an ablation.
+        grid_size: see :class:`KANLinear`.
+        spline_order: see :class:`KANLinear`.
+        grid_range: see :class:`KANLinear`.
+        extrapolation: see :class:`KANLinear`.
+        backend: see :class:`KANLinear`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        Input ``(b, H*W, in_features)`` and the two sizes, output ``(b, H*W, out_features)``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the number of tokens is not ``H * W``.
+
+    Numerics:
+        As in :class:`KANLinear`; in training BatchNorm needs ``b * H * W >= 2``.
+
+    Example:
+        >>> import torch
+        >>> KANLayer(16)(torch.randn(2, 6 * 4, 16), 6, 4).shape
+        torch.Size([2, 24, 16])
+
+    References:
+        Li et al., U-KAN, arXiv 2406.02918, section 3.2 (Tok-KAN block).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        use_kan: bool = True,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        extrapolation: Extrapolation = "zero",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("in_features", in_features, 1)
+        hidden_features = in_features if hidden_features is None else hidden_features
+        out_features = in_features if out_features is None else out_features
+        check_int("hidden_features", hidden_features, 1)
+        check_int("out_features", out_features, 1)
+        self.in_features = in_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {
+            "grid_size": grid_size,
+            "spline_order": spline_order,
+            "grid_range": grid_range,
+            "extrapolation": extrapolation,
+            "backend": backend,
+        }
+
+        def linear(inputs: int, outputs: int) -> nn.Module:
+            return KANLinear(inputs, outputs, **options, **factory) if use_kan else nn.Linear(inputs, outputs, **factory)
+
+        self.fc1 = linear(in_features, hidden_features)
+        self.dwconv_1 = _DepthwiseConv(hidden_features, **factory)
+        self.fc2 = linear(hidden_features, hidden_features)
+        self.dwconv_2 = _DepthwiseConv(hidden_features, **factory)
+        self.fc3 = linear(hidden_features, out_features)
+        self.dwconv_3 = _DepthwiseConv(out_features, **factory)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c -> b (h w) o
+        check_shape("x", x, ("any", H * W, self.in_features), "b, H*W, in_features")
+        x = self.dwconv_1(self.fc1(x), H, W)
+        x = self.dwconv_2(self.fc2(x), H, W)
+        return self.dwconv_3(self.fc3(x), H, W)
+
+
+class KANBlock(nn.Module):
+    r"""A residual KAN layer: ``x + DropPath(KANLayer(LayerNorm(x)))``.
+
+    Args:
+        dim: channels, ``c``.
+        drop_path: rate of stochastic depth, in ``[0, 1)``.
+        use_kan: see :class:`KANLayer`.
+        grid_size: see :class:`KANLinear`.
+        spline_order: see :class:`KANLinear`.
+        grid_range: see :class:`KANLinear`.
+        extrapolation: see :class:`KANLinear`.
+        backend: see :class:`KANLinear`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        Input ``(b, H*W, dim)`` and the two sizes, output ``(b, H*W, dim)``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the number of tokens is not ``H * W``.
+
+    Example:
+        >>> import torch
+        >>> KANBlock(16)(torch.randn(2, 6 * 4, 16), 6, 4).shape
+        torch.Size([2, 24, 16])
+
+    References:
+        Li et al., U-KAN, arXiv 2406.02918, section 3.2. Parameters are named as there.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        drop_path: float = 0.0,
+        use_kan: bool = True,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        extrapolation: Extrapolation = "zero",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("dim", dim, 1)
+        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.layer = KANLayer(
+            dim,
+            use_kan=use_kan,
+            grid_size=grid_size,
+            spline_order=spline_order,
+            grid_range=grid_range,
+            extrapolation=extrapolation,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
+        return x + self.drop_path(self.layer(self.norm2(x), H, W))
+
+
+class _DepthwiseConv(nn.Module):
+    """Depthwise 3x3 convolution, BatchNorm and ReLU over the image that the tokens form."""
+
+    def __init__(self, channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **factory)
+        self.bn = nn.BatchNorm2d(channels, **factory)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # b (h w) c
+        image = x.transpose(1, 2).unflatten(2, (height, width))  # b c h w
+        return torch.relu(self.bn(self.dwconv(image))).flatten(2).transpose(1, 2)

@@ -1,0 +1,157 @@
+"""SS2D: the four-direction selective scan as a layer."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kan_mamba_layers._check import check_int, check_number, check_shape
+from kan_mamba_layers.ops import cross_selective_scan
+from kan_mamba_layers.ops.backend import Backend, check_backend
+
+_DIRECTIONS = 4
+
+
+class SS2D(nn.Module):
+    r"""Mix an image over its whole extent at linear cost, by selective scans along four directions.
+
+    .. math::
+        (u, z) &= W_\mathrm{in}\, x, \qquad
+        y = \mathrm{scan}_4(\mathrm{SiLU}(\mathrm{DWConv}(u))) \\
+        \mathrm{SS2D}(x) &= \mathrm{Dropout}(W_\mathrm{out}(\mathrm{LayerNorm}(y) \odot \mathrm{SiLU}(z)))
+
+    Args:
+        d_model: channels of input and output, ``c``.
+        d_state: state size ``n`` of each channel's recurrence.
+        d_conv: size of the depthwise convolution, odd.
+        expand: ``d_inner = expand * d_model`` channels inside.
+        dt_rank: rank of the step projection, or ``"auto"`` for ``ceil(d_model / 16)``.
+        dt_min: smallest initial step.
+        dt_max: largest initial step.
+        dt_init_floor: initial steps are at least this.
+        dropout: dropout rate of the output, in ``[0, 1)``.
+        conv_bias: whether the depthwise convolution has a bias.
+        bias: whether the input and output maps have biases.
+        backend: implementation of :func:`~kan_mamba_layers.ops.cross_selective_scan`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        Input and output ``(b, h, w, d_model)``, channels last.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the input is not ``(b, h, w, d_model)``.
+
+    Numerics:
+        The scan runs in float32 at least; see :func:`~kan_mamba_layers.ops.cross_selective_scan`. ``A_logs``, ``Ds`` and
+        ``dt_projs_bias`` carry ``_no_weight_decay = True`` for optimisers that honour it.
+
+    Example:
+        >>> import torch
+        >>> SS2D(8)(torch.randn(2, 6, 5, 8)).shape
+        torch.Size([2, 6, 5, 8])
+
+    References:
+        Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752, section
+        3.6. Parameters are named as in VMamba v0 and its descendants, whose weights load strictly.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 3,
+        expand: float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dropout: float = 0.0,
+        conv_bias: bool = True,
+        bias: bool = False,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("d_model", d_model, 1)
+        check_int("d_state", d_state, 1)
+        check_int("d_conv", d_conv, 1)
+        if d_conv % 2 == 0:
+            raise ValueError(f"d_conv must be odd to keep the image's size, got {d_conv}; use {d_conv + 1}")
+        check_number("expand", expand, 1 / d_model)
+        if dt_rank == "auto":
+            dt_rank = math.ceil(d_model / 16)
+        check_int("dt_rank", dt_rank, 1)
+        check_number("dt_min", dt_min, 0.0, open_low=True)
+        check_number("dt_max", dt_max, dt_min)
+        check_number("dt_init_floor", dt_init_floor, 0.0, open_low=True)
+        check_number("dropout", dropout, 0.0, 0.999)
+        check_backend("cross_selective_scan", backend)
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = dt_rank
+        self.dt_min = dt_min
+        self.dt_max = dt_max
+        self.dt_init_floor = dt_init_floor
+        self.backend: Backend = backend
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, **factory))
+
+        d, n, r = self.d_inner, d_state, dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
+        self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **factory)
+        self.x_proj_weight = parameter(_DIRECTIONS, r + 2 * n, d)
+        self.dt_projs_weight = parameter(_DIRECTIONS, d, r)
+        self.dt_projs_bias = parameter(_DIRECTIONS, d)
+        self.A_logs = parameter(_DIRECTIONS * d, n)
+        self.Ds = parameter(_DIRECTIONS * d)
+        self.out_norm = nn.LayerNorm(d, **factory)
+        self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
+        self.dropout = nn.Dropout(dropout)
+        for dynamics in (self.dt_projs_bias, self.A_logs, self.Ds):
+            dynamics._no_weight_decay = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights; initial steps are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
+        for module in (self.in_proj, self.conv2d, self.out_norm, self.out_proj):
+            module.reset_parameters()
+        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        bias = self.dt_projs_bias
+        low, high = math.log(self.dt_min), math.log(self.dt_max)
+        step = torch.rand(bias.shape, device=bias.device).mul(high - low).add(low).exp().clamp_min(self.dt_init_floor)
+        bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=bias.device)
+        self.A_logs.copy_(rates.log().expand_as(self.A_logs))
+        nn.init.ones_(self.Ds)
+
+    def forward(self, x: Tensor) -> Tensor:  # b h w c
+        check_shape("x", x, ("any", "any", "any", self.d_model), "b, h, w, d_model")
+        u, z = self.in_proj(x).chunk(2, -1)  # b h w d, b h w d
+        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # b h w d
+        y = cross_selective_scan(
+            u,
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs,
+            self.Ds,
+            backend=self.backend,
+        )
+        return self.dropout(self.out_proj(self.out_norm(y) * F.silu(z)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}, "
+            f"backend={self.backend!r}"
+        )

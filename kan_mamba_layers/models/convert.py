@@ -1,0 +1,101 @@
+"""Published checkpoints' keys to ours."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from kan_mamba_layers._check import check_choice
+
+Source = Literal["km_unet", "u_kan"]
+
+# Published name -> ours. Decoders are numbered from the bottom in the one and by level in the other.
+_SHARED = {
+    **{f"encoder{i + 1}.conv": f"encoder.{i}.conv" for i in range(3)},
+    **{f"decoder{i + 1}.conv": f"decoder.{3 - i}.conv" for i in range(4)},
+    "decoder5.conv": "head.decode.conv",
+    "final": "head.logits",
+    "patch_embed3": "encoder.3.0",
+    "block1.0": "encoder.3.1.block",
+    "norm3": "encoder.3.1.norm",
+    "patch_embed4": "encoder.4.0",
+    "block2.0": "encoder.4.1.block",
+    "norm4": "encoder.4.1.norm",
+}
+_DECODER_KAN = {
+    "dblock1.0": "decoder_kan_stages.3.block",
+    "dnorm3": "decoder_kan_stages.3.norm",
+    "dblock2.0": "decoder_kan_stages.2.block",
+    "dnorm4": "decoder_kan_stages.2.norm",
+}
+_CONTEXT = {
+    **{f"ss2d_{i + 1}": f"encoder_context.{i}.ss2d" for i in range(3)},
+    **{f"ema{i + 1}": f"encoder_context.{i}.ema" for i in range(3)},
+    **{f"ss2d_decoder{i + 1}": f"decoder_context.{3 - i}.ss2d" for i in range(4)},
+    **{f"ema_decoder{i + 1}": f"decoder_context.{3 - i}.ema" for i in range(4)},
+}
+_NAMES: dict[str, dict[str, str]] = {"km_unet": _SHARED | _CONTEXT, "u_kan": _SHARED | _DECODER_KAN}
+# Modules that the published KM-UNet builds and never calls.
+_DEAD = {"km_unet": ("cbam", "cbam1", "cbam2", "dblock1.0", "dblock2.0", "dnorm3", "dnorm4"), "u_kan": ()}
+# In a published pair of convolutions: conv, BatchNorm, ReLU, conv, BatchNorm, ReLU.
+_PAIR = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tuple[dict[str, Tensor], list[str]]:
+    """Translate a published KM-UNet or U-KAN checkpoint for :class:`KMUNet`.
+
+    Biases of convolutions before BatchNorm do not exist in :class:`KMUNet`, since they cannot change its output: they are
+    folded into the running mean, so the converted model computes the same function.
+
+    Args:
+        state_dict: the published model's state; a ``module.`` prefix of ``DataParallel`` is removed.
+        source: ``"km_unet"`` for ``KMUNet(trunk_context=False, decoder_kan=False)``, ``"u_kan"`` for
+            ``KMUNet(use_ss2d=False, use_ema=False)``. The published ``embed_dims=(a, b, c)`` are
+            ``widths=(a // 8, a // 4, a, b, c)``.
+
+    Returns:
+        The state for ``load_state_dict``, and the names of the published parameters that were never used and are dropped.
+
+    Raises:
+        ValueError: ``source`` is unknown, or a key does not belong to the published model.
+
+    Example:
+        >>> import torch
+        >>> state, dropped = convert_state_dict({"final.bias": torch.zeros(1), "dnorm3.bias": torch.zeros(8)}, "km_unet")
+        >>> list(state), dropped
+        (['head.logits.bias'], ['dnorm3.bias'])
+    """
+    check_choice("source", source, _NAMES)
+    converted: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}  # of convolutions, by the name of the running mean that takes them in
+    dropped = []
+    for published, value in state_dict.items():
+        key = published.removeprefix("module.")
+        if key.startswith(tuple(f"{name}." for name in _DEAD[source])):
+            dropped.append(published)
+            continue
+        ours = _rename(key, _NAMES[source])
+        if ours is None:
+            raise ValueError(f"state_dict key {published!r} is not one of a published {source}; check source={source!r}")
+        pair = re.fullmatch(r"(.*\.conv\.[01])\.0\.bias", ours)
+        if pair:
+            biases[f"{pair[1]}.1.running_mean"] = value
+        else:
+            converted[ours] = value
+    for mean, bias in biases.items():
+        if mean not in converted:
+            raise ValueError(f"state_dict has a convolution's bias but not {mean!r} after it; pass the whole state_dict")
+        converted[mean] = converted[mean] - bias
+    return converted, dropped
+
+
+def _rename(key: str, names: dict[str, str]) -> str | None:
+    for published, ours in names.items():
+        if key.startswith(f"{published}."):
+            rest = key.removeprefix(f"{published}.")
+            if ours.endswith(".conv"):
+                index, _, parameter = rest.partition(".")
+                return f"{ours}.{_PAIR[index]}.{parameter}" if index in _PAIR else None
+            return f"{ours}.{rest}"
+    return None

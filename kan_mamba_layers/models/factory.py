@@ -1,0 +1,84 @@
+"""Models by name."""
+
+import difflib
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from kan_mamba_layers.models.base import SegmentationModel, read_config
+from kan_mamba_layers.models.km_unet import KMUNet
+from kan_mamba_layers.models.km_unet_pp import KMUNetPP
+
+_CLASSES: dict[str, type[SegmentationModel]] = {"KMUNet": KMUNet, "KMUNetPP": KMUNetPP}
+_FAMILIES: dict[str, tuple[type[SegmentationModel], dict[str, Any]]] = {
+    "km_unet": (KMUNet, {}),
+    "km_unet_pp": (KMUNetPP, {}),
+    "u_kan": (KMUNet, {"use_ss2d": False, "use_ema": False}),
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"widths": (8, 16, 32, 48, 64), "d_state": 4, "expand": 1, "ema_factor": 4},
+    "small": {"widths": (16, 32, 64, 96, 128), "d_state": 8, "expand": 1},
+    "base": {},
+}
+_MODELS: dict[str, tuple[type[SegmentationModel], dict[str, Any]]] = {
+    name: (cls, {**sizes, **arguments})
+    for family, (cls, arguments) in _FAMILIES.items()
+    for name, sizes in [(family, {}), *((f"{family}_{size}", options) for size, options in _SIZES.items())]
+}
+
+
+def create_model(name: str, **overrides: Any) -> SegmentationModel:
+    """Build a model by name.
+
+    Args:
+        name: one of :func:`list_models`: a family (``km_unet``, ``km_unet_pp``, ``u_kan``) and a size (``_tiny``,
+            ``_small``, ``_base``); without a size it is base.
+        overrides: arguments of :class:`KMUNet` or :class:`KMUNetPP` that replace the named ones, such as ``in_channels``,
+            ``num_classes`` or ``use_kan=False``.
+
+    Returns:
+        The model, with fresh weights, in training mode.
+
+    Raises:
+        TypeError: an override is not an argument of the model.
+        ValueError: the name is unknown, or an argument is out of range.
+
+    Example:
+        >>> create_model("km_unet_pp_tiny", in_channels=1).config["in_channels"]
+        1
+    """
+    if name not in _MODELS:
+        nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.3)
+        raise ValueError(f"name {name!r} is not a model; did you mean {', '.join(nearest) or 'one of list_models()'}?")
+    cls, arguments = _MODELS[name]
+    return cls(**{**arguments, **overrides})
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that :func:`create_model` takes, in order.
+
+    Args:
+        pattern: a shell-style pattern.
+
+    Example:
+        >>> list_models("km_unet_pp*")
+        ['km_unet_pp', 'km_unet_pp_base', 'km_unet_pp_small', 'km_unet_pp_tiny']
+    """
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def from_pretrained(folder: str | Path) -> SegmentationModel:
+    """Load a model of either class from a folder that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
+
+    Args:
+        folder: the local folder.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: the folder holds no model of this library, or the weights are not the ones that were stored.
+        ImportError: safetensors is not installed.
+    """
+    name = read_config(folder)["model"]
+    if name not in _CLASSES:
+        raise ValueError(f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder")
+    return _CLASSES[name].from_pretrained(folder)

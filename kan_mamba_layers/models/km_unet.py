@@ -1,0 +1,130 @@
+"""KMUNet: a U-Net with selective scans, multi-scale attention and a KAN bottleneck."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
+from kan_mamba_layers.ops import Backend
+
+
+class KMUNet(SegmentationModel):
+    r"""Segment an image of any size with KAN blocks at the bottom, and SS2D and EMA at every level above it.
+
+    With :math:`E_i` the encoder's levels (three convolutional, two KAN), :math:`\mathrm{ctx} = \mathrm{EMA} \circ
+    \mathrm{SS2D}`, and levels counted from 0 (half size) to 4 (1/32),
+
+    .. math::
+        t_i &= E_i(t_{i-1}), \quad t_i \leftarrow \mathrm{ctx}_i(t_i) \ (i \le 2), \qquad
+        x_4 = t_4 \\
+        x_i &= \mathrm{ctx}'_i\big(\mathrm{KAN}_i(\mathrm{up}(\mathrm{DConv}_i(x_{i+1})) + t_i)\big), \qquad i = 3 \dots 0,
+
+    with :math:`\mathrm{KAN}_i` at levels 3 and 2 only. A last DConv and a 1x1 convolution give logits at full size.
+
+    Args:
+        in_channels: channels of the image.
+        num_classes: channels of the logits: 1 for a binary mask (sigmoid), ``k`` for ``k`` exclusive classes (softmax).
+        widths: channels at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size; all but the last divisible by ``ema_factor``.
+        trunk_context: whether the encoder goes on from the context blocks' output (as the method is described); False
+            gives it to the skips only (as published code has it).
+        decoder_kan: whether the decoder has KAN blocks at 1/16 and 1/8.
+        use_kan: False replaces KANLinear by ``nn.Linear`` everywhere.
+        use_ss2d: False leaves out SS2D.
+        use_ema: False leaves out EMA.
+        grid_size: intervals of the splines.
+        spline_order: degree of the splines.
+        d_state: state size of SS2D.
+        expand: expansion of SS2D.
+        ema_factor: groups of EMA.
+        drop_path: rate of stochastic depth in KAN blocks.
+        backend: backend of the scans and splines. Both must have it, so it is ``"auto"`` or ``"reference"`` unless SS2D
+            is left out.
+
+    Shape:
+        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)``.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the image is not floating point.
+        ValueError: an argument is out of range, the image's channels or size do not fit, or a training batch leaves
+            BatchNorm a single value (one image of 32x32).
+
+    Numerics:
+        Scans and splines run in float32 at least, also under autocast.
+
+    Example:
+        >>> import torch
+        >>> model = KMUNet(in_channels=1, num_classes=3, widths=(8, 16, 32, 48, 64), d_state=4).eval()
+        >>> model(torch.randn(1, 1, 67, 50)).shape
+        torch.Size([1, 3, 67, 50])
+
+    References:
+        Zhang et al., KM-UNet, arXiv 2501.02559; Li et al., U-KAN, arXiv 2406.02918. ``trunk_context=False,
+        decoder_kan=False`` is the published KM-UNet, ``use_ss2d=False, use_ema=False`` the published U-KAN; see
+        :func:`convert_state_dict`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 1,
+        *,
+        widths: Sequence[int] = (16, 32, 128, 160, 256),
+        trunk_context: bool = True,
+        decoder_kan: bool = True,
+        use_kan: bool = True,
+        use_ss2d: bool = True,
+        use_ema: bool = True,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        d_state: int = 16,
+        expand: float = 2,
+        ema_factor: int = 8,
+        drop_path: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        if len(widths) != 5:
+            raise ValueError(f"widths must have 5 entries, one for each level, got {tuple(widths)}; pass five ints")
+        super().__init__(
+            in_channels,
+            num_classes,
+            widths=widths,
+            trunk_context=trunk_context,
+            decoder_kan=decoder_kan,
+            use_kan=use_kan,
+            use_ss2d=use_ss2d,
+            use_ema=use_ema,
+            grid_size=grid_size,
+            spline_order=spline_order,
+            d_state=d_state,
+            expand=expand,
+            ema_factor=ema_factor,
+            drop_path=drop_path,
+            backend=backend,
+        )
+        above = range(len(widths) - 1)  # the levels above the bottleneck
+        self.encoder = nn.ModuleList(self._encoder_level(i) for i in range(len(widths)))
+        self.encoder_context = nn.ModuleList(self._context(i) for i in range(CONV_LEVELS))
+        self.decoder = nn.ModuleList(Decode(widths[i + 1], widths[i]) for i in above)
+        self.decoder_kan_stages = nn.ModuleDict({str(i): self._kan_stage(i) for i in (2, 3)} if decoder_kan else {})
+        self.decoder_context = nn.ModuleList(self._context(i) for i in above)
+        self.head = Head(widths[0], num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
+        """Return the decoded map at half size that the head reads."""
+        self._check_input(x)
+        skips = []
+        for i, encode in enumerate(self.encoder):
+            x = skip = encode(x)
+            if i < CONV_LEVELS:
+                skip = self._run_context(self.encoder_context[i], x)
+                x = skip if self.trunk_context else x
+            skips.append(skip)
+        for i in reversed(range(len(self.decoder))):
+            x = self.decoder[i](x, skips[i].shape[2:]) + skips[i]
+            if str(i) in self.decoder_kan_stages:
+                x = self.decoder_kan_stages[str(i)](x)
+            x = self._run_context(self.decoder_context[i], x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:  # b in_channels h w -> b num_classes h w
+        return self.head(self.forward_features(x), x.shape[2:])

@@ -1,0 +1,172 @@
+"""KMUNetPP: the blocks of KMUNet on the nested grid of U-Net++."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kan_mamba_layers._check import check_int
+from kan_mamba_layers.layers.blocks import ConvBNReLU
+from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
+from kan_mamba_layers.ops import Backend
+
+
+class KMUNetPP(SegmentationModel):
+    r"""Segment an image of any size on a grid of nodes ``X[i, j]``: level ``i`` (size 1/2^(i+1)), column ``j``.
+
+    Column 0 is the encoder of :class:`KMUNet`. A node further right takes the node below its left neighbour, upsampled, and
+    all nodes to its left on its level, each through a convolution of its own (the "plus-plus" convolutions),
+
+    .. math::
+        X_{i,j} = \mathrm{ctx}_{i,j}\Big(\mathrm{KAN}_{i,j}\big(\mathrm{up}(\mathrm{DConv}_{i,j}(X_{i+1,j-1}))
+                  + \textstyle\sum_{k<j} \mathrm{plus}_{i,j,k}(X_{i,k})\big)\Big), \qquad j \ge 1,
+
+    with :math:`\mathrm{KAN}` on levels 2 and 3 only and :math:`\mathrm{ctx} = \mathrm{EMA} \circ \mathrm{SS2D}`. With depth
+    ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1 ... L-1]``.
+
+    Args:
+        in_channels: channels of the image.
+        num_classes: channels of the logits: 1 for a binary mask (sigmoid), ``k`` for ``k`` exclusive classes (softmax).
+        widths: channels of the levels, 2 to 5 of them; those that carry EMA must be divisible by ``ema_factor``.
+        trunk_context: see :class:`KMUNet`.
+        decoder_kan: whether the nodes ``j >= 1`` on levels 2 and 3 have KAN blocks.
+        use_kan: see :class:`KMUNet`.
+        use_ss2d: see :class:`KMUNet`.
+        use_ema: see :class:`KMUNet`.
+        grid_size: see :class:`KMUNet`.
+        spline_order: see :class:`KMUNet`.
+        d_state: see :class:`KMUNet`.
+        expand: see :class:`KMUNet`.
+        ema_factor: see :class:`KMUNet`.
+        drop_path: see :class:`KMUNet`.
+        backend: see :class:`KMUNet`.
+        deep_supervision: whether every ``X[0, j]``, ``j >= 1``, has a head. In training ``forward`` then returns a list of
+            logits, the final one first; in evaluation it returns the final one.
+
+    Shape:
+        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)`` or a list of ``L``.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the image is not floating point.
+        ValueError: an argument is out of range, the image's channels or size do not fit, or a training batch leaves
+            BatchNorm a single value (one image of 32x32).
+
+    Numerics:
+        Scans and splines run in float32 at least, also under autocast.
+
+    Example:
+        >>> import torch
+        >>> model = KMUNetPP(widths=(8, 16, 32, 48, 64), d_state=4, deep_supervision=True)
+        >>> [tuple(y.shape) for y in model(torch.randn(1, 3, 64, 96))]
+        [(1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96)]
+
+    References:
+        Zhou et al., UNet++, arXiv 1807.10165, equation 1; Zhang et al., KM-UNet, arXiv 2501.02559. No working KM-UNet++ has
+        been published: this module defines one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 1,
+        *,
+        widths: Sequence[int] = (16, 32, 128, 160, 256),
+        trunk_context: bool = True,
+        decoder_kan: bool = True,
+        use_kan: bool = True,
+        use_ss2d: bool = True,
+        use_ema: bool = True,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        d_state: int = 16,
+        expand: float = 2,
+        ema_factor: int = 8,
+        drop_path: float = 0.0,
+        backend: Backend = "auto",
+        deep_supervision: bool = False,
+    ) -> None:
+        if not 2 <= len(widths) <= 5:
+            raise ValueError(f"widths must have 2 to 5 entries, one for each level, got {tuple(widths)}; pass five ints")
+        super().__init__(
+            in_channels,
+            num_classes,
+            widths=widths,
+            trunk_context=trunk_context,
+            decoder_kan=decoder_kan,
+            use_kan=use_kan,
+            use_ss2d=use_ss2d,
+            use_ema=use_ema,
+            grid_size=grid_size,
+            spline_order=spline_order,
+            d_state=d_state,
+            expand=expand,
+            ema_factor=ema_factor,
+            drop_path=drop_path,
+            backend=backend,
+        )
+        self.config["deep_supervision"] = deep_supervision
+        self.deep_supervision = deep_supervision
+        self.depth = depth = len(widths) - 1
+
+        self.encoder = nn.ModuleList(self._encoder_level(i) for i in range(depth + 1))
+        # Keys are the grid's indices: "i_j" for a node, "i_j_k" for what a node makes of its neighbour k.
+        nodes = [(i, j) for j in range(1, depth + 1) for i in range(depth + 1 - j)]
+        self.up = nn.ModuleDict({f"{i}_{j}": Decode(widths[i + 1], widths[i]) for i, j in nodes})
+        self.plus = nn.ModuleDict(
+            {f"{i}_{j}_{k}": ConvBNReLU(widths[i], widths[i]) for i, j in nodes for k in range(j)}
+        )
+        kan_nodes = [(i, j) for i, j in nodes if i in (2, 3)] if decoder_kan else []
+        self.kan = nn.ModuleDict({f"{i}_{j}": self._kan_stage(i) for i, j in kan_nodes})
+        with_context = [(i, 0) for i in range(min(CONV_LEVELS, depth + 1))] + nodes
+        self.context = nn.ModuleDict({f"{i}_{j}": self._context(i) for i, j in with_context})
+        heads = range(1, depth + 1) if deep_supervision else [depth]
+        self.heads = nn.ModuleDict({str(j): Head(widths[0], num_classes) for j in heads})
+
+    def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
+        """Return ``X[0, L]``, the decoded map at half size that the final head reads."""
+        return self._top_row(x)[-1]
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # b in_channels h w -> b num_classes h w
+        top = self._top_row(x)
+        if self.deep_supervision and self.training:
+            return [self.heads[str(j)](top[j], x.shape[2:]) for j in range(self.depth, 0, -1)]
+        return self.heads[str(self.depth)](top[self.depth], x.shape[2:])
+
+    def prune(self, depth: int) -> "KMUNetPP":
+        """Return a smaller model that computes ``X[0, depth]`` and its head, with the same weights, in evaluation mode.
+
+        Args:
+            depth: the last column to keep, from 1 to ``len(widths) - 1``.
+
+        Raises:
+            TypeError: ``depth`` is not an integer.
+            ValueError: ``depth`` is out of range, or the model has no head there because it is not deeply supervised.
+        """
+        check_int("depth", depth, 1)
+        if str(depth) not in self.heads:
+            raise ValueError(
+                f"depth={depth} has no head, only {', '.join(self.heads)}; train with deep_supervision=True and prune to one of them"
+            )
+        config = {**self.config, "widths": self.widths[: depth + 1], "deep_supervision": False}
+        pruned = KMUNetPP(**config).to(next(self.parameters()))
+        state = self.state_dict()
+        pruned.load_state_dict({key: state[key] for key in pruned.state_dict()})
+        return pruned.eval()
+
+    def _top_row(self, x: Tensor) -> list[Tensor]:
+        """Compute the grid column by column and return ``X[0, 0], ..., X[0, L]``."""
+        self._check_input(x)
+        X: dict[tuple[int, int], Tensor] = {}
+        for i in range(self.depth + 1):
+            x = X[i, 0] = self.encoder[i](x)
+            if i < CONV_LEVELS:
+                X[i, 0] = self._run_context(self.context[f"{i}_0"], x)
+                x = X[i, 0] if self.trunk_context else x
+        for j in range(1, self.depth + 1):
+            for i in range(self.depth + 1 - j):
+                node = self.up[f"{i}_{j}"](X[i + 1, j - 1], X[i, 0].shape[2:])
+                for k in range(j):
+                    node = node + self.plus[f"{i}_{j}_{k}"](X[i, k])
+                if f"{i}_{j}" in self.kan:
+                    node = self.kan[f"{i}_{j}"](node)
+                X[i, j] = self._run_context(self.context[f"{i}_{j}"], node)
+        return [X[0, j] for j in range(self.depth + 1)]

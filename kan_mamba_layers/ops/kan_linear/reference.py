@@ -1,0 +1,44 @@
+"""The KAN linear map as one matrix product: the definition and the oracle of the other backends."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kan_mamba_layers.ops.kan_linear.basis import closed_form, cox_de_boor, cox_de_boor_slope
+
+
+def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolation: str) -> Tensor:  # ... i g+s
+    """Bases of ``x``; outside the interval of the grid they go to zero, stay, or go on along their tangent."""
+    evaluate = closed_form if uniform else cox_de_boor
+    if extrapolation == "zero":
+        return evaluate(x, grid, spline_order)
+    low, high = grid[:, spline_order], grid[:, -spline_order - 1]
+    inside = torch.minimum(torch.maximum(x, low), high)
+    bases = evaluate(inside, grid, spline_order)
+    if extrapolation == "linear":
+        # At each end the derivatives are one constant row per feature; intervals are open on the right, so step inside.
+        ends = torch.stack([low, torch.nextafter(high, low)])  # 2 i
+        below, above = cox_de_boor_slope(ends, grid, spline_order)  # i g+s
+        bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
+    return bases
+
+
+def kan_linear(
+    x: Tensor,  # ... i
+    base_weight: Tensor,  # o i
+    spline_weight: Tensor,  # o i g+s
+    grid: Tensor,  # i g+2s+1
+    bias: Tensor | None,
+    base_activation: Callable[[Tensor], Tensor],
+    extrapolation: str,
+    uniform: bool,
+) -> Tensor:  # ... o
+    """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o``; the activation is slot 0 of one product."""
+    spline_order = grid.shape[-1] - 1 - spline_weight.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too coarse for the bases
+    bases = basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation)  # ... i g+s
+    features = torch.cat([base_activation(wide)[..., None], bases], -1).to(x.dtype)  # ... i 1+g+s
+    weight = torch.cat([base_weight[..., None], spline_weight], -1)  # o i 1+g+s
+    return F.linear(features.flatten(-2), weight.flatten(1), bias)

@@ -1,0 +1,234 @@
+"""The selective scan in one dimension and its fused form for images in four directions.
+
+For every channel ``d`` and state ``n`` the scan is the linear recurrence
+
+    h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d]
+    y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
+
+with ``h = 0`` before the first step. The backends implement it in one form: ``k`` groups of ``d`` channels that share ``B``
+and ``C``. The groups are mamba's groups in ``selective_scan`` and the four directions in ``cross_selective_scan``.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kan_mamba_layers._check import check_shape, check_tensor
+from kan_mamba_layers.ops.backend import Backend, resolve
+from kan_mamba_layers.ops.selective_scan import _chunked, reference
+from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS, flatten_directions, sum_directions
+
+__all__ = ["cross_selective_scan", "selective_scan"]
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": _chunked.scan}
+
+
+def selective_scan(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # d n | b n l | b g n l
+    C: Tensor,  # d n | b n l | b g n l
+    D: Tensor | None = None,  # d
+    z: Tensor | None = None,  # b d l
+    delta_bias: Tensor | None = None,  # d
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Run Mamba's selective scan over a sequence, with the arguments of ``mamba_ssm``'s ``selective_scan_fn``.
+
+    .. math::
+        \delta &\leftarrow \mathrm{softplus}(\delta + \delta_\mathrm{bias})
+            \quad\text{(softplus only if } \texttt{delta\_softplus}) \\
+        h_t &= \exp(\delta_t A)\, h_{t-1} + \delta_t B_t u_t, \qquad h_0 = 0 \\
+        y_t &= \big(C_t^\top h_t + D u_t\big)\,\mathrm{SiLU}(z_t) \quad\text{(gate only if } z \text{ is given)}
+
+    Args:
+        u: input, shape ``(b, d, l)``, ``l >= 1``.
+        delta: step sizes, shape ``(b, d, l)``; positive after bias and softplus for a decaying state.
+        A: real transition, shape ``(d, n)``; negative for a decaying state.
+        B: input map, shape ``(d, n)`` if constant in time, ``(b, n, l)``, or ``(b, g, n, l)`` with ``g`` dividing ``d``:
+            channels ``[i d/g, (i+1) d/g)`` use group ``i``.
+        C: output map, shapes as for ``B``.
+        D: skip connection, shape ``(d,)``.
+        z: gate, shape ``(b, d, l)``.
+        delta_bias: added to ``delta``, shape ``(d,)``.
+        delta_softplus: whether ``delta`` passes through softplus.
+        return_last_state: whether ``h`` after the last step is returned too.
+        backend: ``"auto"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
+
+    Returns:
+        ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute dtype.
+
+    Raises:
+        TypeError: an argument is not a real floating-point tensor (complex ``A`` is not supported).
+        ValueError: a shape does not fit, or the backend cannot serve the call.
+
+    Numerics:
+        Everything is computed in float32 (float64 if ``u`` is float64), also for half precision and under autocast.
+        With ``delta >= 0`` and ``A <= 0`` no factor exceeds 1, so the state cannot overflow by the recurrence itself.
+
+    Example:
+        >>> import torch
+        >>> u, delta = torch.randn(2, 8, 10), torch.rand(2, 8, 10)
+        >>> A, B, C = -torch.rand(8, 4), torch.randn(2, 4, 10), torch.randn(2, 4, 10)
+        >>> selective_scan(u, delta, A, B, C).shape
+        torch.Size([2, 8, 10])
+
+    References:
+        Gu and Dao, Mamba, arXiv 2312.00752, equation 2 and section 3.2.
+    """
+    batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias)
+    scan = _SCANS[resolve("selective_scan", backend, u)]
+    groups = _count_groups(B, C, channels)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+
+    def split(x: Tensor) -> Tensor:  # b d l -> b g l d/g
+        return x.unflatten(1, (groups, -1)).transpose(2, 3)
+
+    def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
+        if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
+            return x[None, :, None].expand(batch, channels, length, states)
+        x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
+        return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
+
+    with torch.autocast(u.device.type, enabled=False):
+        step = delta.to(dtype)  # b d l
+        if delta_bias is not None:
+            step = step + delta_bias.to(dtype)[:, None]
+        if delta_softplus:
+            step = F.softplus(step)
+        inputs, maps = (split(u.to(dtype)), split(step)), (per_group(B.to(dtype)), per_group(C.to(dtype)))
+        y, state = scan(*inputs, A.to(dtype).unflatten(0, (groups, -1)), *maps)  # b g l d/g, b g d/g n
+        y = y.transpose(2, 3).flatten(1, 2)  # b d l
+        if D is not None:
+            y = y + D.to(dtype)[:, None] * u.to(dtype)
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+    y = y.to(u.dtype)
+    return (y, state.flatten(1, 2)) if return_last_state else y
+
+
+def cross_selective_scan(
+    x: Tensor,  # b h w d
+    x_proj_weight: Tensor,  # k r+2n d
+    dt_proj_weight: Tensor,  # k d r
+    dt_proj_bias: Tensor,  # k d
+    A_log: Tensor,  # k*d n
+    D: Tensor,  # k*d
+    *,
+    backend: Backend = "auto",
+) -> Tensor:  # b h w d
+    r"""Scan an image selectively along four directions and sum the results in image order.
+
+    For each direction ``k`` (rows, columns, rows reversed, columns reversed) the pixels form a sequence of length
+    ``l = h w`` on which, with ``A = -exp(A_log)``,
+
+    .. math::
+        (\delta^\mathrm{low}_t, B_t, C_t) &= W^k_x x_t, \qquad
+        \delta_t = \mathrm{softplus}(W^k_\delta \delta^\mathrm{low}_t + b^k_\delta) \\
+        h_t &= \exp(\delta_t A^k)\, h_{t-1} + \delta_t B_t x_t, \qquad y_t = C_t^\top h_t + D^k x_t .
+
+    Args:
+        x: channels-last map, shape ``(b, h, w, d)``, ``h, w >= 1``.
+        x_proj_weight: ``W_x``, shape ``(4, r + 2n, d)``; rows are ``delta`` (r), ``B`` (n), ``C`` (n).
+        dt_proj_weight: ``W_delta``, shape ``(4, d, r)``.
+        dt_proj_bias: ``b_delta``, shape ``(4, d)``.
+        A_log: logarithm of ``-A``, shape ``(4 d, n)``, direction after direction.
+        D: skip connection, shape ``(4 d,)``.
+        backend: ``"auto"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
+
+    Returns:
+        A map of shape ``(b, h, w, d)`` in ``x``'s dtype.
+
+    Raises:
+        TypeError: an argument is not a real floating-point tensor.
+        ValueError: a shape does not fit, or the backend cannot serve the call.
+
+    Numerics:
+        Everything is computed in float32 (float64 if ``x`` is float64), also for half precision and under autocast.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 5, 7, 8)
+        >>> y = cross_selective_scan(x, torch.randn(4, 1 + 2 * 4, 8), torch.randn(4, 8, 1), torch.zeros(4, 8),
+        ...                          torch.zeros(32, 4), torch.ones(32))
+        >>> y.shape
+        torch.Size([1, 5, 7, 8])
+
+    References:
+        Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
+    """
+    states, rank = _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    scan = _SCANS[resolve("cross_selective_scan", backend, x)]
+    height, width = x.shape[1:3]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        u = x.to(dtype)
+        # The projection is pointwise in the pixel: one product in image order serves all directions.
+        projected = F.linear(u, x_proj_weight.to(dtype).flatten(0, 1))  # b h w k*(r+2n)
+        projected = flatten_directions(projected.unflatten(-1, (NUM_DIRECTIONS, -1)))  # b k l r+2n
+        low, B, C = projected.split([rank, states, states], -1)
+        delta = low @ dt_proj_weight.to(dtype).mT + dt_proj_bias.to(dtype)[:, None]  # b k l d
+        sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
+        A = -torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1))  # k d n
+        y, _ = scan(sequences, F.softplus(delta), A, B, C)  # b k l d
+        skip = D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)  # d
+        return (sum_directions(y, height, width) + skip * u).to(x.dtype)
+
+
+def _check_selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+) -> tuple[int, int, int, int]:
+    check_shape("u", u, ("any", "any", "any"), "b, d, l")
+    batch, channels, length = u.shape
+    if length < 1:
+        raise ValueError(f"u must have at least one time step, got shape {tuple(u.shape)}; pass l >= 1")
+    check_shape("delta", delta, (batch, channels, length), "b, d, l")
+    check_shape("A", A, (channels, "any"), "d, n")
+    states = A.shape[1]
+    for name, x in (("B", B), ("C", C)):
+        check_tensor(name, x)
+        if x.ndim == 2:
+            check_shape(name, x, (channels, states), "d, n")
+        elif x.ndim == 3:
+            check_shape(name, x, (batch, states, length), "b, n, l")
+        else:
+            check_shape(name, x, (batch, "any", states, length), "b, g, n, l")
+            groups = x.shape[1]
+            if groups < 1 or channels % groups:
+                raise ValueError(f"{name} has {groups} groups, which do not divide the {channels} channels of u; use a divisor")
+    for name, vector in (("D", D), ("delta_bias", bias)):
+        if vector is not None:
+            check_shape(name, vector, (channels,), "d")
+    if z is not None:
+        check_shape("z", z, (batch, channels, length), "b, d, l")
+    return batch, channels, length, states
+
+
+def _count_groups(B: Tensor, C: Tensor, channels: int) -> int:
+    """The coarsest grouping of channels that serves both B and C."""
+    counts = [channels if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)]
+    largest = max(counts)
+    return largest if all(largest % count == 0 for count in counts) else channels
+
+
+def _check_cross_selective_scan(
+    x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[int, int]:
+    check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
+    _, height, width, channels = x.shape
+    if height < 1 or width < 1:
+        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}; pass h >= 1 and w >= 1")
+    check_shape("A_log", A_log, (NUM_DIRECTIONS * channels, "any"), "4*d, n")
+    check_shape("dt_proj_weight", dt_proj_weight, (NUM_DIRECTIONS, channels, "any"), "4, d, r")
+    states, rank = A_log.shape[1], dt_proj_weight.shape[2]
+    check_shape("x_proj_weight", x_proj_weight, (NUM_DIRECTIONS, rank + 2 * states, channels), "4, r+2n, d")
+    check_shape("dt_proj_bias", dt_proj_bias, (NUM_DIRECTIONS, channels), "4, d")
+    check_shape("D", D, (NUM_DIRECTIONS * channels,), "4*d")
+    return states, rank
