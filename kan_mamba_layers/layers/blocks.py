@@ -74,7 +74,9 @@ class KANStage(nn.Module):
 class ContextBlock(nn.Module):
     """SS2D for the context of the whole image, then EMA for attention; either may be left out."""
 
-    def __init__(self, channels: int, *, use_ss2d: bool = True, use_ema: bool = True, ema_factor: int = 8, **ss2d: Any) -> None:
+    def __init__(
+        self, channels: int, *, use_ss2d: bool = True, use_ema: bool = True, ema_factor: int = 8, **ss2d: Any
+    ) -> None:
         super().__init__()
         self.ss2d = SS2D(channels, **ss2d) if use_ss2d else None
         self.ema = EMA(channels, ema_factor) if use_ema else None

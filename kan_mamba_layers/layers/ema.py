@@ -9,8 +9,8 @@ from kan_mamba_layers._check import check_divisible, check_int, check_shape
 class EMA(nn.Module):
     r"""Weight every pixel by what two branches of different reach agree on.
 
-    The channels are cut into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w` the
-    means over the width and over the height,
+    The channels are cut into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w`
+    the means over the width and over the height,
 
     .. math::
         (a, b) &= \mathrm{Conv}_{1\times1}([\bar{x}^h, \bar{x}^w]), \qquad

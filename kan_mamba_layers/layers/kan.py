@@ -82,7 +82,9 @@ class KANLayer(nn.Module):
         }
 
         def linear(inputs: int, outputs: int) -> nn.Module:
-            return KANLinear(inputs, outputs, **options, **factory) if use_kan else nn.Linear(inputs, outputs, **factory)
+            return (
+                KANLinear(inputs, outputs, **options, **factory) if use_kan else nn.Linear(inputs, outputs, **factory)
+            )
 
         self.fc1 = linear(in_features, hidden_features)
         self.dwconv_1 = _DepthwiseConv(hidden_features, **factory)

@@ -50,8 +50,8 @@ class KANLinear(nn.Module):
         ValueError: an argument is out of range, or the input's last dimension is not ``in_features``.
 
     Numerics:
-        Bases are computed in float32 at least. The buffer ``grid`` stays float32 in half-precision modules, since rounded
-        knots would change the function.
+        Bases are computed in float32 at least. The buffer ``grid`` stays float32 in half-precision modules, since
+        rounded knots would change the function.
 
     Example:
         >>> import torch
@@ -172,20 +172,25 @@ class KANLinear(nn.Module):
 
         Raises:
             TypeError: ``x`` is not a floating-point tensor.
-            ValueError: ``x`` is empty or not finite, its last dimension is not ``in_features``, or ``margin`` is negative.
+            ValueError: ``x`` is empty or not finite, its last dimension is not ``in_features``, or ``margin`` is
+                negative.
 
         Numerics:
-            The refit is a least-squares fit in float64 over the samples and equally spaced points, with a ridge of 1e-5 of
-            the mean diagonal, which keeps coefficients without data small. It keeps the function on the data as far as the
-            new knots can express it; scalers and base weights stay untouched.
+            The refit is a least-squares fit in float64 over the samples and equally spaced points, with a ridge of 1e-5
+            of the mean diagonal, which keeps coefficients without data small. It keeps the function on the data as far
+            as the new knots can express it; scalers and base weights stay untouched.
         """
         check_tensor("x", x)
         check_number("margin", margin, 0.0)
         if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}; reshape it")
+            raise ValueError(
+                f"x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}; reshape it"
+            )
         samples = x.detach().reshape(-1, self.in_features).double()  # m i
         if len(samples) == 0 or not samples.isfinite().all():
-            raise ValueError(f"x must hold at least one sample and only finite values, got shape {tuple(x.shape)}; clean it first")
+            raise ValueError(
+                f"x must hold at least one sample and only finite values, got shape {tuple(x.shape)}; clean it first"
+            )
         eps = 1.0 if self.grid_mode == "uniform" else self.grid_eps
         grid = _grid.fit(samples, self.grid_size, self.spline_order, margin, eps)  # i m
         low, high = grid[:, self.spline_order], grid[:, -self.spline_order - 1]
@@ -196,9 +201,9 @@ class KANLinear(nn.Module):
     def extend_grid(self, new_grid_size: int) -> None:
         """Refine every interval structure to ``new_grid_size`` intervals over the same range.
 
-        The function inside the range is kept exactly (to rounding) when ``new_grid_size`` is a multiple of ``grid_size``,
-        otherwise in the least-squares sense. Beyond the range the splines run out within ``spline_order`` of the new,
-        narrower intervals.
+        The function inside the range is kept exactly (to rounding) when ``new_grid_size`` is a multiple of
+        ``grid_size``, otherwise in the least-squares sense. Beyond the range the splines run out within
+        ``spline_order`` of the new, narrower intervals.
 
         Args:
             new_grid_size: number of intervals, at least ``grid_size``.

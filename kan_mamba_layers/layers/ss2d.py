@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_int, check_number, check_shape
+from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
 
@@ -46,8 +46,8 @@ class SS2D(nn.Module):
         ValueError: an argument is out of range, or the input is not ``(b, h, w, d_model)``.
 
     Numerics:
-        The scan runs in float32 at least; see :func:`~kan_mamba_layers.ops.cross_selective_scan`. ``A_logs``, ``Ds`` and
-        ``dt_projs_bias`` carry ``_no_weight_decay = True`` for optimisers that honour it.
+        The scan runs in float32 at least; see :func:`~kan_mamba_layers.ops.cross_selective_scan`. ``A_logs``, ``Ds``
+        and ``dt_projs_bias`` carry ``_no_weight_decay = True`` for optimisers that honour it.
 
     Example:
         >>> import torch
@@ -55,8 +55,8 @@ class SS2D(nn.Module):
         torch.Size([2, 6, 5, 8])
 
     References:
-        Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752, section
-        3.6. Parameters are named as in VMamba v0 and its descendants, whose weights load strictly.
+        Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752,
+        section 3.6. Parameters are named as in VMamba v0 and its descendants, whose weights load strictly.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class SS2D(nn.Module):
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd to keep the image's size, got {d_conv}; use {d_conv + 1}")
         check_number("expand", expand, 1 / d_model)
-        if dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
-        check_int("dt_rank", dt_rank, 1)
+        if isinstance(dt_rank, str):
+            check_choice("dt_rank", dt_rank, ("auto",))
+        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        check_int("dt_rank", rank, 1)
         check_number("dt_min", dt_min, 0.0, open_low=True)
         check_number("dt_max", dt_max, dt_min)
         check_number("dt_init_floor", dt_init_floor, 0.0, open_low=True)
@@ -95,7 +96,7 @@ class SS2D(nn.Module):
         self.d_model = d_model
         self.d_state = d_state
         self.d_inner = int(expand * d_model)
-        self.dt_rank = dt_rank
+        self.dt_rank = rank
         self.dt_min = dt_min
         self.dt_max = dt_max
         self.dt_init_floor = dt_init_floor
@@ -105,7 +106,7 @@ class SS2D(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, **factory))
 
-        d, n, r = self.d_inner, d_state, dt_rank
+        d, n, r = self.d_inner, d_state, rank
         self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
         self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **factory)
         self.x_proj_weight = parameter(_DIRECTIONS, r + 2 * n, d)

@@ -100,13 +100,13 @@ class SegmentationModel(nn.Module):
         return ContextBlock(self.widths[level], **options)
 
     def _run_context(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run a context block. These hold nearly all activations and no BatchNorm, so only they are worth recomputing."""
+        """Run a context block, the only kind worth recomputing: it holds nearly all activations, and no BatchNorm."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the SS2D and EMA blocks in backward instead of storing their activations; gradients are the same."""
+        """Recompute SS2D and EMA blocks in backward instead of storing their activations, for the same gradients."""
         self.grad_checkpointing = enable
 
     def _check_input(self, x: Tensor) -> None:
@@ -114,11 +114,13 @@ class SegmentationModel(nn.Module):
         batch, _, height, width = x.shape
         for name, size in (("height", height), ("width", width)):
             if size < _MIN_SIZE:
-                raise ValueError(f"image {name} {size} is less than {_MIN_SIZE}, too small to halve; pad or resize the image")
+                raise ValueError(
+                    f"image {name} {size} is less than {_MIN_SIZE}, too small to halve; pad or resize the image"
+                )
         if self.training and batch * _deepest(height, len(self.widths)) * _deepest(width, len(self.widths)) == 1:
             raise ValueError(
-                f"a batch of 1 image of {height}x{width} leaves one value per channel at the deepest level, and BatchNorm "
-                "cannot train on that; use 2 or more images, images of 64x64 or more, or model.eval()"
+                f"a batch of 1 image of {height}x{width} leaves BatchNorm one value per channel at the deepest level, "
+                "which it cannot train on; use 2 or more images, images of 64x64 or more, or model.eval()"
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -154,12 +156,16 @@ class SegmentationModel(nn.Module):
 
         config = read_config(folder)
         if config["model"] != cls.__name__:
-            raise ValueError(f"folder {str(folder)!r} holds a {config['model']}, not a {cls.__name__}; load it with that class")
+            raise ValueError(
+                f"folder {str(folder)!r} holds a {config['model']}, not a {cls.__name__}; load it with that class"
+            )
         path = Path(folder) / _WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(f"folder {str(folder)!r} has no {_WEIGHTS}; store the model with save_pretrained")
         if _sha256(path) != config["sha256"]:
-            raise ValueError(f"file {str(path)!r} is damaged: its sha256 is not the one in {_CONFIG}; copy or store it again")
+            raise ValueError(
+                f"file {str(path)!r} is damaged: its sha256 is not the one in {_CONFIG}; copy or store it again"
+            )
         model = cls(**config["arguments"])
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -198,7 +204,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"file {str(path)!r} is not valid JSON ({error}); store the model again") from error
     if not isinstance(config, dict) or not {"model", "arguments", "sha256"} <= config.keys():
-        raise ValueError(f"file {str(path)!r} lacks 'model', 'arguments' or 'sha256'; store the model with save_pretrained")
+        raise ValueError(
+            f"file {str(path)!r} lacks 'model', 'arguments' or 'sha256'; store the model with save_pretrained"
+        )
     return config
 
 

@@ -45,8 +45,8 @@ _PAIR = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}
 def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tuple[dict[str, Tensor], list[str]]:
     """Translate a published KM-UNet or U-KAN checkpoint for :class:`KMUNet`.
 
-    Biases of convolutions before BatchNorm do not exist in :class:`KMUNet`, since they cannot change its output: they are
-    folded into the running mean, so the converted model computes the same function.
+    Biases of convolutions before BatchNorm do not exist in :class:`KMUNet`, since they cannot change its output: they
+    are folded into the running mean, so the converted model computes the same function.
 
     Args:
         state_dict: the published model's state; a ``module.`` prefix of ``DataParallel`` is removed.
@@ -55,14 +55,16 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
             ``widths=(a // 8, a // 4, a, b, c)``.
 
     Returns:
-        The state for ``load_state_dict``, and the names of the published parameters that were never used and are dropped.
+        The state for ``load_state_dict``, and the names of the published parameters that were never used and are
+        dropped.
 
     Raises:
         ValueError: ``source`` is unknown, or a key does not belong to the published model.
 
     Example:
         >>> import torch
-        >>> state, dropped = convert_state_dict({"final.bias": torch.zeros(1), "dnorm3.bias": torch.zeros(8)}, "km_unet")
+        >>> published = {"final.bias": torch.zeros(1), "dnorm3.bias": torch.zeros(8)}
+        >>> state, dropped = convert_state_dict(published, "km_unet")
         >>> list(state), dropped
         (['head.logits.bias'], ['dnorm3.bias'])
     """
@@ -77,7 +79,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
             continue
         ours = _rename(key, _NAMES[source])
         if ours is None:
-            raise ValueError(f"state_dict key {published!r} is not one of a published {source}; check source={source!r}")
+            raise ValueError(
+                f"state_dict key {published!r} is not one of a published {source}; check source={source!r}"
+            )
         pair = re.fullmatch(r"(.*\.conv\.[01])\.0\.bias", ours)
         if pair:
             biases[f"{pair[1]}.1.running_mean"] = value
@@ -85,7 +89,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
             converted[ours] = value
     for mean, bias in biases.items():
         if mean not in converted:
-            raise ValueError(f"state_dict has a convolution's bias but not {mean!r} after it; pass the whole state_dict")
+            raise ValueError(
+                f"state_dict has a convolution's bias but not {mean!r} after it; pass the whole state_dict"
+            )
         converted[mean] = converted[mean] - bias
     return converted, dropped
 

@@ -33,8 +33,8 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
     Args:
         name: one of :func:`list_models`: a family (``km_unet``, ``km_unet_pp``, ``u_kan``) and a size (``_tiny``,
             ``_small``, ``_base``); without a size it is base.
-        overrides: arguments of :class:`KMUNet` or :class:`KMUNetPP` that replace the named ones, such as ``in_channels``,
-            ``num_classes`` or ``use_kan=False``.
+        overrides: arguments of :class:`KMUNet` or :class:`KMUNetPP` that replace the named ones, such as
+            ``in_channels``, ``num_classes`` or ``use_kan=False``.
 
     Returns:
         The model, with fresh weights, in training mode.
@@ -80,5 +80,7 @@ def from_pretrained(folder: str | Path) -> SegmentationModel:
     """
     name = read_config(folder)["model"]
     if name not in _CLASSES:
-        raise ValueError(f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder")
+        raise ValueError(
+            f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder"
+        )
     return _CLASSES[name].from_pretrained(folder)

@@ -17,14 +17,16 @@ class KMUNet(SegmentationModel):
     .. math::
         t_i &= E_i(t_{i-1}), \quad t_i \leftarrow \mathrm{ctx}_i(t_i) \ (i \le 2), \qquad
         x_4 = t_4 \\
-        x_i &= \mathrm{ctx}'_i\big(\mathrm{KAN}_i(\mathrm{up}(\mathrm{DConv}_i(x_{i+1})) + t_i)\big), \qquad i = 3 \dots 0,
+        x_i &= \mathrm{ctx}'_i\big(\mathrm{KAN}_i(\mathrm{up}(\mathrm{DConv}_i(x_{i+1})) + t_i)\big),
+            \qquad i = 3 \dots 0,
 
     with :math:`\mathrm{KAN}_i` at levels 3 and 2 only. A last DConv and a 1x1 convolution give logits at full size.
 
     Args:
         in_channels: channels of the image.
         num_classes: channels of the logits: 1 for a binary mask (sigmoid), ``k`` for ``k`` exclusive classes (softmax).
-        widths: channels at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size; all but the last divisible by ``ema_factor``.
+        widths: channels at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size; all but the last divisible by
+            ``ema_factor``.
         trunk_context: whether the encoder goes on from the context blocks' output (as the method is described); False
             gives it to the skips only (as published code has it).
         decoder_kan: whether the decoder has KAN blocks at 1/16 and 1/8.

@@ -13,15 +13,16 @@ from kan_mamba_layers.ops import Backend
 class KMUNetPP(SegmentationModel):
     r"""Segment an image of any size on a grid of nodes ``X[i, j]``: level ``i`` (size 1/2^(i+1)), column ``j``.
 
-    Column 0 is the encoder of :class:`KMUNet`. A node further right takes the node below its left neighbour, upsampled, and
-    all nodes to its left on its level, each through a convolution of its own (the "plus-plus" convolutions),
+    Column 0 is the encoder of :class:`KMUNet`. A node further right takes the node below its left neighbour, upsampled,
+    and all nodes to its left on its level, each through a convolution of its own (the "plus-plus" convolutions),
 
     .. math::
         X_{i,j} = \mathrm{ctx}_{i,j}\Big(\mathrm{KAN}_{i,j}\big(\mathrm{up}(\mathrm{DConv}_{i,j}(X_{i+1,j-1}))
                   + \textstyle\sum_{k<j} \mathrm{plus}_{i,j,k}(X_{i,k})\big)\Big), \qquad j \ge 1,
 
-    with :math:`\mathrm{KAN}` on levels 2 and 3 only and :math:`\mathrm{ctx} = \mathrm{EMA} \circ \mathrm{SS2D}`. With depth
-    ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1 ... L-1]``.
+    with :math:`\mathrm{KAN}` on levels 2 and 3 only and :math:`\mathrm{ctx} = \mathrm{EMA} \circ \mathrm{SS2D}`. With
+    depth ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]``
+    to ``X[0, L-1]``.
 
     Args:
         in_channels: channels of the image.
@@ -39,11 +40,12 @@ class KMUNetPP(SegmentationModel):
         ema_factor: see :class:`KMUNet`.
         drop_path: see :class:`KMUNet`.
         backend: see :class:`KMUNet`.
-        deep_supervision: whether every ``X[0, j]``, ``j >= 1``, has a head. In training ``forward`` then returns a list of
-            logits, the final one first; in evaluation it returns the final one.
+        deep_supervision: whether every ``X[0, j]``, ``j >= 1``, has a head. In training ``forward`` then returns a list
+            of logits, the final one first; in evaluation it returns the final one.
 
     Shape:
-        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)`` or a list of ``L``.
+        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)`` or a list of
+        ``L``.
 
     Raises:
         TypeError: an argument has the wrong type, or the image is not floating point.
@@ -60,8 +62,8 @@ class KMUNetPP(SegmentationModel):
         [(1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96)]
 
     References:
-        Zhou et al., UNet++, arXiv 1807.10165, equation 1; Zhang et al., KM-UNet, arXiv 2501.02559. No working KM-UNet++ has
-        been published: this module defines one.
+        Zhou et al., UNet++, arXiv 1807.10165, equation 1; Zhang et al., KM-UNet, arXiv 2501.02559. No working KM-UNet++
+        has been published: this module defines one.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class KMUNetPP(SegmentationModel):
         deep_supervision: bool = False,
     ) -> None:
         if not 2 <= len(widths) <= 5:
-            raise ValueError(f"widths must have 2 to 5 entries, one for each level, got {tuple(widths)}; pass five ints")
+            raise ValueError(
+                f"widths must have 2 to 5 entries, one for each level, got {tuple(widths)}; pass five ints"
+            )
         super().__init__(
             in_channels,
             num_classes,
@@ -144,7 +148,8 @@ class KMUNetPP(SegmentationModel):
         check_int("depth", depth, 1)
         if str(depth) not in self.heads:
             raise ValueError(
-                f"depth={depth} has no head, only {', '.join(self.heads)}; train with deep_supervision=True and prune to one of them"
+                f"depth={depth} has no head, only {', '.join(self.heads)}; "
+                "train with deep_supervision=True and prune to one of them"
             )
         config = {**self.config, "widths": self.widths[: depth + 1], "deep_supervision": False}
         pruned = KMUNetPP(**config).to(next(self.parameters()))

@@ -19,8 +19,8 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
 def resolve(op: str, backend: Backend, x: Tensor) -> str:
     """Return the name of the backend that ``op`` runs for the input ``x``.
 
-    ``"auto"`` takes the fastest backend that serves the call. A backend asked for by name either runs or raises: nothing
-    falls back silently, and no environment variable takes part.
+    ``"auto"`` takes the fastest backend that serves the call. A backend asked for by name either runs or raises:
+    nothing falls back silently, and no environment variable takes part.
 
     Args:
         op: ``"selective_scan"``, ``"cross_selective_scan"`` or ``"kan_linear"``.

@@ -37,8 +37,8 @@ def bspline_basis(
 
     Args:
         x: features, shape ``(..., i)``.
-        grid: knots in ascending order, one row per feature, shape ``(i, g + 2 s + 1)``: ``g`` intervals and ``s`` more on
-            either side.
+        grid: knots in ascending order, one row per feature, shape ``(i, g + 2 s + 1)``: ``g`` intervals and ``s`` more
+            on either side.
         spline_order: degree ``s >= 1``; 3 for cubics.
         uniform: promises that the knots of each row are equally spaced, which allows the faster closed form.
 
@@ -50,8 +50,8 @@ def bspline_basis(
         ValueError: a shape does not fit, or ``spline_order`` is less than 1.
 
     Numerics:
-        Computed in float32 (float64 for float64 input) and rounded once at the end. Against exact values the recursion errs
-        by at most 2e-7 and the closed form by 8e-7 in float32.
+        Computed in float32 (float64 for float64 input) and rounded once at the end. Against exact values the recursion
+        errs by at most 2e-7 and the closed form by 8e-7 in float32.
 
     Example:
         >>> import torch
@@ -129,8 +129,8 @@ def kan_linear(
     spline_order = grid.shape[1] - 1 - bases
     if not 1 <= spline_order < bases:
         raise ValueError(
-            f"grid with {grid.shape[1]} knots does not fit spline_weight with {bases} bases: a spline of degree s >= 1 on "
-            "g >= 1 intervals has g + s bases and g + 2s + 1 knots; build both from the same g and s"
+            f"grid with {grid.shape[1]} knots does not fit spline_weight with {bases} bases: a spline of degree s >= 1 "
+            "on g >= 1 intervals has g + s bases and g + 2s + 1 knots; build both from the same g and s"
         )
     if spline_scaler is not None:
         check_shape("spline_scaler", spline_scaler, (out_features, in_features), "o, i")
@@ -148,7 +148,8 @@ def _check_grid(grid: Tensor, spline_order: int) -> int:
     check_shape("grid", grid, ("any", "any"), "i, g+2s+1")
     if grid.shape[1] < 2 * spline_order + 2:
         raise ValueError(
-            f"grid has {grid.shape[1]} knots, too few for spline_order={spline_order}; it needs g + 2*spline_order + 1 with g >= 1"
+            f"grid has {grid.shape[1]} knots, too few for spline_order={spline_order}; it needs g + 2*spline_order + 1 "
+            "for g >= 1 intervals"
         )
     return grid.shape[0]
 

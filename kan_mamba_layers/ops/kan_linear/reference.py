@@ -35,7 +35,7 @@ def kan_linear(
     extrapolation: str,
     uniform: bool,
 ) -> Tensor:  # ... o
-    """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o``; the activation is slot 0 of one product."""
+    """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o`` as one product."""
     spline_order = grid.shape[-1] - 1 - spline_weight.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too coarse for the bases
     bases = basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation)  # ... i g+s

@@ -5,8 +5,9 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
     h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d]
     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
 
-with ``h = 0`` before the first step. The backends implement it in one form: ``k`` groups of ``d`` channels that share ``B``
-and ``C``. The groups are mamba's groups in ``selective_scan`` and the four directions in ``cross_selective_scan``.
+with ``h = 0`` before the first step. The backends implement it in one form: ``k`` groups of ``d`` channels that share
+``B`` and ``C``. The groups are mamba's groups in ``selective_scan`` and the four directions in
+``cross_selective_scan``.
 """
 
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def selective_scan(
         u: input, shape ``(b, d, l)``, ``l >= 1``.
         delta: step sizes, shape ``(b, d, l)``; positive after bias and softplus for a decaying state.
         A: real transition, shape ``(d, n)``; negative for a decaying state.
-        B: input map, shape ``(d, n)`` if constant in time, ``(b, n, l)``, or ``(b, g, n, l)`` with ``g`` dividing ``d``:
-            channels ``[i d/g, (i+1) d/g)`` use group ``i``.
+        B: input map, shape ``(d, n)`` if constant in time, ``(b, n, l)``, or ``(b, g, n, l)`` with ``g`` dividing
+            ``d``: channels ``[i d/g, (i+1) d/g)`` use group ``i``.
         C: output map, shapes as for ``B``.
         D: skip connection, shape ``(d,)``.
         z: gate, shape ``(b, d, l)``.
@@ -63,7 +64,8 @@ def selective_scan(
         backend: ``"auto"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
 
     Returns:
-        ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute dtype.
+        ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute
+        dtype.
 
     Raises:
         TypeError: an argument is not a real floating-point tensor (complex ``A`` is not supported).
@@ -202,7 +204,9 @@ def _check_selective_scan(
             check_shape(name, x, (batch, "any", states, length), "b, g, n, l")
             groups = x.shape[1]
             if groups < 1 or channels % groups:
-                raise ValueError(f"{name} has {groups} groups, which do not divide the {channels} channels of u; use a divisor")
+                raise ValueError(
+                    f"{name} has {groups} groups, which do not divide the {channels} channels of u; use a divisor"
+                )
     for name, vector in (("D", D), ("delta_bias", bias)):
         if vector is not None:
             check_shape(name, vector, (channels,), "d")

@@ -1,9 +1,9 @@
 """The scan in plain PyTorch, in segments that stay in cache and in chunks that run side by side.
 
-A sequence is cut into segments, which follow one another and hand on their last state. Inside a segment of ``m`` chunks of
-``t`` steps the recurrence takes ``2 t + m`` vectorised steps instead of ``m t``: all chunks run side by side from a zero
-state, their ends are carried over the ``m`` chunks, and all chunks run again from the right state. Nothing is ever divided
-by a cumulative product: ``exp(c) * cumsum(b * exp(-c))`` is shorter and overflows at ordinary values of ``A``.
+A sequence is cut into segments, which follow one another and hand on their last state. Inside a segment of ``m`` chunks
+of ``t`` steps the recurrence takes ``2 t + m`` vectorised steps instead of ``m t``: all chunks run side by side from a
+zero state, their ends are carried over the ``m`` chunks, and all chunks run again from the right state. Nothing is ever
+divided by a cumulative product: ``exp(c) * cumsum(b * exp(-c))`` is shorter and overflows at ordinary values of ``A``.
 """
 
 import math
@@ -26,10 +26,10 @@ def scan(
     C: Tensor,  # b k l n
 ) -> tuple[Tensor, Tensor]:  # y: b k l d, last state: b k d n
     """The same mathematics as ``reference.scan``, linear in the length, with memory bounded in forward and backward."""
-    batch, groups, length, channels = u.shape
+    batch, groups, _, channels = u.shape
     A = A.mT.contiguous()  # k n d: channels last, since they are what the vector units work on
     state = u.new_zeros(batch, groups, A.shape[1], channels)  # b k n d
-    segment = max(16, _SEGMENT_VALUES // max(1, state.numel()))
+    segment = max(4, math.isqrt(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
     outputs = []
     for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):
         inputs = (*parts, A, state)
@@ -44,8 +44,9 @@ def scan(
 def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     length = u.shape[2]
     steps = math.isqrt(max(length - 1, 0)) + 1
-    padding = -length % steps  # a step of size 0 leaves the state as it is
-    u, delta, B, C = (F.pad(x, (0, 0, 0, padding)) for x in (u, delta, B, C))
+    padding = -length % steps
+    if padding:  # steps of size 0 leave the state as it is
+        u, delta, B, C = (F.pad(x, (0, 0, 0, padding)) for x in (u, delta, B, C))
     decay = torch.exp(delta[:, :, :, None] * A[:, None])  # b k l n d
     entry = (delta * u)[:, :, :, None] * B[..., None]  # b k l n d
     states = _LinearScan.apply(decay, entry, state, steps, False)  # b k l n d
@@ -65,12 +66,12 @@ class _LinearScan(torch.autograd.Function):
         times = range(steps)[::-1] if reverse else range(steps)
         chunks = range(a.shape[2])[::-1] if reverse else range(a.shape[2])
 
-        product, end = None, None  # over one chunk, all chunks side by side: b k m n d
-        for t in times:
-            product = a[:, :, :, t] if product is None else product * a[:, :, :, t]
-            end = b[:, :, :, t] if end is None else torch.addcmul(b[:, :, :, t], a[:, :, :, t], end)
+        product, end = a[:, :, :, times[0]], b[:, :, :, times[0]]  # over one chunk, all side by side: b k m n d
+        for t in times[1:]:
+            product = product * a[:, :, :, t]
+            end = torch.addcmul(b[:, :, :, t], a[:, :, :, t], end)
 
-        state = torch.empty_like(end)
+        state = torch.empty_like(end)  # before each chunk
         for m in chunks:
             state[:, :, m] = start
             start = torch.addcmul(end[:, :, m], product[:, :, m], start)
