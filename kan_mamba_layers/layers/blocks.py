@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kan_mamba_layers.layers.ema import EMA
@@ -83,7 +84,7 @@ class ContextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
         if self.ss2d is not None:
-            x = self.ss2d(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = rearrange(self.ss2d(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
         return x if self.ema is None else self.ema(x)
 
 
@@ -93,8 +94,8 @@ def upsample(x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c h' w'
 
 
 def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c
-    return x.flatten(2).transpose(1, 2)
+    return rearrange(x, "b c h w -> b (h w) c")
 
 
 def _to_image(tokens: Tensor, like: Tensor) -> Tensor:  # b (h w) c -> b c h w
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])

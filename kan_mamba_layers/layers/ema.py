@@ -1,6 +1,7 @@
 """EMA: efficient multi-scale attention with cross-spatial learning."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_divisible, check_int, check_shape
@@ -66,14 +67,14 @@ class EMA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # b c h w
         check_shape("x", x, ("any", self.channels, "any", "any"), "b, channels, h, w")
         height, width = x.shape[2:]
-        groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)  # b*f c/f h w
-        means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c/f h+w
-        gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c/f h+w 1
+        groups = rearrange(x, "b (f c) h w -> (b f) c h w", f=self.factor)
+        means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
+        gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1
         of_rows, of_columns = gates.split([height, width], 2)
-        local = self.gn(groups * of_rows * of_columns.mT)  # b*f c/f h w
-        spatial = self.conv3x3(groups)  # b*f c/f h w
+        local = self.gn(groups * of_rows * of_columns.mT)  # b*f c h w
+        spatial = self.conv3x3(groups)  # b*f c h w
         weights = (_channel_share(local) * spatial + _channel_share(spatial) * local).sum(1, keepdim=True)  # b*f 1 h w
-        return (groups * weights.sigmoid()).unflatten(0, (-1, self.factor)).flatten(1, 2)
+        return rearrange(groups * weights.sigmoid(), "(b f) c h w -> b (f c) h w", f=self.factor)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, factor={self.factor}"

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_shape
@@ -174,5 +175,5 @@ class _DepthwiseConv(nn.Module):
         self.bn = nn.BatchNorm2d(channels, **factory)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # b (h w) c
-        image = x.transpose(1, 2).unflatten(2, (height, width))  # b c h w
-        return torch.relu(self.bn(self.dwconv(image))).flatten(2).transpose(1, 2)
+        image = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
+        return rearrange(torch.relu(self.bn(self.dwconv(image))), "b c h w -> b (h w) c")

@@ -94,6 +94,8 @@ class KANLinear(nn.Module):
         low, high = _check_range(grid_range)
         for name, scale in (("scale_noise", scale_noise), ("scale_base", scale_base), ("scale_spline", scale_spline)):
             check_number(name, scale, 0.0)
+        if isinstance(base_activation, nn.Module):
+            raise TypeError(f"base_activation must be a class, got the module {base_activation!r}; pass e.g. nn.SiLU")
         check_choice("grid_mode", grid_mode, ("uniform", "adaptive"))
         check_number("grid_eps", grid_eps, 0.0, 1.0)
         check_choice("extrapolation", extrapolation, ("zero", "clamp", "linear"))
