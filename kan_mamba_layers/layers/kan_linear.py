@@ -205,7 +205,8 @@ class KANLinear(nn.Module):
 
         The function inside the range is kept exactly (to rounding) when ``new_grid_size`` is a multiple of
         ``grid_size``, otherwise in the least-squares sense. Beyond the range the splines run out within
-        ``spline_order`` of the new, narrower intervals.
+        ``spline_order`` of the new, narrower intervals. ``spline_weight`` becomes a new, larger parameter: build the
+        optimiser after this call.
 
         Args:
             new_grid_size: number of intervals, at least ``grid_size``.
@@ -231,7 +232,10 @@ class KANLinear(nn.Module):
         new = bspline_basis(points, grid.double(), self.spline_order, uniform=self.has_uniform_grid)  # m i c'
         transfer = _grid.transfer(old.transpose(0, 1), new.transpose(0, 1), ridge)  # i c' c
         weight = torch.einsum("inc,oic->oin", transfer, self.spline_weight.double())
-        self.spline_weight = nn.Parameter(weight.to(self.spline_weight.dtype), self.spline_weight.requires_grad)
+        if weight.shape == self.spline_weight.shape:
+            self.spline_weight.copy_(weight)  # in place, so that an optimiser keeps training it
+        else:
+            self.spline_weight = nn.Parameter(weight.to(self.spline_weight.dtype), self.spline_weight.requires_grad)
         self.grid = grid
 
     def regularization_loss(self, regularize_activation: float = 1.0, regularize_entropy: float = 1.0) -> Tensor:

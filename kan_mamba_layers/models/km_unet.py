@@ -60,7 +60,7 @@ class KMUNet(SegmentationModel):
         torch.Size([1, 3, 67, 50])
 
     References:
-        Zhang et al., KM-UNet, arXiv 2501.02559; Li et al., U-KAN, arXiv 2406.02918. ``trunk_context=False,
+        KM-UNet, arXiv 2501.02559; Li et al., U-KAN, arXiv 2406.02918. ``trunk_context=False,
         decoder_kan=False`` is the published KM-UNet, ``use_ss2d=False, use_ema=False`` the published U-KAN; see
         :func:`convert_state_dict`.
     """

@@ -62,7 +62,7 @@ class KMUNetPP(SegmentationModel):
         [(1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96), (1, 1, 64, 96)]
 
     References:
-        Zhou et al., UNet++, arXiv 1807.10165, equation 1; Zhang et al., KM-UNet, arXiv 2501.02559. No working KM-UNet++
+        Zhou et al., UNet++, arXiv 1807.10165, equation 1; KM-UNet, arXiv 2501.02559. No working KM-UNet++
         has been published: this module defines one.
     """
 

@@ -51,7 +51,7 @@ def bspline_basis(
 
     Numerics:
         Computed in float32 (float64 for float64 input) and rounded once at the end. Against exact values the recursion
-        errs by at most 2e-7 and the closed form by 8e-7 in float32.
+        errs by at most 2e-7 and the closed form by 1.1e-6 in float32, for degrees 1 to 5 on 5 intervals.
 
     Example:
         >>> import torch
