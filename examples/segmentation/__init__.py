@@ -1,0 +1,1 @@
+"""The three segmentation experiments: tasks, data, networks, training and reports."""

@@ -1,0 +1,46 @@
+"""One way to build every network of the experiments: ours by name, and MONAI's U-Net and U-Net++ as baselines."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from monai.networks.nets import BasicUNet, BasicUNetPlusPlus
+from torch import Tensor, nn
+
+from kan_mamba_layers import create_model, list_models
+
+# Half of MONAI's default widths: about half a million parameters, the size of our small models.
+BASELINE_FEATURES = (16, 16, 32, 64, 128, 16)
+BASELINES = ("unet", "unet_pp")
+
+
+class UNetPlusPlus(BasicUNetPlusPlus):
+    """MONAI's U-Net++ with our convention: in training the list of logits, deepest first; else one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        outputs = super().forward(x)  # shallowest first
+        return outputs[::-1] if self.training and self.deep_supervision else outputs[-1]
+
+
+def list_networks() -> list[str]:
+    """Every name that `build_network` takes."""
+    return [*BASELINES, *list_models()]
+
+
+def build_network(name: str, in_channels: int, num_classes: int, **overrides: Any) -> nn.Module:
+    """A network from images (b c h w) to logits (b num_classes h w), at any size from 32x32.
+
+    In training the U-Net++ family gives a list of logits (deep supervision, deepest first) unless `overrides` says
+    `deep_supervision=False`. Where a size is not a multiple of 16, MONAI's networks repeat the last row or column.
+    """
+    if name not in list_networks():
+        near = difflib.get_close_matches(name, list_networks(), n=3, cutoff=0.4) or list_networks()
+        raise ValueError(f"model {name!r} is unknown: did you mean {', '.join(near)}?")
+    if "_pp" in name:
+        overrides = {"deep_supervision": True, **overrides}
+    if name not in BASELINES:
+        return create_model(name, in_channels=in_channels, num_classes=num_classes, **overrides)
+    network = UNetPlusPlus if name == "unet_pp" else BasicUNet
+    overrides = {"features": BASELINE_FEATURES, **overrides}
+    return network(spatial_dims=2, in_channels=in_channels, out_channels=num_classes, **overrides)

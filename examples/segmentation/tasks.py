@@ -1,0 +1,109 @@
+"""The three tasks: channels, labels, and the augmentation that their anatomy allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    NormalizeIntensityd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandFlipd,
+    RandGaussianNoised,
+    RandRotate90d,
+    RandScaleIntensityd,
+    Transform,
+)
+
+KEYS = ("image", "mask")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One segmentation task. `labels` maps the pixel value in a mask file to its name; 0 is always background."""
+
+    name: str
+    title: str
+    in_channels: int
+    labels: dict[int, str]
+    augmentation: Callable[[int], list[Transform]]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the foreground classes 1, 2, ..."""
+        return tuple(self.labels.values())
+
+    @property
+    def num_classes(self) -> int:
+        """Logits of a network: one (sigmoid) for a binary task, else one per class and one for background (softmax)."""
+        return 1 if len(self.labels) == 1 else 1 + len(self.labels)
+
+    def transform(self, size: int, training: bool) -> Compose:
+        """Augmentation (in training) and normalisation, image by image, of {"image", "mask"}, squares of `size`."""
+        normalise = NormalizeIntensityd(keys="image", channel_wise=True)
+        plain = EnsureTyped(keys=KEYS, track_meta=False)
+        return Compose([*(self.augmentation(size) if training else []), normalise, plain])
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`."""
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _affine(size: int, degrees: float, shift: float, zoom: float, outside: str = "zeros") -> RandAffined:
+    """Rotation, shift (in parts of the image) and zoom; the mask takes the nearest pixel, so no new labels appear."""
+    return RandAffined(
+        keys=KEYS,
+        prob=0.7,
+        rotate_range=np.deg2rad(degrees),
+        translate_range=(shift * size, shift * size),
+        scale_range=(zoom, zoom),
+        mode=("bilinear", "nearest"),
+        padding_mode=outside,
+    )
+
+
+def _skin(size: int) -> list[Transform]:
+    """Skin has no up and no left: both flips, quarter turns, and the light of any dermatoscope."""
+    return [
+        RandFlipd(keys=KEYS, prob=0.5, spatial_axis=0),
+        RandFlipd(keys=KEYS, prob=0.5, spatial_axis=1),
+        RandRotate90d(keys=KEYS, prob=0.5),
+        _affine(size, degrees=15, shift=0.06, zoom=0.12, outside="reflection"),
+        RandAdjustContrastd(keys="image", prob=0.3, gamma=(0.7, 1.4)),
+        RandScaleIntensityd(keys="image", prob=0.3, factors=0.15, channel_wise=True),
+    ]
+
+
+def _ultrasound(size: int) -> list[Transform]:
+    """The probe is always at the top, so only left and right may change places."""
+    return [
+        RandFlipd(keys=KEYS, prob=0.5, spatial_axis=1),
+        _affine(size, degrees=15, shift=0.08, zoom=0.15),
+        RandAdjustContrastd(keys="image", prob=0.3, gamma=(0.7, 1.4)),
+    ]
+
+
+def _sagittal(size: int) -> list[Transform]:
+    """Front and back, head and foot are fixed in a sagittal spine: no flips; contrast and noise differ by scanner."""
+    return [
+        _affine(size, degrees=8, shift=0.05, zoom=0.1),
+        RandAdjustContrastd(keys="image", prob=0.5, gamma=(0.6, 1.6)),
+        RandGaussianNoised(keys="image", prob=0.3, std=0.03),
+    ]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("isic2017", "skin lesion", 3, {255: "lesion"}, _skin),
+        Task("fetal_head", "fetal head", 1, {255: "head"}, _ultrasound),
+        Task("lumbar_spine", "lumbar spine", 1, {k: f"L{k}" for k in range(1, 6)}, _sagittal),
+    )
+}

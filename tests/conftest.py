@@ -1,0 +1,76 @@
+"""Options, seeds and fixtures of the whole test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from helpers import Golden, nan_filled_empty
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Derandomised: the same examples on every machine, so a red test is red for everybody.
+settings.register_profile("default", max_examples=120, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=2000, deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared",
+        type=Path,
+        default=ROOT.parent / "shared",
+        metavar="PATH",
+        help="folder with golden/ and data/ (default: ../shared beside the repository)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device; skipped without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA or ROCm device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Path:
+    """The folder of shared material; tests that need it skip where it is absent."""
+    folder: Path = request.config.getoption("--shared")
+    if not folder.is_dir():
+        pytest.skip(f"shared material not found at {folder}; give its folder with --shared PATH")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Callable[[str], Golden]:
+    """Load one golden file by its stem: `golden("ss2d_0")`."""
+
+    def load(name: str) -> Golden:
+        path = shared / "golden" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"golden file {path.name} is not in {path.parent}")
+        return Golden.load(path)
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def poisoned_empty() -> Iterator[None]:
+    """Uninitialised memory reads as NaN, so a value that was never written shows up in the results."""
+    with nan_filled_empty():
+        yield

@@ -1,0 +1,136 @@
+"""Training end to end on the demo: every file of a run, the errors of the script, the quickstart, real folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import quickstart
+import train
+from kan_mamba_layers import from_pretrained
+from segmentation.module import Segmentation
+from segmentation.networks import build_network
+from segmentation.tasks import get_task
+
+QUIET = ["--image-size=32", "--limit=30", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+SCORES = {"iou", "dice", "f1"}
+
+
+def run(out: Path, task: str = "isic2017", model: str = "unet", epochs: int = 1, *more: str) -> dict:
+    return train.main([f"--task={task}", f"--model={model}", f"--epochs={epochs}", f"--out={out}", *QUIET, *more])
+
+
+def test_a_run_leaves_every_file(tmp_path):
+    out = tmp_path / "run"
+    facts = run(out, "lumbar_spine", "km_unet_pp_tiny", 2, '--model-args={"use_kan": false}')
+
+    saved = json.loads((out / "metrics.json").read_text())
+    assert saved | facts == saved
+    assert facts["model_args"] == {"use_kan": False}
+    assert facts["epochs"] == 2
+    assert facts["images"] == {"train": 24, "val": 6}
+    assert facts["subjects"] == {"train": 8, "val": 2}
+    assert set(saved["metrics"]) == {"per_image", "pooled", "classes"}
+    assert list(saved["metrics"]["classes"]) == ["L1", "L2", "L3", "L4", "L5"]
+    assert set(saved["metrics"]["per_image"]) == set(saved["metrics"]["classes"]["L3"]["pooled"]) == SCORES
+    assert saved["versions"]["torch"] == torch.__version__
+
+    rows = list(csv.DictReader((out / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for column in ("train/loss", "train/iou", "val/loss", "val/iou", "val/dice"):
+        assert all(math.isfinite(float(row[column])) for row in rows)
+    assert facts["metrics"]["per_image"]["dice"] == pytest.approx(max(float(row["val/dice"]) for row in rows))
+
+    for picture in ("curves.png", "panel.png"):
+        assert min(Image.open(out / picture).size) > 200
+    assert (out / "checkpoints" / "best.ckpt").is_file()
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+    assert any((out / "tensorboard").glob("events.out.tfevents.*"))
+    assert train.build_parser().parse_path(out / "config.yaml").model_args == {"use_kan": False}
+
+    network = from_pretrained(out / "model").eval()
+    best = torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, best[f"network.{name}"]) for name, value in network.state_dict().items())
+
+
+def test_a_config_file_repeats_a_run(tmp_path):
+    first = run(tmp_path / "first")
+    again = train.main([f"--config={tmp_path / 'first' / 'config.yaml'}", f"--out={tmp_path / 'again'}"])
+    assert again["metrics"] == first["metrics"]
+
+
+def test_a_used_run_folder_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: add --resume to continue that run, or give another --out"):
+        run(tmp_path)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"seed is 5, but the run in .* was started with 0: resume with the same"):
+        run(tmp_path / "run", "isic2017", "unet", 1, "--resume", "--seed=5")
+
+
+def test_resuming_without_a_checkpoint_starts_afresh(tmp_path, capsys):
+    first = run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    capsys.readouterr()
+    again = run(tmp_path / "run", "isic2017", "unet", 1, "--resume")
+    assert "resuming from" not in capsys.readouterr().out
+    assert again["metrics"] == first["metrics"]
+
+
+def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
+    flags = ["--patience=1", "--lr=1e-12"]
+    first = run(tmp_path / "run", "isic2017", "unet", 9, *flags)
+    assert first["epochs"] < 9
+    assert run(tmp_path / "run", "isic2017", "unet", 9, *flags, "--resume") == first
+
+
+def test_bfloat16_and_worker_processes(tmp_path):
+    facts = run(tmp_path / "run", "fetal_head", "unet_pp", 1, "--trainer.precision=bf16-mixed", "--num-workers=1")
+    assert math.isfinite(facts["metrics"]["per_image"]["iou"])
+
+
+def test_augmentation_does_not_depend_on_worker_processes(tmp_path):
+    runs = [run(tmp_path / number, "isic2017", "unet", 1, f"--num-workers={number}") for number in "02"]
+    assert runs[0]["metrics"] == runs[1]["metrics"]
+
+
+def test_no_weight_decay_for_vectors_and_marked_parameters():
+    module = Segmentation(get_task("isic2017"), build_network("km_unet_tiny", 3, 1))
+    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 40})()
+    optimizer = module.configure_optimizers()["optimizer"]
+    decayed, plain = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    for name, parameter in module.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(("A_logs", "Ds", "dt_projs_bias"))
+        assert (id(parameter) in plain) == exempt
+        assert (id(parameter) in decayed) != exempt
+    assert [group["weight_decay"] > 0 for group in optimizer.param_groups] == [True, False]
+
+
+def test_quickstart_compares_all_tasks(tmp_path, capsys):
+    runs = quickstart.quickstart(out=tmp_path, models=["km_unet_tiny", "unet"], epochs=1, image_size=32, images=12)
+    assert [(run["task"], run["model"]) for run in runs] == [
+        (task, model) for task in ("isic2017", "fetal_head", "lumbar_spine") for model in ("km_unet_tiny", "unet")
+    ]
+    assert min(Image.open(tmp_path / "overview.png").size) > 300
+    assert "validation, mean per image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("isic2017", "isic2017"), ("fetal_head", "hc18"), ("lumbar_spine", "lumbar_spine")]
+)
+def test_real_images(shared, tmp_path, task, name):
+    if not (shared / "data" / name).is_dir():
+        pytest.skip(f"no real images at {shared / 'data' / name}")
+    facts = run(tmp_path / "run", task, "unet", 1, f"--data-dir={shared / 'data' / name}")
+    assert facts["data"] == name
+    assert 0 <= facts["metrics"]["per_image"]["iou"] <= facts["metrics"]["per_image"]["dice"] <= 1

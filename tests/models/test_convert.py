@@ -1,0 +1,66 @@
+"""Published checkpoints: every key is accounted for; the values are checked against golden files in test_golden.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kan_mamba_layers import KMUNet, convert_state_dict
+
+SOURCES = {
+    "km_unet": {"trunk_context": False, "decoder_kan": False},
+    "u_kan": {"use_ss2d": False, "use_ema": False},
+}
+GOLDEN = {"km_unet": ("km_unet_0", (16, 32, 128, 160, 32)), "u_kan": ("u_kan_0", (4, 8, 32, 40, 48))}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+class TestPublishedState:
+    @pytest.fixture
+    def published(self, golden, source: str) -> dict[str, Tensor]:
+        return golden(GOLDEN[source][0]).state
+
+    def model(self, source: str) -> KMUNet:
+        return KMUNet(widths=GOLDEN[source][1], **SOURCES[source])
+
+    def test_every_key_has_its_place(self, source: str, published: dict[str, Tensor]) -> None:
+        state, dropped = convert_state_dict(published, source=source)
+        assert dropped == []
+        expected = {k: v.shape for k, v in self.model(source).state_dict().items()}
+        assert {k: v.shape for k, v in state.items()} == expected
+
+    def test_the_input_is_left_alone(self, source: str, published: dict[str, Tensor]) -> None:
+        before = {k: v.clone() for k, v in published.items()}
+        state, _ = convert_state_dict(published, source=source)
+        for value in state.values():
+            value.zero_() if value.is_floating_point() else None
+        again, _ = convert_state_dict(before, source=source)
+        assert set(published) == set(before) and set(again) == set(state)
+
+    def test_data_parallel_prefix(self, source: str, published: dict[str, Tensor]) -> None:
+        prefixed = {f"module.{k}": v for k, v in published.items()}
+        state, dropped = convert_state_dict(prefixed, source=source)
+        expected, _ = convert_state_dict(published, source=source)
+        assert dropped == [] and set(state) == set(expected)
+        assert all(torch.equal(state[k], expected[k]) for k in expected)
+
+    def test_a_foreign_key_is_refused_by_name(self, source: str, published: dict[str, Tensor]) -> None:
+        with pytest.raises(ValueError, match=r"encoder9\.conv\.0\.weight"):
+            convert_state_dict({**published, "encoder9.conv.0.weight": torch.ones(1)}, source=source)
+
+    def test_order_does_not_matter(self, source: str, published: dict[str, Tensor]) -> None:
+        state, _ = convert_state_dict(dict(reversed(published.items())), source=source)
+        expected, _ = convert_state_dict(published, source=source)
+        assert all(torch.equal(state[k], expected[k]) for k in expected)
+
+
+def test_dead_modules_of_km_unet_are_listed() -> None:
+    dead = {"dnorm3.weight": torch.ones(8), "dblock1.0.norm2.weight": torch.ones(8)}
+    state, dropped = convert_state_dict({"final.bias": torch.zeros(1), **dead}, source="km_unet")
+    assert set(dropped) == set(dead) and list(state) == ["head.logits.bias"]
+
+
+def test_decoder_blocks_of_u_kan_are_alive() -> None:
+    _, dropped = convert_state_dict({"dnorm3.weight": torch.ones(8)}, source="u_kan")
+    assert dropped == []

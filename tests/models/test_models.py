@@ -1,0 +1,393 @@
+"""Both models in all their named forms: one set of tests for every name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers import assert_close, dice, ellipses
+from kan_mamba_layers import KMUNet, KMUNetPP, create_model
+
+FAMILIES = ("km_unet", "km_unet_pp", "u_kan")
+TINY = tuple(f"{family}_tiny" for family in FAMILIES)
+ABLATIONS = (
+    {"use_kan": False},
+    {"use_ss2d": False},
+    {"use_ema": False},
+    {"trunk_context": False},
+    {"decoder_kan": False},
+    {"use_ss2d": False, "use_ema": False},
+    {"grid_size": 8, "spline_order": 2},
+    {"d_state": 1, "expand": 2},
+    {"ema_factor": 2},
+    {"drop_path": 0.3},
+)
+
+
+def build(name: str, **overrides) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, **overrides)
+
+
+def image(*shape: int, channels: int = 3) -> Tensor:
+    return torch.randn(shape[0], channels, *shape[1:], generator=torch.Generator().manual_seed(0))
+
+
+def total(out: Tensor | list[Tensor]) -> Tensor:
+    """A loss that no gradient can hide from: random weights on every logit."""
+    outs = out if isinstance(out, list) else [out]
+    draw = torch.Generator().manual_seed(1)
+    return sum((y * torch.randn(y.shape, generator=draw)).sum() for y in outs)
+
+
+def assert_gradients(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        assert p.grad is not None, f"{name} has no gradient"
+        assert p.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+        assert p.grad.abs().max() > 0, f"{name} has a zero gradient"
+
+
+@pytest.mark.parametrize("name", TINY)
+class TestEveryModel:
+    def test_every_parameter_gets_a_gradient(self, name: str) -> None:
+        model = build(name)
+        total(model(image(2, 64, 64))).backward()
+        assert_gradients(model)
+
+    @pytest.mark.parametrize("size", [(32, 32), (67, 50), (224, 224), (540, 800)])
+    def test_any_size(self, name: str, size: tuple[int, int]) -> None:
+        with torch.no_grad():
+            out = build(name).eval()(image(1, *size))
+        assert out.shape == (1, 1, *size) and out.isfinite().all()
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("classes", [1, 2, 6])
+    def test_any_channels_and_classes(self, name: str, channels: int, classes: int) -> None:
+        model = build(name, in_channels=channels, num_classes=classes).eval()
+        with torch.no_grad():
+            assert model(image(1, 32, 40, channels=channels)).shape == (1, classes, 32, 40)
+
+    @pytest.mark.parametrize("classes", [3, 4, 5])
+    def test_more_classes(self, name: str, classes: int) -> None:
+        with torch.no_grad():
+            assert build(name, num_classes=classes).eval()(image(1, 32, 32)).shape == (1, classes, 32, 32)
+
+    @pytest.mark.parametrize("size", [(64, 64), (32, 64), (65, 77)])
+    def test_a_batch_of_one_trains(self, name: str, size: tuple[int, int]) -> None:
+        model = build(name)
+        total(model(image(1, *size))).backward()
+        assert_gradients(model)
+
+    @pytest.mark.parametrize("size", [(32, 32), (33, 34)])
+    def test_one_value_per_channel_cannot_train(self, name: str, size: tuple[int, int]) -> None:
+        model = build(name)
+        with pytest.raises(ValueError, match=r"(?s)(?=.*BatchNorm)(?=.*batch of 1)(?=.*64x64)"):
+            model(image(1, *size))
+        assert model(image(2, *size)).isfinite().all()
+        assert model.eval()(image(1, *size)).isfinite().all()
+
+    def test_features_are_what_the_head_reads(self, name: str) -> None:
+        model = build(name).eval()
+        x = image(2, 66, 50)
+        with torch.no_grad():
+            features = model.forward_features(x)
+            head = model.head if isinstance(model, KMUNet) else model.heads["4"]
+            assert features.shape == (2, 8, 33, 25)
+            assert torch.equal(head(features, x.shape[2:]), model(x))
+
+    def test_an_image_does_not_see_the_others(self, name: str) -> None:
+        model, x = build(name).eval(), image(3, 40, 48)
+        with torch.no_grad():
+            assert_close("out", model(x[1:2]), model(x)[1:2], 1e-5)
+
+    def test_same_bits_again(self, name: str) -> None:
+        results = []
+        for _ in range(2):
+            model = build(name)
+            out = model(image(2, 48, 40))
+            total(out).backward()
+            results.append([out.detach(), *(p.grad for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_gradient_checkpointing_gives_equal_gradients(self, name: str) -> None:
+        results = []
+        for enable in (False, True):
+            model = build(name)
+            model.set_grad_checkpointing(enable)
+            total(model(image(2, 64, 48))).backward()
+            results.append([p.grad for p in model.parameters()] + list(model.buffers()))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_backends_agree(self, name: str) -> None:
+        x = image(1, 48, 40)
+        model = build(name).eval()
+        reference = build(name, backend="reference").eval()
+        reference.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert_close("out", model(x), reference(x), 1e-4)
+
+    def test_autocast(self, name: str) -> None:
+        model, x = build(name), image(2, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        total(out.float()).backward()
+        assert out.isfinite().all()
+        for parameter, p in model.named_parameters():
+            assert p.grad.isfinite().all(), parameter
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = model.eval()(x)
+        with torch.no_grad():
+            assert_close("out", out, model(x), 0.1)
+
+    def test_half_precision_weights(self, name: str) -> None:
+        model, x = build(name).eval(), image(1, 48, 40)
+        with torch.no_grad():
+            expected = model(x)
+            out = model.bfloat16()(x.bfloat16())
+        assert out.dtype == torch.bfloat16
+        assert_close("out", out, expected, 0.1)
+
+    def test_round_trips(self, name: str) -> None:
+        model = build(name, num_classes=2)
+        model(image(2, 48, 48))  # moves the running statistics
+        other = create_model(name, num_classes=2)
+        other.load_state_dict(model.state_dict(), strict=True)
+        with torch.no_grad():
+            expected = model.eval()(image(1, 48, 48))
+            for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(twin.eval()(image(1, 48, 48)), expected)
+
+    def test_config_rebuilds_the_model(self, name: str) -> None:
+        model = build(name, in_channels=2, num_classes=3)
+        twin = type(model)(**model.config)
+        assert twin.config == model.config
+        shapes = {k: v.shape for k, v in model.state_dict().items()}
+        assert {k: v.shape for k, v in twin.state_dict().items()} == shapes
+
+    def test_meta_device(self, name: str) -> None:
+        with torch.device("meta"):
+            model = create_model(name)
+        assert all(v.is_meta for v in model.state_dict().values())
+        assert model.eval()(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1, 64, 64)
+        trained = build(name).eval()
+        model.load_state_dict(trained.state_dict(), assign=True)
+        with torch.no_grad():
+            assert torch.equal(model(image(1, 40, 40)), trained(image(1, 40, 40)))
+
+    def test_dynamics_are_marked_for_optimizers(self, name: str) -> None:
+        for parameter, p in build(name).named_parameters():
+            dynamic = parameter.endswith(("A_logs", "Ds", "dt_projs_bias"))
+            assert getattr(p, "_no_weight_decay", False) == dynamic, parameter
+
+    def test_nothing_is_printed(self, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+        build(name)(image(2, 64, 64))
+        assert capfd.readouterr() == ("", "")
+
+    def test_overfits_four_images(self, name: str) -> None:
+        x, mask = ellipses()
+        model = build(name)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for step in range(1, 151):
+            logits = model.train()(x)
+            probability = logits.sigmoid()
+            overlap = 2 * (probability * mask).sum() / (probability.sum() + mask.sum())
+            loss = F.binary_cross_entropy_with_logits(logits, mask) + 1 - overlap
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 10 == 0:
+                with torch.no_grad():
+                    reached = dice(model.eval()(x), mask)
+                if reached >= 0.98:
+                    return
+        pytest.fail(f"Dice {reached:.3f} after {step} steps")
+
+
+@pytest.mark.parametrize("name", ["km_unet_tiny", "km_unet_pp_tiny"])
+class TestAblations:
+    @pytest.mark.parametrize("options", ABLATIONS, ids=str)
+    def test_every_parameter_is_used(self, name: str, options: dict) -> None:
+        model = build(name, **options)
+        out = model(image(4, 64, 64))
+        total(out).backward()
+        assert_gradients(model)
+
+    def test_switches_leave_out_what_they_name(self, name: str) -> None:
+        def parts(**options) -> set[str]:
+            return {key.rpartition(".")[2] for key in build(name, **options).state_dict()} | {
+                part for key in build(name, **options).state_dict() for part in key.split(".")
+            }
+
+        everything = parts()
+        assert {"spline_weight", "A_logs", "conv1x1"} <= everything
+        assert not {"spline_weight", "grid"} & parts(use_kan=False)
+        assert "A_logs" not in parts(use_ss2d=False) and "conv1x1" in parts(use_ss2d=False)
+        assert "conv1x1" not in parts(use_ema=False) and "A_logs" in parts(use_ema=False)
+        kan_blocks = [
+            sum(key.endswith("fc1.grid") for key in build(name, decoder_kan=on).state_dict()) for on in (True, False)
+        ]
+        assert kan_blocks == [{"km_unet_tiny": 4, "km_unet_pp_tiny": 5}[name], 2]
+
+    def test_sizes_reach_the_layers(self, name: str) -> None:
+        model = build(name, grid_size=7, spline_order=2, d_state=5, expand=3, ema_factor=2)
+        state = model.state_dict()
+        assert all(v.shape[1] == 7 + 2 * 2 + 1 for k, v in state.items() if k.endswith(".grid"))
+        assert all(v.shape[1] == 5 for k, v in state.items() if k.endswith(".A_logs"))
+        for key, value in state.items():
+            if key.endswith("in_proj.weight"):
+                assert value.shape[0] == 2 * 3 * value.shape[1]
+        assert {v.shape[0] for k, v in state.items() if k.endswith("gn.weight")} == {8 // 2, 16 // 2, 32 // 2, 48 // 2}
+
+    def test_trunk_context_decides_what_the_encoder_goes_on_from(self, name: str) -> None:
+        trunk, skip = build(name), build(name, trunk_context=False)
+        skip.load_state_dict(trunk.state_dict())
+        assert not torch.allclose(trunk(image(2, 64, 64)), skip(image(2, 64, 64)), atol=1e-3)
+
+    def test_gradient_checkpointing_stores_less(self, name: str) -> None:
+        sizes = []
+        for enable in (False, True):
+            model, kept = build(name), []
+            model.set_grad_checkpointing(enable)
+
+            def keep(x: Tensor, kept: list[int] = kept) -> Tensor:
+                kept.append(x.numel())
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                model(image(2, 64, 64))
+            sizes.append(sum(kept))
+        assert sizes[1] < 0.8 * sizes[0]
+
+    def test_drop_path_acts_in_training_only(self, name: str) -> None:
+        model, x = build(name, drop_path=0.5), image(4, 64, 64)
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+class TestKMUNet:
+    def test_equals_its_parts(self) -> None:
+        """The default model by hand: context in the trunk, KAN blocks at 1/16 and 1/8 of the decoder."""
+        model, x = build("km_unet_tiny").eval(), image(2, 70, 45)
+        with torch.no_grad():
+            maps, t = [], x
+            for i in range(5):
+                t = model.encoder[i](t)
+                t = model.encoder_context[i](t) if i < 3 else t
+                maps.append(t)
+            assert [tuple(m.shape[1:]) for m in maps] == [(8, 35, 22), (16, 17, 11), (32, 8, 5), (48, 4, 3), (64, 2, 2)]
+            for i in (3, 2, 1, 0):
+                t = model.decoder[i](t, maps[i].shape[2:]) + maps[i]
+                t = model.decoder_kan_stages[str(i)](t) if i >= 2 else t
+                t = model.decoder_context[i](t)
+            assert torch.equal(model.head(t, x.shape[2:]), model(x))
+
+    def test_u_kan_is_the_model_without_context(self) -> None:
+        u_kan, plain = build("u_kan_tiny").eval(), build("km_unet_tiny", use_ss2d=False, use_ema=False).eval()
+        assert torch.equal(u_kan(image(1, 48, 48)), plain(image(1, 48, 48)))
+
+
+def grid_by_hand(model: KMUNetPP, x: Tensor) -> dict[tuple[int, int], Tensor]:
+    """X[i, j] from the submodules and the definition alone, each node asking for the nodes that it needs."""
+    X: dict[tuple[int, int], Tensor] = {}
+    trunk = x
+    for i, encode in enumerate(model.encoder):
+        trunk = encode(trunk)
+        X[i, 0] = model.context[f"{i}_0"](trunk) if i < 3 else trunk
+        trunk = X[i, 0] if model.config["trunk_context"] else trunk
+
+    def node(i: int, j: int) -> Tensor:
+        if (i, j) not in X:
+            below = model.up[f"{i}_{j}"](node(i + 1, j - 1), node(i, 0).shape[2:])
+            for k in range(j):
+                below = below + model.plus[f"{i}_{j}_{k}"](node(i, k))
+            if model.config["decoder_kan"] and i in (2, 3):
+                below = model.kan[f"{i}_{j}"](below)
+            X[i, j] = model.context[f"{i}_{j}"](below)
+        return X[i, j]
+
+    for j in range(1, len(model.encoder)):
+        node(0, j)
+    return X
+
+
+class TestKMUNetPP:
+    @pytest.mark.parametrize("options", [{}, {"trunk_context": False}, {"decoder_kan": False}], ids=str)
+    @pytest.mark.parametrize("levels", [2, 3, 4, 5])
+    def test_the_grid_is_the_one_of_the_definition(self, levels: int, options: dict) -> None:
+        model = build("km_unet_pp_tiny", widths=(8, 16, 32, 48, 64)[:levels], **options).eval()
+        x = image(2, 70, 45)
+        with torch.no_grad():
+            X = grid_by_hand(model, x)
+            depth = levels - 1
+            assert set(X) == {(i, j) for i in range(levels) for j in range(levels - i)}
+            assert torch.equal(model.forward_features(x), X[0, depth])
+            assert torch.equal(model(x), model.heads[str(depth)](X[0, depth], x.shape[2:]))
+
+    def test_every_edge_of_the_grid_matters(self) -> None:
+        model, x = build("km_unet_pp_tiny"), image(2, 64, 64)
+        with torch.no_grad():
+            expected = model(x)
+            for key in model.plus:
+                changed = copy.deepcopy(model)
+                changed.plus[key][0].weight.neg_()
+                assert not torch.allclose(changed(x), expected, atol=1e-3), key
+
+    def test_deep_supervision_lists_the_final_map_first(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True), image(2, 70, 45)
+        twin = copy.deepcopy(model)
+        out = model(x)
+        assert isinstance(out, list) and [tuple(y.shape) for y in out] == 4 * [(2, 1, 70, 45)]
+        X = grid_by_hand(twin, x)
+        for y, j in zip(out, (4, 3, 2, 1), strict=True):
+            assert torch.equal(y, twin.heads[str(j)](X[0, j], x.shape[2:])), j
+        total(out).backward()
+        assert_gradients(model)
+
+    def test_evaluation_returns_the_final_map_alone(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True).eval(), image(1, 48, 40)
+        out = model(x)
+        assert isinstance(out, Tensor)
+        assert torch.equal(out, model.heads["4"](model.forward_features(x), x.shape[2:]))
+        assert isinstance(build("km_unet_pp_tiny").train()(image(2, 48, 40)), Tensor)
+
+    @pytest.mark.parametrize("depth", [1, 2, 3, 4])
+    def test_pruned_model_computes_the_same_at_its_depth(self, depth: int) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True), image(2, 70, 45)
+        model(x)  # moves the running statistics
+        model.eval()
+        pruned = model.prune(depth)
+        with torch.no_grad():
+            expected = model.heads[str(depth)](grid_by_hand(model, x)[0, depth], x.shape[2:])
+            assert torch.equal(pruned.eval()(x), expected)
+        assert isinstance(pruned, KMUNetPP)
+        kept = set(pruned.state_dict())
+        assert kept < set(model.state_dict())
+        assert not any(
+            key.startswith(f"up.{i}_{j}.") for key in kept for j in range(5) for i in range(5) if i + j > depth
+        )
+
+    def test_pruning_does_not_change_the_whole_model(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True).eval(), image(1, 40, 40)
+        expected = model(x)
+        with torch.no_grad():
+            for p in model.prune(2).parameters():
+                p.zero_()
+        assert torch.equal(model(x), expected)
+
+    def test_a_pruned_model_trains_and_is_stored(self, tmp_path) -> None:
+        pruned = build("km_unet_pp_tiny", deep_supervision=True).prune(2).train()
+        total(pruned(image(2, 48, 48))).backward()
+        assert_gradients(pruned)
+        pruned.eval().save_pretrained(tmp_path / "model")
+        again = KMUNetPP.from_pretrained(tmp_path / "model")
+        assert torch.equal(again(image(1, 40, 40)), pruned(image(1, 40, 40)))
+
+    def test_keys_show_the_grid(self) -> None:
+        nodes = {key.split(".")[1] for key in build("km_unet_pp_tiny").state_dict() if key.startswith("up.")}
+        assert nodes == {f"{i}_{j}" for j in range(1, 5) for i in range(5 - j)}

@@ -1,0 +1,251 @@
+"""Wrong calls: each raises the documented exception, whose text names the argument, the value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import says
+from kan_mamba_layers import (
+    EMA,
+    SS2D,
+    KANBlock,
+    KANLayer,
+    KANLinear,
+    KMUNet,
+    KMUNetPP,
+    bspline_basis,
+    convert_state_dict,
+    create_model,
+    cross_selective_scan,
+    from_pretrained,
+    kan_linear,
+    resolve,
+    selective_scan,
+)
+
+
+class Bad(NamedTuple):
+    """A wrong call, what it raises, and the parts of the message: argument, value, fix."""
+
+    call: Callable[[], object]
+    error: type[Exception]
+    parts: tuple[str, ...]
+
+
+def z(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def scan(**changes: object) -> object:
+    good = {"u": z(2, 4, 5), "delta": z(2, 4, 5), "A": z(4, 3), "B": z(2, 3, 5), "C": z(2, 3, 5)}
+    return selective_scan(**{**good, **changes})
+
+
+def cross(**changes: object) -> object:
+    good = {
+        "x": z(1, 3, 3, 4),
+        "x_proj_weight": z(4, 7, 4),
+        "dt_proj_weight": z(4, 4, 1),
+        "dt_proj_bias": z(4, 4),
+        "A_log": z(16, 3),
+        "D": z(16),
+    }
+    return cross_selective_scan(**{**good, **changes})
+
+
+def kan(**changes: object) -> object:
+    grid = torch.linspace(-2.2, 2.2, 12).expand(4, -1)
+    good = {
+        "x": z(7, 4),
+        "base_weight": z(3, 4),
+        "spline_weight": z(3, 4, 8),
+        "spline_scaler": z(3, 4),
+        "grid": grid,
+    }
+    return kan_linear(**{**good, **changes})
+
+
+def tiny(**options: object) -> KMUNet:
+    return KMUNet(widths=(8, 8, 8, 8, 8), **options)
+
+
+WRONG_SCANS = [
+    Bad(lambda: scan(u=z(4, 5)), ValueError, ("u must", r"b, d, l", r"\(4, 5\)")),
+    Bad(lambda: scan(u=z(2, 4, 0), delta=z(2, 4, 0)), ValueError, ("u must", r"\(2, 4, 0\)", "l >= 1")),
+    Bad(lambda: scan(u=z(2, 4, 5, dtype=torch.int64)), TypeError, ("u must", "int64", "float")),
+    Bad(lambda: scan(u=[[1.0]]), TypeError, ("u must", "list", "tensor")),
+    Bad(lambda: scan(delta=z(2, 4, 6)), ValueError, ("delta must", r"\(2, 4, 5\)", r"\(2, 4, 6\)")),
+    Bad(lambda: scan(A=z(5, 3)), ValueError, ("A must", r"\(5, 3\)", "4")),
+    Bad(lambda: scan(A=z(4, 3, dtype=torch.complex64)), TypeError, ("A must", "complex64", "real")),
+    Bad(lambda: scan(B=z(2, 2, 5)), ValueError, ("B must", r"\(2, 2, 5\)", r"2, 3, 5")),
+    Bad(lambda: scan(B=z(3)), ValueError, ("B must", r"\(3,\)", "b, g, n, l")),
+    Bad(lambda: scan(C=z(2, 3, 3, 5)), ValueError, ("C", "3 groups", "4 channels", "divi")),
+    Bad(lambda: scan(D=z(3)), ValueError, ("D must", r"\(3,\)", "4")),
+    Bad(lambda: scan(z=z(2, 4)), ValueError, ("z must", r"\(2, 4\)", "b, d, l")),
+    Bad(lambda: scan(delta_bias=z(5)), ValueError, ("delta_bias must", r"\(5,\)", "4")),
+    Bad(lambda: scan(backend="cuda"), ValueError, ("backend", "'cuda'", "choose", "'chunked'", "'reference'")),
+    Bad(lambda: cross(x=z(3, 3, 4)), ValueError, ("x must", r"\(3, 3, 4\)", "b, h, w, d")),
+    Bad(lambda: cross(x=z(1, 0, 3, 4)), ValueError, ("x must", r"\(1, 0, 3, 4\)", "h >= 1")),
+    Bad(lambda: cross(x=z(1, 3, 3, 4, dtype=torch.uint8)), TypeError, ("x must", "uint8", "float")),
+    Bad(lambda: cross(x_proj_weight=z(4, 6, 4)), ValueError, ("x_proj_weight must", r"4, 7, 4", r"\(4, 6, 4\)")),
+    Bad(lambda: cross(dt_proj_weight=z(2, 4, 1)), ValueError, ("dt_proj_weight must", r"\(2, 4, 1\)")),
+    Bad(lambda: cross(dt_proj_bias=z(16)), ValueError, ("dt_proj_bias must", r"\(16,\)", r"4, 4")),
+    Bad(lambda: cross(A_log=z(4, 3)), ValueError, ("A_log must", r"\(4, 3\)", "16")),
+    Bad(lambda: cross(D=z(4)), ValueError, ("D must", r"\(4,\)", "16")),
+    Bad(lambda: cross(backend="nonsense"), ValueError, ("backend", "'nonsense'", "choose")),
+    Bad(lambda: resolve("scan", "auto", z(1)), ValueError, ("op must", "'scan'", "'selective_scan'")),
+    Bad(lambda: resolve("kan_linear", "chunked", z(1)), ValueError, ("backend", "'chunked'", "kan_linear", "choose")),
+]
+
+GRID = torch.linspace(-2.2, 2.2, 12).expand(4, -1)
+WRONG_SPLINES = [
+    Bad(lambda: bspline_basis(z(7, 4), GRID, 0), ValueError, ("spline_order must", "0", ">= 1")),
+    Bad(lambda: bspline_basis(z(7, 4), GRID, 2.5), TypeError, ("spline_order must", "2.5", "int")),
+    Bad(lambda: bspline_basis(z(7, 3), GRID, 3), ValueError, ("x must", "4 features", r"\(7, 3\)")),
+    Bad(lambda: bspline_basis(z(7, 4, dtype=torch.int32), GRID, 3), TypeError, ("x must", "int32", "float")),
+    Bad(lambda: bspline_basis(z(7, 4), GRID[:, :7], 3), ValueError, ("grid", "7 knots", "spline_order=3")),
+    Bad(lambda: bspline_basis(z(7, 4), GRID[0], 3), ValueError, ("grid must", r"\(12,\)")),
+    Bad(lambda: kan(x=z(7, 5)), ValueError, ("x must", "4 features", r"\(7, 5\)")),
+    Bad(lambda: kan(base_weight=z(4, 3)), ValueError, ("base_weight must", r"\(4, 3\)", "3, 4")),
+    Bad(lambda: kan(spline_weight=z(3, 8)), ValueError, ("spline_weight must", r"\(3, 8\)")),
+    Bad(lambda: kan(spline_weight=z(3, 4, 11)), ValueError, ("grid", "12 knots", "11 bases")),
+    Bad(lambda: kan(spline_scaler=z(3)), ValueError, ("spline_scaler must", r"\(3,\)", "3, 4")),
+    Bad(lambda: kan(bias=z(4)), ValueError, ("bias must", r"\(4,\)", "3")),
+    Bad(lambda: kan(grid=GRID[:3]), ValueError, ("grid must", r"\(3, 12\)", "4")),
+    Bad(lambda: kan(extrapolation="constant"), ValueError, ("extrapolation must", "'constant'", "'clamp'")),
+    Bad(lambda: kan(backend="gpu"), ValueError, ("backend", "'gpu'", "choose")),
+]
+
+WRONG_LAYERS = [
+    Bad(lambda: KANLinear(0, 4), ValueError, ("in_features must", "0", ">= 1")),
+    Bad(lambda: KANLinear(4, -1), ValueError, ("out_features must", "-1", ">= 1")),
+    Bad(lambda: KANLinear(4, 4, grid_size=-5), ValueError, ("grid_size must", "-5", ">= 1")),
+    Bad(lambda: KANLinear(4, 4, spline_order=0), ValueError, ("spline_order must", "0", ">= 1")),
+    Bad(lambda: KANLinear(4.0, 4), TypeError, ("in_features must", "4.0", "int")),
+    Bad(lambda: KANLinear(4, 4, grid_range=(1, -1)), ValueError, ("grid_range must", r"\(1, -1\)", "ascend")),
+    Bad(lambda: KANLinear(4, 4, grid_range=1.0), TypeError, ("grid_range must", "1.0", "pair")),
+    Bad(lambda: KANLinear(4, 4, grid_mode="quantile"), ValueError, ("grid_mode must", "'quantile'", "'adaptive'")),
+    Bad(lambda: KANLinear(4, 4, grid_eps=1.5), ValueError, ("grid_eps must", "1.5", r"\[0.0, 1.0\]")),
+    Bad(lambda: KANLinear(4, 4, scale_base=-1.0), ValueError, ("scale_base must", "-1.0")),
+    Bad(lambda: KANLinear(4, 4, scale_noise=float("nan")), ValueError, ("scale_noise must", "nan", "finite")),
+    Bad(lambda: KANLinear(4, 4, extrapolation="nearest"), ValueError, ("extrapolation must", "'nearest'", "'linear'")),
+    Bad(lambda: KANLinear(4, 4, backend="fused"), ValueError, ("backend", "'fused'", "choose")),
+    Bad(lambda: KANLinear(4, 4)(z(3, 5)), ValueError, ("x must", "4 features", r"\(3, 5\)")),
+    Bad(lambda: KANLinear(4, 4)(z(3, 4, dtype=torch.int64)), TypeError, ("x must", "int64", "float")),
+    Bad(lambda: KANLinear(4, 4).update_grid(z(3, 5)), ValueError, ("x must", "4 features", r"\(3, 5\)")),
+    Bad(lambda: KANLinear(4, 4).update_grid(z(0, 4)), ValueError, ("x must", r"\(0, 4\)", "at least one sample")),
+    Bad(lambda: KANLinear(4, 4).update_grid(z(3, 4) / 0), ValueError, ("x must", "finite")),
+    Bad(lambda: KANLinear(4, 4).update_grid(z(3, 4), margin=-1), ValueError, ("margin must", "-1")),
+    Bad(lambda: KANLinear(4, 4).extend_grid(3), ValueError, ("new_grid_size must", "3", ">= 5")),
+    Bad(lambda: KANLinear(4, 4).extend_grid("10"), TypeError, ("new_grid_size must", "'10'", "int")),
+    Bad(lambda: KANLayer(0), ValueError, ("in_features must", "0", ">= 1")),
+    Bad(lambda: KANLayer(4, hidden_features=0), ValueError, ("hidden_features must", "0", ">= 1")),
+    Bad(lambda: KANLayer(4)(z(2, 12, 4), 3, 5), ValueError, ("x must", r"\(2, 12, 4\)", "H\\*W", "15")),
+    Bad(lambda: KANBlock(4)(z(2, 4, 12), 3, 4), ValueError, ("must", r"\(2, 4, 12\)")),
+    Bad(lambda: KANBlock(4, drop_path=1.0), ValueError, ("drop_path must", "1.0")),
+    Bad(lambda: SS2D(0), ValueError, ("d_model must", "0", ">= 1")),
+    Bad(lambda: SS2D(8, d_state=0), ValueError, ("d_state must", "0", ">= 1")),
+    Bad(lambda: SS2D(8, d_conv=4), ValueError, ("d_conv must", "4", "odd", "use 5")),
+    Bad(lambda: SS2D(8, expand=0), ValueError, ("expand must", "0")),
+    Bad(lambda: SS2D(8, dt_rank="full"), ValueError, ("dt_rank must", "'full'", "'auto'")),
+    Bad(lambda: SS2D(8, dt_min=0.1, dt_max=0.01), ValueError, ("dt_max must", "0.01", "0.1")),
+    Bad(lambda: SS2D(8, dropout=1.5), ValueError, ("dropout must", "1.5")),
+    Bad(lambda: SS2D(8, backend="mamba_ssm"), ValueError, ("backend", "'mamba_ssm'", "choose")),
+    Bad(lambda: SS2D(8)(z(2, 8, 5, 6)), ValueError, ("x must", r"\(2, 8, 5, 6\)", "b, h, w, d_model")),
+    Bad(lambda: EMA(20), ValueError, ("channels", "20", "factor", "8", "use channels=24")),
+    Bad(lambda: EMA(8, factor=0), ValueError, ("factor must", "0", ">= 1")),
+    Bad(lambda: EMA(8)(z(2, 16, 5, 5)), ValueError, ("x must", r"\(2, 16, 5, 5\)", "8")),
+    Bad(lambda: EMA(8)(z(8, 5, 5)), ValueError, ("x must", r"\(8, 5, 5\)", "b, channels, h, w")),
+]
+
+WRONG_MODELS = [
+    Bad(lambda: KMUNet(in_channels=0), ValueError, ("in_channels must", "0", ">= 1")),
+    Bad(lambda: KMUNet(num_classes=0), ValueError, ("num_classes must", "0", ">= 1")),
+    Bad(lambda: KMUNet(widths=(8, 16, 32)), ValueError, ("widths must", r"\(8, 16, 32\)", "5")),
+    Bad(lambda: KMUNet(widths=(8, 16, 30, 32, 64)), ValueError, ("widths", "30", "ema_factor", "8", "32")),
+    Bad(lambda: KMUNet(widths=8), TypeError, ("widths must", "8")),
+    Bad(lambda: KMUNetPP(widths=(8,)), ValueError, ("widths must", r"\(8,\)", "2 to 5")),
+    Bad(lambda: tiny(grid_size=0), ValueError, ("grid_size must", "0", ">= 1")),
+    Bad(lambda: tiny(d_state=-1), ValueError, ("d_state must", "-1", ">= 1")),
+    Bad(lambda: tiny(drop_path=2.0), ValueError, ("drop_path must", "2.0")),
+    Bad(lambda: tiny(backend="numba"), ValueError, ("backend", "'numba'", "choose")),
+    Bad(lambda: tiny()(z(2, 3, 31, 64)), ValueError, ("height", "31", "32", "resize")),
+    Bad(lambda: tiny()(z(2, 3, 64, 16)), ValueError, ("width", "16", "32", "resize")),
+    Bad(lambda: tiny()(z(2, 4, 64, 64)), ValueError, ("x must", r"\(2, 4, 64, 64\)", "in_channels", "3")),
+    Bad(lambda: tiny()(z(3, 64, 64)), ValueError, ("x must", r"\(3, 64, 64\)", "b, in_channels, h, w")),
+    Bad(lambda: tiny()(z(2, 3, 64, 64, dtype=torch.uint8)), TypeError, ("x must", "uint8", "float")),
+    Bad(lambda: tiny()(z(1, 3, 32, 32)), ValueError, ("batch of 1", "32x32", "BatchNorm", "64x64")),
+    Bad(lambda: KMUNetPP(widths=(8, 8, 8)).prune(1), ValueError, ("depth", "1", "deep_supervision=True")),
+    Bad(
+        lambda: KMUNetPP(widths=(8, 8), deep_supervision=True).prune(2), ValueError, ("depth", "2", "deep_supervision")
+    ),
+    Bad(lambda: KMUNetPP(widths=(8, 8), deep_supervision=True).prune(0), ValueError, ("depth must", "0", ">= 1")),
+    Bad(lambda: create_model("km_unett"), ValueError, ("name", "'km_unett'", "did you mean", "km_unet")),
+    Bad(lambda: create_model("zzz"), ValueError, ("name", "'zzz'", "list_models")),
+    Bad(lambda: create_model("km_unet_tiny", classes=2), TypeError, ("classes",)),
+    Bad(lambda: create_model("u_kan_tiny", num_classes=-2), ValueError, ("num_classes must", "-2", ">= 1")),
+    Bad(lambda: convert_state_dict({}, source="unet"), ValueError, ("source must", "'unet'", "'km_unet'", "'u_kan'")),
+    Bad(lambda: convert_state_dict({"foo.weight": z(1)}, "km_unet"), ValueError, ("'foo.weight'", "km_unet", "check")),
+    Bad(
+        lambda: convert_state_dict({"encoder1.conv.0.bias": z(1)}, "u_kan"), ValueError, ("encoder", "whole state_dict")
+    ),
+]
+
+TABLE = WRONG_SCANS + WRONG_SPLINES + WRONG_LAYERS + WRONG_MODELS
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=[f"{i}-{bad.parts[0].split()[0]}" for i, bad in enumerate(TABLE)])
+def test_wrong_call(bad: Bad) -> None:
+    with pytest.raises(bad.error, match=says(*bad.parts)) as caught:
+        bad.call()
+    assert type(caught.value) is bad.error, "no subclass that happens to come from below"
+    assert caught.value.__cause__ is None or bad.error is not TypeError
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(TABLE) >= 100
+
+
+class TestFolders:
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=says("nowhere", r"config\.json", "save_pretrained")):
+            from_pretrained(tmp_path / "nowhere")
+
+    def test_missing_weights(self, tmp_path: Path) -> None:
+        KMUNetPP(widths=(8, 8)).save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=says(r"model\.safetensors", "save_pretrained")):
+            from_pretrained(tmp_path)
+
+    def test_another_class(self, tmp_path: Path) -> None:
+        KMUNetPP(widths=(8, 8)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=says("holds a KMUNetPP", "not a KMUNet;", "class")):
+            KMUNet.from_pretrained(tmp_path)
+
+    def test_unknown_class(self, tmp_path: Path) -> None:
+        KMUNetPP(widths=(8, 8)).save_pretrained(tmp_path)
+        config = tmp_path / "config.json"
+        config.write_text(config.read_text().replace("KMUNetPP", "ResNet"))
+        with pytest.raises(ValueError, match=says("'ResNet'", "KMUNet", "folder")):
+            from_pretrained(tmp_path)
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "model.pt").write_bytes(b"")
+        with pytest.raises(FileNotFoundError, match=r"model\.pt"):
+            from_pretrained(tmp_path / "model.pt")
+
+
+def test_good_calls_pass() -> None:
+    """The bases of the table are right: each bad row is bad for its own reason."""
+    scan()
+    cross()
+    kan()
+    kan(spline_scaler=None, bias=z(3), base_activation=F.gelu)
+    tiny()(z(2, 3, 32, 32))

@@ -1,0 +1,143 @@
+"""Who may import whom, read from the source: examples -> public names; models -> layers -> ops -> _check."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "kan_mamba_layers"
+STOREYS = ("_check", "ops", "layers", "models")  # each may use itself and what stands before it
+BACKENDS = {"reference", "_chunked", "_cpu", "_triton"}
+CORE = {"torch", "numpy", "einops"}
+MAX_LINES = 400
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module with its line; `from a import b` counts as `a.b` too where b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "." * node.level + (node.module or ""), node.lineno
+            else:
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def storey(module: str) -> int:
+    """Where `kan_mamba_layers.<storey>...` stands; the package's own __init__ stands on top."""
+    part = module.split(".")[1] if "." in module else ""
+    return STOREYS.index(part) if part in STOREYS else len(STOREYS)
+
+
+def violations(name: str, source: str) -> list[str]:
+    """What the module `name` of the package (dotted, without __init__) must not do, one line each."""
+    found = []
+    tree = ast.parse(source)
+    parts = name.split(".")
+    at_top = {id(node) for node in tree.body}
+    for target, line in imports(tree):
+        if target.startswith("."):
+            found.append(f"{name}:{line} relative import {target}")
+        if target.split(".")[0] != PACKAGE:
+            continue
+        if storey(target) > storey(name):
+            found.append(f"{name}:{line} imports {target} from a storey above")
+        steps = target.split(".")
+        kernels = BACKENDS & set(steps)
+        same_op = len(parts) > 2 and steps[:3] == parts[:3]
+        if kernels and not (same_op and parts[-1] not in BACKENDS):
+            found.append(f"{name}:{line} imports the backend {target}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append(f"{name}:{node.lineno} bare assert")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            found.append(f"{name}:{node.lineno} print")
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+            found.append(f"{name}:{node.lineno} environment variable")
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) in at_top:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for top in {n.split(".")[0] for n in names} - CORE - {PACKAGE} - sys.stdlib_module_names:
+                found.append(f"{name}:{node.lineno} imports {top} at its top; only torch, numpy and einops may be")
+    return found
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=dotted)
+def test_module_of_the_package(path: Path) -> None:
+    source = path.read_text()
+    assert violations(dotted(path), source) == []
+    assert len(source.splitlines()) <= MAX_LINES
+    assert path.stem not in ("utils", "common", "helpers", "misc")
+
+
+@pytest.mark.parametrize("path", modules("examples") + modules("benchmarks"), ids=dotted)
+def test_examples_and_benchmarks_use_public_names_only(path: Path) -> None:
+    import kan_mamba_layers
+
+    tree = ast.parse(path.read_text())
+    public = set(kan_mamba_layers.__all__)
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"bare assert in line {node.lineno}"
+        if isinstance(node, ast.Import):
+            deep = [a.name for a in node.names if a.name.startswith(f"{PACKAGE}.")]
+            assert not deep, f"line {node.lineno} imports {deep}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            assert node.module == PACKAGE, f"line {node.lineno} imports from {node.module}"
+            assert {a.name for a in node.names} <= public
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(modules(PACKAGE)) > 15 and len(modules("examples")) > 0
+
+
+class TestTheCheckItself:
+    @pytest.mark.parametrize(
+        ("name", "source", "complaint"),
+        [
+            ("kan_mamba_layers.ops.x", "from kan_mamba_layers.layers import EMA", "storey above"),
+            ("kan_mamba_layers.layers.x", "import kan_mamba_layers.models.km_unet", "storey above"),
+            ("kan_mamba_layers.layers.x", "from kan_mamba_layers import SS2D", "storey above"),
+            ("kan_mamba_layers._check", "def f():\n    from kan_mamba_layers.ops import resolve", "storey above"),
+            ("kan_mamba_layers.layers.x", "from kan_mamba_layers.ops.kan_linear import reference", "backend"),
+            ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a.reference import scan", "backend"),
+            ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a import _triton", "backend"),
+            ("kan_mamba_layers.ops.b.x", "from kan_mamba_layers.ops.a import _chunked", "backend"),
+            ("kan_mamba_layers.ops.x", "from . import y", "relative"),
+            ("kan_mamba_layers.ops.x", "import triton", "triton at its top"),
+            ("kan_mamba_layers.ops.x", "from numba import njit", "numba at its top"),
+            ("kan_mamba_layers.layers.x", "assert 1", "assert"),
+            ("kan_mamba_layers.layers.x", "print(1)", "print"),
+            ("kan_mamba_layers.ops.x", "import os\nos.environ['A']", "environment"),
+        ],
+    )
+    def test_planted_violation_is_found(self, name: str, source: str, complaint: str) -> None:
+        assert any(complaint in line for line in violations(name, source))
+
+    @pytest.mark.parametrize(
+        ("name", "source"),
+        [
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import _chunked, reference"),
+            ("kan_mamba_layers.ops.a._library", "def f():\n    from kan_mamba_layers.ops.a import _cpu"),
+            ("kan_mamba_layers.models.x", "from kan_mamba_layers.layers import EMA"),
+            ("kan_mamba_layers.models.x", "def f():\n    import safetensors"),
+            ("kan_mamba_layers.ops.x", "import math\nimport torch.nn.functional as F\nimport numpy"),
+            ("kan_mamba_layers", "from kan_mamba_layers.models import KMUNet"),
+        ],
+    )
+    def test_good_import_passes(self, name: str, source: str) -> None:
+        assert violations(name, source) == []
