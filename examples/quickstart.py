@@ -39,7 +39,7 @@ def quickstart(
         images: demo images of each task, about a fifth of them for validation.
     """
     runs, shown = [], []
-    common = [f"--epochs={epochs}", f"--image-size={image_size}", f"--limit={images}", "--batch-size=4", "--lr=2e-3"]
+    common = [f"--epochs={epochs}", f"--image-size={image_size}", f"--limit={images}", "--batch-size=4", "--lr=8e-3"]
     for name, task in TASKS.items():
         for model in models:
             flags = [f"--task={name}", f"--model={model}", f"--out={out / f'{name}-{model}'}", *common, "--resume"]

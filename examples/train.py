@@ -44,6 +44,13 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+# Warnings of Lightning that are answered here: images are in memory, and repeated images are counted once.
+REMARKS = (
+    "does not have many workers",
+    "Checkpoint directory .* is not empty",
+    "Using `DistributedSampler` with the dataloaders",
+    "LeafSpec",
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -98,16 +105,12 @@ def quieten() -> None:
     """Lightning's remarks on its set-up say nothing new here; warnings about the run itself stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for remark in (
-        "does not have many workers",
-        "Checkpoint directory .* not empty",
-        r"isinstance\(treespec, LeafSpec",
-    ):
+    for remark in REMARKS:
         warnings.filterwarnings("ignore", f".*{remark}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate the best epoch, write the run folder and return the settings, counts and scores of metrics.json."""
+    """Train, evaluate the best epoch, write the run folder and return the facts and scores of metrics.json."""
     argv = sys.argv[1:] if argv is None else list(argv)
     quieten()
     parser = build_parser()

@@ -35,6 +35,17 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}; pass an int >= {minimum}")
 
 
+def check_sizes(name: str, value: Any, least: int, most: int) -> None:
+    """``value`` is a sequence of ``least`` to ``most`` positive integers."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}; pass a tuple")
+    if not least <= len(value) <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{name} must have {wanted} entries, one for each level, got {value!r}; pass {most} integers")
+    for i, size in enumerate(value):
+        check_int(f"{name}[{i}]", size, 1)
+
+
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> None:

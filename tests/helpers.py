@@ -1,7 +1,7 @@
 """Independent oracles, error budgets and input generators that the tests share.
 
-The oracles are NumPy and SciPy in float64, written from the definitions and slow on purpose; they share no code with the
-package. What is here can fail, and `test_helpers.py` shows that it does.
+The oracles are NumPy and SciPy in float64, written from the definitions and slow on purpose; they share no code with
+the package. What is here can fail, and `test_helpers.py` shows that it does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def to_array(x: Tensor) -> Array:
     return x.detach().to("cpu", torch.float64).numpy().copy()
 
 
-# ---------------------------------------------------------------------------------------------------------------- oracles
+# Oracles
 
 
 def softplus(x: Array) -> Array:
@@ -96,7 +96,7 @@ def cross_scan_oracle(
     x: Array, x_proj_weight: Array, dt_proj_weight: Array, dt_proj_bias: Array, A_log: Array, D: Array
 ) -> Array:
     """The four-direction scan of b h w d, one direction after the other through explicit lists of pixels."""
-    b, h, w, d = x.shape
+    _, h, w, d = x.shape
     n, r = A_log.shape[1], dt_proj_weight.shape[2]
     out = np.zeros_like(x)
     for k in range(4):
@@ -120,7 +120,7 @@ def cross_scan_oracle(
 
 
 def basis_oracle(x: Array, grid: Array, spline_order: int, derivative: int = 0) -> Array:
-    """SciPy's basis elements: x (..., i) and knots (i, m) give (..., i, m - spline_order - 1); 0 outside the support."""
+    """SciPy's basis elements: x (..., i) and knots (i, m) give (..., i, m - spline_order - 1); 0 outside."""
     features, knots = grid.shape
     out = np.zeros((*x.shape, knots - spline_order - 1))
     for i in range(features):
@@ -152,7 +152,7 @@ def kan_oracle(
     return out if bias is None else out + bias
 
 
-# ------------------------------------------------------------------------------------------------------- errors, budgets
+# Errors, budgets
 
 
 def max_error(actual: Tensor | Array, expected: Tensor | Array) -> float:
@@ -198,7 +198,7 @@ def assert_budget(
     bands: float = 1.0,
     terms: float = 0.0,
 ) -> None:
-    """err(actual) <= 2 err(reference at the same dtype) + `bands` roundings of the largest value, and never above CEILING.
+    """err(actual) <= 2 err(reference at the same dtype) + `bands` roundings of the largest value, under CEILING.
 
     `terms` is the size of the terms where the values are sums that may cancel.
     """
@@ -226,7 +226,7 @@ def gradients(
     return out.detach(), dict(zip(wanted, grads, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------- inputs
+# Inputs
 
 
 def strided(x: Tensor, layout: str) -> Tensor:

@@ -50,7 +50,8 @@ class Segmentation(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.scores = self.metrics.compute()
         self.metrics.reset()
-        self.log_dict({f"val/{name}": self.scores["per_image"][name] for name in ("iou", "dice")}, prog_bar=True)
+        means = {f"val/{name}": self.scores["per_image"][name] for name in ("iou", "dice")}
+        self.log_dict(means, prog_bar=True, sync_dist=True)  # already of all processes; their mean changes nothing
 
     def _log(self, name: str, value: Tensor, batch: Batch) -> None:
         self.log(

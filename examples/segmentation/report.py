@@ -142,7 +142,7 @@ def draw_row(axes: Sequence[Axes], item: Shown) -> None:
     """Image, truth and prediction on three axes."""
     picture, truth, prediction = item
     for axis, classes in zip(axes, (None, truth, prediction), strict=True):
-        axis.imshow(picture)
+        axis.imshow(picture, interpolation="bilinear")
         axis.set(xticks=[], yticks=[])
         if classes is None:
             continue

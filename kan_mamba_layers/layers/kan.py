@@ -148,6 +148,7 @@ class KANBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_int("dim", dim, 1)
+        self.dim = dim
         self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.layer = KANLayer(
             dim,
@@ -163,6 +164,7 @@ class KANBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
+        check_shape("x", x, ("any", H * W, self.dim), "b, H*W, dim")
         return x + self.drop_path(self.layer(self.norm2(x), H, W))
 
 

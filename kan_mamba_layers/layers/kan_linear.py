@@ -113,7 +113,6 @@ class KANLinear(nn.Module):
         self.grid_eps = grid_eps
         self.extrapolation: Extrapolation = extrapolation
         self.backend: Backend = backend
-        self.has_uniform_grid = True
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -122,14 +121,16 @@ class KANLinear(nn.Module):
         self.spline_weight = parameter(out_features, in_features, grid_size + spline_order)
         self.spline_scaler = parameter(out_features, in_features) if enable_standalone_scale_spline else None
         self.bias = parameter(out_features) if bias else None
-        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
-        grid = _grid.uniform(low, high, grid_size, spline_order).to(self.base_weight.device, dtype)
-        self.register_buffer("grid", grid.repeat(in_features, 1))
+        exact = torch.promote_types(self.base_weight.dtype, torch.float32)
+        knots = grid_size + 2 * spline_order + 1
+        self.register_buffer("grid", torch.empty(in_features, knots, device=device, dtype=exact))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights: uniform base weights and scalers, and splines through small noise at the knots."""
+        """Draw new weights: uniform base weights and scalers, and splines through small noise at even knots."""
+        self.grid.copy_(_grid.uniform(*self.grid_range, self.grid_size, self.spline_order))
+        self.has_uniform_grid = True
         bound = 1 / math.sqrt(self.in_features)
         self.base_weight.uniform_(-bound, bound).mul_(self.scale_base)
         if self.bias is not None:

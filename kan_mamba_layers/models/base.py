@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +56,6 @@ class SegmentationModel(nn.Module):
         for op in ("cross_selective_scan", "kan_linear"):
             check_backend(op, backend)
         for i, width in enumerate(widths):
-            check_int(f"widths[{i}]", width, 1)
             if use_ema and (i < CONV_LEVELS or i < len(widths) - 1):
                 check_divisible(f"widths[{i}]", width, "ema_factor", ema_factor)
         self.widths = tuple(widths)
@@ -132,12 +132,12 @@ class SegmentationModel(nn.Module):
         Raises:
             ImportError: safetensors is not installed.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
+        safetensors = _safetensors()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
-        config = {"model": type(self).__name__, "arguments": self.config, "sha256": _sha256(folder / _WEIGHTS)}
+        safetensors.save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / _WEIGHTS)
+        config = {"model": type(self).__name__, "arguments": self.config}
+        config["sha256"] = _checksum(config, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -149,11 +149,9 @@ class SegmentationModel(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or one of its files does not exist.
-            ValueError: the folder holds another model, or the weights are not the ones that were stored.
+            ValueError: the folder holds another model, or not what was stored.
             ImportError: safetensors is not installed.
         """
-        from safetensors.torch import load_file
-
         config = read_config(folder)
         if config["model"] != cls.__name__:
             raise ValueError(
@@ -162,12 +160,13 @@ class SegmentationModel(nn.Module):
         path = Path(folder) / _WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(f"folder {str(folder)!r} has no {_WEIGHTS}; store the model with save_pretrained")
-        if _sha256(path) != config["sha256"]:
+        if _checksum(config, path) != config["sha256"]:
             raise ValueError(
-                f"file {str(path)!r} is damaged: its sha256 is not the one in {_CONFIG}; copy or store it again"
+                f"folder {str(folder)!r} is damaged: by its sha256 {_CONFIG} or {_WEIGHTS} is not what was stored; "
+                "copy it or store the model again"
             )
         model = cls(**config["arguments"])
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(_safetensors().load_file(path))
         return model.eval()
 
 
@@ -217,5 +216,15 @@ def _deepest(size: int, levels: int) -> int:
     return size
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("storing models needs safetensors: pip install kan-mamba-layers[hub]") from error
+    return safetensors.torch
+
+
+def _checksum(config: dict[str, Any], weights: Path) -> str:
+    """The sha256 of what a stored model is: its class, its arguments and its weights."""
+    identity = json.dumps([config["model"], config["arguments"]], sort_keys=True)
+    return hashlib.sha256(identity.encode() + weights.read_bytes()).hexdigest()

@@ -48,7 +48,7 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
         1
     """
     if name not in _MODELS:
-        nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.3)
+        nearest = difflib.get_close_matches(str(name).lower(), _MODELS, n=3, cutoff=0.3)
         raise ValueError(f"name {name!r} is not a model; did you mean {', '.join(nearest) or 'one of list_models()'}?")
     cls, arguments = _MODELS[name]
     return cls(**{**arguments, **overrides})
@@ -75,7 +75,7 @@ def from_pretrained(folder: str | Path) -> SegmentationModel:
 
     Raises:
         FileNotFoundError: the folder or one of its files does not exist.
-        ValueError: the folder holds no model of this library, or the weights are not the ones that were stored.
+        ValueError: the folder holds no model of this library, or not what was stored.
         ImportError: safetensors is not installed.
     """
     name = read_config(folder)["model"]

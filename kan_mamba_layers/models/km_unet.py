@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kan_mamba_layers._check import check_sizes
 from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
 from kan_mamba_layers.ops import Backend
 
@@ -84,8 +85,7 @@ class KMUNet(SegmentationModel):
         drop_path: float = 0.0,
         backend: Backend = "auto",
     ) -> None:
-        if len(widths) != 5:
-            raise ValueError(f"widths must have 5 entries, one for each level, got {tuple(widths)}; pass five ints")
+        check_sizes("widths", widths, 5, 5)
         super().__init__(
             in_channels,
             num_classes,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_int
+from kan_mamba_layers._check import check_int, check_sizes
 from kan_mamba_layers.layers.blocks import ConvBNReLU
 from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
 from kan_mamba_layers.ops import Backend
@@ -86,10 +86,7 @@ class KMUNetPP(SegmentationModel):
         backend: Backend = "auto",
         deep_supervision: bool = False,
     ) -> None:
-        if not 2 <= len(widths) <= 5:
-            raise ValueError(
-                f"widths must have 2 to 5 entries, one for each level, got {tuple(widths)}; pass five ints"
-            )
+        check_sizes("widths", widths, 2, 5)
         super().__init__(
             in_channels,
             num_classes,

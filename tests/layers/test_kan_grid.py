@@ -55,7 +55,7 @@ class TestUpdateGrid:
         target, before, spline = copy.deepcopy(layer), layer(x), spline_only(layer, x)
         layer.update_grid(x)
         assert relative_l2(layer(x), before) <= 0.03
-        # The noise of fresh splines has kinks at the old knots, which quantile knots cannot follow as well as even ones.
+        # The noise of fresh splines has kinks at the old knots, which quantile knots follow less well than even ones.
         allowed = 0.03 if mode == "uniform" else 1.05 * best_fit_error(target, layer, x) + 1e-3
         assert relative_l2(spline_only(layer, x), spline) <= allowed
 

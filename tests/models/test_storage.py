@@ -19,13 +19,15 @@ def image(*shape: int) -> Tensor:
     return torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(0))
 
 
-class TestStorage:
-    @pytest.fixture(scope="class")
-    def stored(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("stored") / "model"
-        KMUNetPP(1, 2, widths=(8, 16)).save_pretrained(folder)
-        return folder
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model, which the tests copy and damage."""
+    folder = tmp_path_factory.mktemp("stored") / "model"
+    KMUNetPP(1, 2, widths=(8, 16)).save_pretrained(folder)
+    return folder
 
+
+class TestStorage:
     @pytest.mark.parametrize("name", TINY)
     def test_round_trip_is_bit_equal(self, name: str, tmp_path: Path) -> None:
         model = create_model(name, num_classes=2)
@@ -72,7 +74,7 @@ class TestStorage:
             (b'"in_channels": 1', b'"in_channels": 0'),
         ],
     )
-    def test_a_config_that_does_not_fit_the_weights_is_refused_by_name(
+    def test_a_config_that_does_not_fit_is_refused_by_name(
         self, stored: Path, tmp_path: Path, old: bytes, new: bytes
     ) -> None:
         folder = self.damaged(stored, tmp_path, "config.json", lambda data: bytes(data).replace(old, new))

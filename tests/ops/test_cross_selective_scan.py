@@ -1,4 +1,4 @@
-"""cross_selective_scan against four explicit walks over the pixels in float64 NumPy, its symmetries and its numerics."""
+"""cross_selective_scan against four explicit walks over the pixels in float64 NumPy; its symmetries and numerics."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class TestAgainstTheOracle:
         def run(backend: str):
             return lambda **x: cross_selective_scan(**x, backend=backend)
 
-        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the size of the terms.
+        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
         positive = {k: v.abs() if k in ("x", "D", "x_proj_weight") else v for k, v in double.items()}
         terms, grad_terms = gradients(run("reference"), positive, absolute=True)
         _, true_grads = gradients(run("reference"), double)

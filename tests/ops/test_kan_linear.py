@@ -102,8 +102,8 @@ class TestAgainstTheFormula:
         _, true_grads = gradients(run(grid.double()), double)
         out, grads = gradients(run(grid), inputs)
         assert out.dtype == dtype and out.shape == expected.shape
-        # The reference is the only backend: what bounds it is the rounding of positions among the knots (slopes of bases
-        # times their number), of bases and of products. Linear extrapolation multiplies slopes by distances.
+        # The reference is the only backend: it is bounded by the rounding of positions among the knots (slopes of bases
+        # times the number of knots), of bases and of products. Linear extrapolation multiplies slopes by distances.
         slope = (case["g"] + 2 * case["s"]) * case["s"]
         reach = slope * (1 + largest(inputs["x"]) if extrapolation == "linear" else 1)
         weight = largest(positive["spline_weight"]) * (largest(positive["spline_scaler"]) if case["scaler"] else 1)

@@ -98,7 +98,7 @@ class TestAgainstTheOracle:
         def run(backend: str):
             return lambda **x: selective_scan(**x, delta_softplus=softplus, backend=backend)
 
-        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the size of the terms.
+        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
         absolute = {k: v if v is None or k in ("A", "delta", "delta_bias") else v.abs() for k, v in double.items()}
         terms, state_terms = (largest(x) for x in oracle(absolute, softplus))
         _, grad_terms = gradients(run("reference"), absolute, absolute=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_int, check_shape, check_tensor
+from kan_mamba_layers.ops._autocast import autocast_is_on
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.kan_linear import reference
 
@@ -139,6 +140,8 @@ def kan_linear(
     check_choice("extrapolation", extrapolation, _EXTRAPOLATIONS)
     check_tensor("x", x)
     _check_features("x", x, in_features)
+    if x.dtype != base_weight.dtype and not autocast_is_on(x):
+        raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
     run = _KAN_LINEARS[resolve("kan_linear", backend, x)]
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
     return run(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)

@@ -15,8 +15,7 @@ def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolati
     if extrapolation == "zero":
         return evaluate(x, grid, spline_order)
     low, high = grid[:, spline_order], grid[:, -spline_order - 1]
-    inside = torch.minimum(torch.maximum(x, low), high)
-    bases = evaluate(inside, grid, spline_order)
+    bases = evaluate(torch.clamp(x, low, high), grid, spline_order)
     if extrapolation == "linear":
         # At each end the derivatives are one constant row per feature; intervals are open on the right, so step inside.
         ends = torch.stack([low, torch.nextafter(high, low)])  # 2 i

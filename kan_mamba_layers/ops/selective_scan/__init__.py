@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape, check_tensor
+from kan_mamba_layers.ops._autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.selective_scan import _chunked, reference
 from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS, flatten_directions, sum_directions
@@ -99,7 +100,7 @@ def selective_scan(
         x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
         return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
 
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u):
         step = delta.to(dtype)  # b d l
         if delta_bias is not None:
             step = step + delta_bias.to(dtype)[:, None]
@@ -170,7 +171,7 @@ def cross_selective_scan(
     scan = _SCANS[resolve("cross_selective_scan", backend, x)]
     height, width = x.shape[1:3]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         u = x.to(dtype)
         # The projection is pointwise in the pixel: one product in image order serves all directions.
         projected = F.linear(u, x_proj_weight.to(dtype).flatten(0, 1))  # b h w k*(r+2n)
