@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 class Segmentation(lightning.LightningModule):
     """Dice + cross-entropy, AdamW, linear warm-up over the first twentieth of the steps, then a cosine down to zero."""
 
-    def __init__(self, task: Task, network: nn.Module, *, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
+    def __init__(self, task: Task, network: nn.Module, *, lr: float = 4e-3, weight_decay: float = 1e-2) -> None:
         super().__init__()
         self.task, self.network, self.lr, self.weight_decay = task, network, lr, weight_decay
         binary = task.num_classes == 1
