@@ -1,6 +1,6 @@
 """Print the Markdown tables of docs/results.md from the metrics.json files of finished runs.
 
-    python benchmarks/results_table.py docs/results/*.json
+python benchmarks/results_table.py docs/results/*.json
 """
 
 import json
@@ -22,8 +22,8 @@ def tables(runs: list[dict[str, Any]]) -> str:
         counts, subjects = of_task[0]["images"], of_task[0]["subjects"]
         parts += [
             f"### {title}",
-            f"Training on {counts['train']} images of {subjects['train']} subjects, validation on {counts['val']} images of "
-            f"{subjects['val']} other subjects, {of_task[0]['image_size']}x{of_task[0]['image_size']} pixels, "
+            f"Training on {counts['train']} images of {subjects['train']} subjects, validation on {counts['val']} images "
+            f"of {subjects['val']} other subjects, {of_task[0]['image_size']}x{of_task[0]['image_size']} pixels, "
             f"{of_task[0]['epochs']} epochs.",
             _table(of_task),
         ]
@@ -38,7 +38,7 @@ def _dice(run: dict[str, Any]) -> float:
 
 def _table(runs: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | parameters | IoU per image | Dice per image | F1 per image | IoU pooled | Dice pooled | F1 pooled | minutes |",
+        "| model | parameters | per image: IoU | Dice | F1 | pooled: IoU | Dice | F1 | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
