@@ -22,8 +22,8 @@ def tables(runs: list[dict[str, Any]]) -> str:
         counts, subjects = of_task[0]["images"], of_task[0]["subjects"]
         parts += [
             f"### {title}",
-            f"Training on {counts['train']} images of {subjects['train']} subjects, validation on {counts['val']} images "
-            f"of {subjects['val']} other subjects, {of_task[0]['image_size']}x{of_task[0]['image_size']} pixels, "
+            f"Training on {counts['train']} images of {subjects['train']} subjects, validation on {counts['val']} "
+            f"images of {subjects['val']} other subjects, {of_task[0]['image_size']}x{of_task[0]['image_size']} pixels, "
             f"{of_task[0]['epochs']} epochs.",
             _table(of_task),
         ]

@@ -2,6 +2,8 @@
 
 import difflib
 import fnmatch
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,14 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
         1
     """
     if name not in _MODELS:
-        nearest = difflib.get_close_matches(str(name).lower(), _MODELS, n=3, cutoff=0.3)
-        raise ValueError(f"name {name!r} is not a model; did you mean {', '.join(nearest) or 'one of list_models()'}?")
+        raise ValueError(f"name {name!r} is not a model; did you mean {_nearest(name, list_models())}?")
     cls, arguments = _MODELS[name]
+    accepted = inspect.signature(cls).parameters
+    for override in overrides:
+        if override not in accepted:
+            raise TypeError(
+                f"{override!r} is not an argument of {cls.__name__}; did you mean {_nearest(override, accepted)}?"
+            )
     return cls(**{**arguments, **overrides})
 
 
@@ -84,3 +91,8 @@ def from_pretrained(folder: str | Path) -> SegmentationModel:
             f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder"
         )
     return _CLASSES[name].from_pretrained(folder)
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    known = list(known)
+    return ", ".join(difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.3) or known)
