@@ -19,11 +19,11 @@ def tables(runs: list[dict[str, Any]]) -> str:
         of_task = sorted((run for run in runs if run["task"] == task), key=_dice, reverse=True)
         if not of_task:
             continue
-        counts, subjects = of_task[0]["images"], of_task[0]["subjects"]
+        counts, subjects, size = (of_task[0][name] for name in ("images", "subjects", "image_size"))
         parts += [
             f"### {title}",
             f"Training on {counts['train']} images of {subjects['train']} subjects, validation on {counts['val']} "
-            f"images of {subjects['val']} other subjects, {of_task[0]['image_size']}x{of_task[0]['image_size']} pixels, "
+            f"images of {subjects['val']} other subjects, {size}x{size} pixels, "
             f"{of_task[0]['epochs']} epochs.",
             _table(of_task),
         ]

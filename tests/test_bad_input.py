@@ -189,7 +189,7 @@ WRONG_MODELS = [
     Bad(lambda: KMUNetPP(widths=(8, 8), deep_supervision=True).prune(0), ValueError, ("depth must", "0", ">= 1")),
     Bad(lambda: create_model("km_unett"), ValueError, ("name", "'km_unett'", "did you mean", "km_unet")),
     Bad(lambda: create_model("zzz"), ValueError, ("name", "'zzz'", "list_models")),
-    Bad(lambda: create_model("km_unet_tiny", classes=2), TypeError, ("classes",)),
+    Bad(lambda: create_model("km_unet_tiny", classes=2), TypeError, ("'classes'", "did you mean", "num_classes")),
     Bad(lambda: create_model("u_kan_tiny", num_classes=-2), ValueError, ("num_classes must", "-2", ">= 1")),
     Bad(lambda: convert_state_dict({}, source="unet"), ValueError, ("source must", "'unet'", "'km_unet'", "'u_kan'")),
     Bad(lambda: convert_state_dict({"foo.weight": z(1)}, "km_unet"), ValueError, ("'foo.weight'", "km_unet", "check")),

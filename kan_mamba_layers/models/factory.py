@@ -50,7 +50,7 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
         1
     """
     if name not in _MODELS:
-        raise ValueError(f"name {name!r} is not a model; did you mean {_nearest(name, list_models())}?")
+        raise ValueError(f"name {name!r} is not one of list_models(); did you mean {_nearest(name, _MODELS)}?")
     cls, arguments = _MODELS[name]
     accepted = inspect.signature(cls).parameters
     for override in overrides:
