@@ -1,5 +1,7 @@
 """Knots of KAN layers: making them, fitting them to data, refining them, and carrying splines from one to another."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,13 @@ def is_uniform(grid: Tensor) -> bool:
     return bool(((spacing - mean).abs() <= 1e-4 * mean.abs() + rounding).all())
 
 
-def transfer(old: Tensor, new: Tensor, ridge: float) -> Tensor:  # i m c, i m c' -> i c' c
-    """The matrix that carries coefficients of the bases ``old`` to the bases ``new``, by least squares at m points."""
-    gram = new.mT @ new  # i c' c'
+def transfer(blocks: Iterable[tuple[Tensor, Tensor]], ridge: float) -> Tensor:  # m i c, m i c' -> i c' c
+    """The matrix that carries coefficients of old bases to new ones, by least squares over blocks of points."""
+    products = [torch.einsum("mia,mib->iab", new, torch.cat([new, old], -1)) for old, new in blocks]  # i c' c'+c
+    gram, mixed = torch.stack(products).sum(0).tensor_split([products[0].shape[1]], -1)  # i c' c', i c' c
     scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge * scale * identity, new.mT @ old)
+    return torch.linalg.solve(gram + ridge * scale * identity, mixed)
 
 
 def _extend(inside: Tensor, spline_order: int) -> Tensor:  # i g+1 -> i g+2s+1

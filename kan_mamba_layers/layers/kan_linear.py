@@ -15,6 +15,9 @@ from kan_mamba_layers.ops.kan_linear import Extrapolation
 
 GridMode = Literal["uniform", "adaptive"]
 
+# Samples that a refit takes at a time; their bases are float64 and many times as large.
+_REFIT_ROWS = 4096
+
 
 class KANLinear(nn.Module):
     r"""A drop-in for ``nn.Linear`` whose every edge is an activation plus a learned B-spline.
@@ -162,8 +165,10 @@ class KANLinear(nn.Module):
         )
 
     def b_splines(self, x: Tensor) -> Tensor:  # ... i -> ... i g+s
-        """Return the B-spline bases of ``x`` on this layer's grid, without extrapolation."""
-        return bspline_basis(x, self.grid, self.spline_order, uniform=self.has_uniform_grid)
+        """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""
+        return bspline_basis(
+            x, self.grid, self.spline_order, extrapolation=self.extrapolation, uniform=self.has_uniform_grid
+        )
 
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
@@ -228,16 +233,26 @@ class KANLinear(nn.Module):
     def _refit(self, grid: Tensor, points: Tensor, ridge: float) -> None:
         """Take ``grid`` for the knots and the coefficients that come closest to the present splines at ``points``."""
         grid = grid.to(self.grid.dtype)  # what is stored is what must be fitted
-        old = bspline_basis(points, self.grid.double(), self.spline_order, uniform=self.has_uniform_grid)  # m i c
-        self.has_uniform_grid = _grid.is_uniform(grid)
-        new = bspline_basis(points, grid.double(), self.spline_order, uniform=self.has_uniform_grid)  # m i c'
-        transfer = _grid.transfer(old.transpose(0, 1), new.transpose(0, 1), ridge)  # i c' c
+        uniform = _grid.is_uniform(grid)
+
+        def bases(block: Tensor) -> tuple[Tensor, Tensor]:  # m i -> m i c, m i c'
+            old = bspline_basis(
+                block,
+                self.grid.double(),
+                self.spline_order,
+                extrapolation=self.extrapolation,
+                uniform=self.has_uniform_grid,
+            )
+            return old, bspline_basis(block, grid.double(), self.spline_order, uniform=uniform)
+
+        transfer = _grid.transfer(map(bases, points.split(_REFIT_ROWS)), ridge)  # i c' c
         weight = torch.einsum("inc,oic->oin", transfer, self.spline_weight.double())
         if weight.shape == self.spline_weight.shape:
             self.spline_weight.copy_(weight)  # in place, so that an optimiser keeps training it
         else:
             self.spline_weight = nn.Parameter(weight.to(self.spline_weight.dtype), self.spline_weight.requires_grad)
         self.grid = grid
+        self.has_uniform_grid = uniform
 
     def regularization_loss(self, regularize_activation: float = 1.0, regularize_entropy: float = 1.0) -> Tensor:
         r"""Return a penalty that favours few and small splines.

@@ -68,6 +68,19 @@ class TestUpdateGrid:
         layer.update_grid(x)
         assert relative_l2(spline_only(layer, x), before) <= 0.03
 
+    def test_keeps_what_extrapolation_adds(self, mode: str) -> None:
+        """A spline that is a straight line goes on beyond its grid, and any knots can express that."""
+        layer = KANLinear(8, 6, grid_mode=mode, extrapolation="linear")
+        with torch.no_grad():
+            layer.spline_weight.copy_(
+                layer.grid.unfold(1, 3, 1)[:, 1:-1].mean(-1)
+            )  # its coefficients are knot averages
+        x = 5 * torch.randn(512, 8)
+        before = spline_only(layer, x)
+        assert relative_l2(before, x.double() @ layer.spline_scaler.double().T) <= 1e-5
+        layer.update_grid(x)
+        assert relative_l2(spline_only(layer, x), before) <= 1e-3
+
     @pytest.mark.parametrize("data", ["uniform", "normal", "skewed"])
     def test_comes_close_to_the_best_fit_on_the_new_knots(self, mode: str, data: str) -> None:
         layer = with_large_splines(mode)

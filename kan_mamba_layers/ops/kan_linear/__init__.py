@@ -24,6 +24,7 @@ def bspline_basis(
     grid: Tensor,  # i g+2s+1
     spline_order: int,
     *,
+    extrapolation: Extrapolation = "zero",
     uniform: bool = False,
 ) -> Tensor:  # ... i g+s
     r"""Evaluate all B-spline bases of each feature.
@@ -41,6 +42,7 @@ def bspline_basis(
         grid: knots in ascending order, one row per feature, shape ``(i, g + 2 s + 1)``: ``g`` intervals and ``s`` more
             on either side.
         spline_order: degree ``s >= 1``; 3 for cubics.
+        extrapolation: the bases outside :math:`[t_s, t_{g+s}]`; see :func:`kan_linear`.
         uniform: promises that the knots of each row are equally spaced, which allows the faster closed form.
 
     Returns:
@@ -48,7 +50,7 @@ def bspline_basis(
 
     Raises:
         TypeError: ``x`` or ``grid`` is not a floating-point tensor, or ``spline_order`` not an integer.
-        ValueError: a shape does not fit, or ``spline_order`` is less than 1.
+        ValueError: a shape does not fit, or ``spline_order`` is less than 1, or ``extrapolation`` is unknown.
 
     Numerics:
         Computed in float32 (float64 for float64 input) and rounded once at the end. Against exact values the recursion
@@ -65,10 +67,11 @@ def bspline_basis(
         de Boor, A Practical Guide to Splines, chapter IX, (14); Liu et al., KAN, arXiv 2404.19756, section 2.2.
     """
     check_int("spline_order", spline_order, 1)
+    check_choice("extrapolation", extrapolation, _EXTRAPOLATIONS)
     check_tensor("x", x)
     _check_features("x", x, _check_grid(grid, spline_order))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return reference.basis(wide, grid.to(wide.dtype), spline_order, uniform, "zero").to(x.dtype)
+    return reference.basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation).to(x.dtype)
 
 
 def kan_linear(
