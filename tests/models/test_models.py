@@ -208,6 +208,14 @@ class TestEveryModel:
         pytest.fail(f"Dice {reached:.3f} after {step} steps")
 
 
+@pytest.mark.parametrize("size", ["small", "base"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_larger_models_use_every_parameter_too(family: str, size: str) -> None:
+    model = build(f"{family}_{size}")
+    total(model(image(2, 64, 64))).backward()
+    assert_gradients(model)
+
+
 @pytest.mark.parametrize("name", ["km_unet_tiny", "km_unet_pp_tiny"])
 class TestAblations:
     @pytest.mark.parametrize("options", ABLATIONS, ids=str)
