@@ -29,7 +29,7 @@ def quickstart(
     out: Path = Path("runs", "quickstart"),
     models: list[str] = MODELS,
     epochs: int = 8,
-    image_size: int = 64,
+    size: int = 64,
     images: int = 60,
 ) -> list[dict[str, Any]]:
     """Train every model on every task's demo and compare them.
@@ -38,17 +38,17 @@ def quickstart(
         out: folder of all runs and of overview.png.
         models: networks to compare; the first must be one of kan_mamba_layers, it draws the overview.
         epochs: epochs of each run.
-        image_size: side of the square images.
+        size: side of the square images.
         images: demo images of each task, about a fifth of them for validation.
     """
     runs, shown = [], []
-    common = [f"--epochs={epochs}", f"--image-size={image_size}", f"--limit={images}", "--batch-size=4"]
+    common = [f"--epochs={epochs}", f"--image-size={size}", f"--limit={images}", "--batch-size=4"]
     for name, task in TASKS.items():
         for model in models:
             flags = [f"--task={name}", f"--model={model}", f"--out={out / f'{name}-{model}'}", "--resume"]
             runs.append(train.main([*flags, *common, f"--lr={LEARNING_RATES[name]}"]))
         network = from_pretrained(out / f"{name}-{models[0]}" / "model")
-        data = SegmentationData(task, image_size=image_size, limit=images)
+        data = SegmentationData(task, image_size=size, limit=images)
         shown.append((task.title, report.predict(network, data.val_set, number=1)[0]))
     report.draw_overview(out / "overview.png", shown)
     train.console.print(report.results_table(runs))
