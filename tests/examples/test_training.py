@@ -117,7 +117,7 @@ def test_no_weight_decay_for_vectors_and_marked_parameters():
 
 
 def test_quickstart_compares_all_tasks(tmp_path, capsys):
-    runs = quickstart.quickstart(out=tmp_path, models=["km_unet_tiny", "unet"], epochs=1, image_size=32, images=12)
+    runs = quickstart.quickstart(out=tmp_path, models=["km_unet_tiny", "unet"], epochs=1, size=32, images=12)
     assert [(run["task"], run["model"]) for run in runs] == [
         (task, model) for task in ("isic2017", "fetal_head", "lumbar_spine") for model in ("km_unet_tiny", "unet")
     ]
