@@ -85,7 +85,7 @@ def read_pair(task: Task, image_path: Path, mask_path: Path) -> tuple[Image.Imag
             f"{mask_path} is {mask_image.width}x{mask_image.height} but its image {image_path} is "
             f"{image.width}x{image.height}: save both in the same size"
         )
-    values = np.asarray(mask_image.convert("L"))
+    values = np.asarray(mask_image if mask_image.mode == "P" else mask_image.convert("L"))  # P: labels, not colours
     classes = np.full(256, 255, np.uint8)
     classes[[0, *task.labels]] = range(1 + len(task.labels))
     mask = classes[values]
@@ -103,6 +103,8 @@ def _open(path: Path) -> Image.Image:
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises each of these for broken files
         raise ValueError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+    if image.mode.startswith(("I", "F")):  # conversion to bytes would clip its values
+        raise ValueError(f"{path} has more than 8 bits a pixel (mode {image.mode}): save it with values 0 to 255")
     return image
 
 

@@ -20,7 +20,6 @@ CONV_LEVELS = 3
 _MIN_SIZE = 32
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
-
 Model = TypeVar("Model", bound="SegmentationModel")
 
 
@@ -60,7 +59,6 @@ class SegmentationModel(nn.Module):
                 check_divisible(f"widths[{i}]", width, "ema_factor", ema_factor)
         self.widths = tuple(widths)
         self.trunk_context = trunk_context
-        self.decoder_kan = decoder_kan
         self.grad_checkpointing = False
         self.config: dict[str, Any] = {
             "in_channels": in_channels,

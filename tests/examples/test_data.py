@@ -92,6 +92,10 @@ def _other_size(root):
     Image.new("L", (20, 10)).save(root / "masks" / "6.png")
 
 
+def _sixteen_bits(root):
+    Image.fromarray(np.full((40, 33), 4000, np.uint16)).save(root / "images" / "6.png")
+
+
 def _other_value(root):
     Image.new("L", (33, 40), 77).save(root / "masks" / "7.png")
 
@@ -120,6 +124,11 @@ def _leak(root):
         (_text_as_image, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
         (_truncated, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
         (_other_size, ValueError, "masks.6.png is 20x10 but its image .*6.png is 33x40: save both in the same size"),
+        (
+            _sixteen_bits,
+            ValueError,
+            r"images.6.png has more than 8 bits a pixel \(mode I;16\): save it with values 0 to",
+        ),
         (_other_value, ValueError, r"masks.7.png holds the value 77, .* allowed are 0 \(background\), 1 \(L1\)"),
         (_one_subject, ValueError, r"no training subject: 3 images of 1 subject\(s\) need two or more"),
         (_leak, ValueError, "group 'subject_000' is in training and in validation .*put each subject on one side"),
@@ -130,6 +139,17 @@ def test_bad_folders(folder, damage, error, message):
     root = damage(root) or root
     with pytest.raises(error, match=message):
         SegmentationData(SPINE, root, image_size=32)
+
+
+def test_palette_masks_hold_labels_not_colours(folder):
+    root = folder()
+    expected = SegmentationData(SPINE, root, image_size=40).train_set.masks
+    for path in (root / "masks").iterdir():
+        labels = Image.open(path)
+        labels.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 0, 0, 255, 255, 255, 0, 255])
+        labels.save(path)
+        assert Image.open(path).mode == "P"
+    assert torch.equal(SegmentationData(SPINE, root, image_size=40).train_set.masks, expected)
 
 
 @pytest.mark.parametrize(
