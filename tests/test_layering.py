@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kan_mamba_layers"
 STOREYS = ("_check", "ops", "layers", "models")  # each may use itself and what stands before it
-BACKENDS = {"reference", "_chunked", "_cpu", "_triton"}
+BACKENDS = ("reference", "_chunked", "_cpu", "_triton")  # and what begins so: `_cpu_kernels` is a part of `_cpu`
 CORE = {"torch", "numpy", "einops"}
+# Modules that are imported when an engine is first used, and what they may import besides.
+ENGINES = {"_cpu": {"numba", "llvmlite"}, "_simd": {"numba", "llvmlite"}, "_triton": {"triton"}}
 MAX_LINES = 400
 
 
@@ -39,12 +41,23 @@ def storey(module: str) -> int:
     return STOREYS.index(part) if part in STOREYS else len(STOREYS)
 
 
+def family(part: str, names: tuple[str, ...] = BACKENDS) -> str | None:
+    """The backend that a module belongs to."""
+    return next((n for n in names if part == n or part.startswith(f"{n}_")), None)
+
+
 def violations(name: str, source: str) -> list[str]:
     """What the module `name` of the package (dotted, without __init__) must not do, one line each."""
     found = []
     tree = ast.parse(source)
     parts = name.split(".")
     at_top = {id(node) for node in tree.body}
+    lines_at_top = {node.lineno for node in tree.body}
+    engine = family(parts[-1], tuple(ENGINES))
+    for target, line in imports(tree):
+        loaded = {family(step, tuple(ENGINES)) for step in target.split(".")[1:]} - {None}
+        if target.split(".")[0] == PACKAGE and loaded and engine is None and line in lines_at_top:
+            found.append(f"{name}:{line} imports the engine {target} at its top")
     for target, line in imports(tree):
         if target.startswith("."):
             found.append(f"{name}:{line} relative import {target}")
@@ -53,9 +66,9 @@ def violations(name: str, source: str) -> list[str]:
         if storey(target) > storey(name):
             found.append(f"{name}:{line} imports {target} from a storey above")
         steps = target.split(".")
-        kernels = BACKENDS & set(steps)
+        kernels = {family(step) for step in steps} - {None}
         same_op = len(parts) > 2 and steps[:3] == parts[:3]
-        if kernels and not (same_op and parts[-1] not in BACKENDS):
+        if kernels and not (same_op and family(parts[-1]) in {None, *kernels}):
             found.append(f"{name}:{line} imports the backend {target}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
@@ -66,7 +79,8 @@ def violations(name: str, source: str) -> list[str]:
             found.append(f"{name}:{node.lineno} environment variable")
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) in at_top:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            for top in {n.split(".")[0] for n in names} - CORE - {PACKAGE} - sys.stdlib_module_names:
+            allowed = CORE | ENGINES.get(engine or "", set()) | {PACKAGE}
+            for top in {n.split(".")[0] for n in names} - allowed - sys.stdlib_module_names:
                 found.append(f"{name}:{node.lineno} imports {top} at its top; only torch, numpy and einops may be")
     return found
 
@@ -117,6 +131,10 @@ class TestTheCheckItself:
             ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a.reference import scan", "backend"),
             ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a import _triton", "backend"),
             ("kan_mamba_layers.ops.b.x", "from kan_mamba_layers.ops.a import _chunked", "backend"),
+            ("kan_mamba_layers.ops.a._cpu_kernels", "from kan_mamba_layers.ops.a import _triton_forward", "backend"),
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import _cpu", "engine"),
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops._simd import load", "engine"),
+            ("kan_mamba_layers.ops.a._cpu", "import triton", "triton at its top"),
             ("kan_mamba_layers.ops.x", "from . import y", "relative"),
             ("kan_mamba_layers.ops.x", "import triton", "triton at its top"),
             ("kan_mamba_layers.ops.x", "from numba import njit", "numba at its top"),
@@ -133,6 +151,8 @@ class TestTheCheckItself:
         [
             ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import _chunked, reference"),
             ("kan_mamba_layers.ops.a._library", "def f():\n    from kan_mamba_layers.ops.a import _cpu"),
+            ("kan_mamba_layers.ops.a._cpu", "import numba\nfrom kan_mamba_layers.ops.a import _cpu_kernels"),
+            ("kan_mamba_layers.ops.a._triton", "import triton.language as tl"),
             ("kan_mamba_layers.models.x", "from kan_mamba_layers.layers import EMA"),
             ("kan_mamba_layers.models.x", "def f():\n    import safetensors"),
             ("kan_mamba_layers.ops.x", "import math\nimport torch.nn.functional as F\nimport numpy"),

@@ -13,7 +13,7 @@ from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "cpu")
 WEIGHTS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
 
 

@@ -14,7 +14,7 @@ from kan_mamba_layers import resolve, selective_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "cpu")
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 

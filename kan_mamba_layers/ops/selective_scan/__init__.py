@@ -5,9 +5,9 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
     h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d]
     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
 
-with ``h = 0`` before the first step. The backends implement it in one form: ``k`` groups of ``d`` channels that share
-``B`` and ``C``. The groups are mamba's groups in ``selective_scan`` and the four directions in
-``cross_selective_scan``.
+with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it in plain PyTorch, for ``k`` groups of
+``d`` channels that share ``B`` and ``C``: mamba's groups in ``selective_scan``, the four directions in
+``cross_selective_scan``. The engines ``cpu`` and ``triton`` fuse more; their form is :func:`_library.fused_scan`.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,12 @@ from kan_mamba_layers.ops._autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.selective_scan import _chunked, reference
 from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS, flatten_directions, sum_directions
+from kan_mamba_layers.ops.selective_scan._library import fused_scan
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
-Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+_ENGINES = ("cpu", "triton")
 _SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": _chunked.scan}
 
 
@@ -40,6 +42,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
+    initial_state: Tensor | None = None,  # b d n
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Run Mamba's selective scan over a sequence, with the arguments of ``mamba_ssm``'s ``selective_scan_fn``.
@@ -47,7 +50,7 @@ def selective_scan(
     .. math::
         \delta &\leftarrow \mathrm{softplus}(\delta + \delta_\mathrm{bias})
             \quad\text{(softplus only if } \texttt{delta\_softplus}) \\
-        h_t &= \exp(\delta_t A)\, h_{t-1} + \delta_t B_t u_t, \qquad h_0 = 0 \\
+        h_t &= \exp(\delta_t A)\, h_{t-1} + \delta_t B_t u_t \\
         y_t &= \big(C_t^\top h_t + D u_t\big)\,\mathrm{SiLU}(z_t) \quad\text{(gate only if } z \text{ is given)}
 
     Args:
@@ -62,7 +65,9 @@ def selective_scan(
         delta_bias: added to ``delta``, shape ``(d,)``.
         delta_softplus: whether ``delta`` passes through softplus.
         return_last_state: whether ``h`` after the last step is returned too.
-        backend: ``"auto"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
+        initial_state: ``h`` before the first step, shape ``(b, d, n)``; zero if not given.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`. If ``B`` or
+            ``C`` is constant in time, ``"auto"`` takes ``"chunked"``: the engines would treat every channel as a group.
 
     Returns:
         ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute
@@ -86,35 +91,88 @@ def selective_scan(
     References:
         Gu and Dao, Mamba, arXiv 2312.00752, equation 2 and section 3.2.
     """
-    batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias)
-    scan = _SCANS[resolve("selective_scan", backend, u)]
+    batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if backend == "auto" and 2 in (B.ndim, C.ndim):
+        backend = "chunked"
+    engine = resolve("selective_scan", backend, u)
     groups = _count_groups(B, C, channels)
     dtype = torch.promote_types(u.dtype, torch.float32)
 
-    def split(x: Tensor) -> Tensor:  # b d l -> b g l d/g
-        return x.unflatten(1, (groups, -1)).transpose(2, 3)
-
     def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
         if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
-            return x[None, :, None].expand(batch, channels, length, states)
+            return x.to(dtype)[None, :, None].expand(batch, channels, length, states)
         x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
         return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
 
     with autocast_off(u):
-        step = delta.to(dtype)  # b d l
-        if delta_bias is not None:
-            step = step + delta_bias.to(dtype)[:, None]
-        if delta_softplus:
-            step = F.softplus(step)
-        inputs, maps = (split(u.to(dtype)), split(step)), (per_group(B.to(dtype)), per_group(C.to(dtype)))
-        y, state = scan(*inputs, A.to(dtype).unflatten(0, (groups, -1)), *maps)  # b g l d/g, b g d/g n
-        y = y.transpose(2, 3).flatten(1, 2)  # b d l
-        if D is not None:
-            y = y + D.to(dtype)[:, None] * u.to(dtype)
+        inputs = (u, delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
+        options = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
+        run: Callable[..., tuple[Tensor, Tensor]] = _scan_fused if engine in _ENGINES else _scan_plain
+        y, state = run(engine, delta_softplus, *inputs, *options)
         if z is not None:
-            y = y * F.silu(z.to(dtype))
+            y = y.to(dtype) * F.silu(z.to(dtype))
     y = y.to(u.dtype)
-    return (y, state.flatten(1, 2)) if return_last_state else y
+    return (y, state) if return_last_state else y
+
+
+def _scan_plain(
+    backend: str,
+    softplus: bool,
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # b g l n
+    C: Tensor,  # b g l n
+    D: Tensor | None,  # d
+    bias: Tensor | None,  # d
+    state: Tensor | None,  # b d n
+) -> tuple[Tensor, Tensor]:  # b d l, b d n
+    groups = B.shape[1]
+    u = u.to(delta.dtype)
+    step = delta if bias is None else delta + bias[:, None]  # b d l
+    if softplus:
+        step = F.softplus(step)
+    sequences = (x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (u, step))  # b g l d/g
+    start = None if state is None else state.unflatten(1, (groups, -1))  # b g d/g n
+    y, last = _SCANS[backend](*sequences, A.unflatten(0, (groups, -1)), B, C, start)  # b g l d/g, b g d/g n
+    y = y.transpose(2, 3).flatten(1, 2)  # b d l
+    return y if D is None else y + D[:, None] * u, last.flatten(1, 2)
+
+
+def _scan_fused(
+    backend: str,
+    softplus: bool,
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # b g l n
+    C: Tensor,  # b g l n
+    D: Tensor | None,  # d
+    bias: Tensor | None,  # d
+    state: Tensor | None,  # b d n
+) -> tuple[Tensor, Tensor]:  # b d l, b d n
+    channels, length = u.shape[1:]
+    y, last = fused_scan(
+        u=_for_engine(u.mT, backend),  # b l d
+        maps=torch.cat([B, C], -1).transpose(1, 2),  # b l g 2n
+        x_proj_weight=None,
+        delta=delta.mT[:, :, None],  # b l 1 d
+        dt_weight=A.new_empty(1, channels, 0),
+        dt_bias=A.new_zeros(1, channels) if bias is None else bias[None],
+        A=A[None],
+        D=A.new_zeros(channels) if D is None else D,
+        initial=None if state is None else state[:, None],
+        height=1,
+        width=length,
+        softplus=softplus,
+        backend=backend,
+    )
+    return y.mT, last[:, 0]
+
+
+def _for_engine(x: Tensor, backend: str) -> Tensor:
+    """The Triton engine reads half precision itself."""
+    return x if backend == "triton" else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cross_selective_scan(
@@ -144,7 +202,7 @@ def cross_selective_scan(
         dt_proj_bias: ``b_delta``, shape ``(4, d)``.
         A_log: logarithm of ``-A``, shape ``(4 d, n)``, direction after direction.
         D: skip connection, shape ``(4 d,)``.
-        backend: ``"auto"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
 
     Returns:
         A map of shape ``(b, h, w, d)`` in ``x``'s dtype.
@@ -167,26 +225,55 @@ def cross_selective_scan(
     References:
         Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
-    states, rank = _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    scan = _SCANS[resolve("cross_selective_scan", backend, x)]
-    height, width = x.shape[1:3]
+    _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    engine = resolve("cross_selective_scan", backend, x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with autocast_off(x):
-        u = x.to(dtype)
-        # The projection is pointwise in the pixel: one product in image order serves all directions.
-        projected = F.linear(u, x_proj_weight.to(dtype).flatten(0, 1))  # b h w k*(r+2n)
-        projected = flatten_directions(projected.unflatten(-1, (NUM_DIRECTIONS, -1)))  # b k l r+2n
-        low, B, C = projected.split([rank, states, states], -1)
-        delta = low @ dt_proj_weight.to(dtype).mT + dt_proj_bias.to(dtype)[:, None]  # b k l d
-        sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
+        inputs = (x, *(w.to(dtype) for w in (x_proj_weight, dt_proj_weight, dt_proj_bias)))
         A = -torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1))  # k d n
-        y, _ = scan(sequences, F.softplus(delta), A, B, C)  # b k l d
         skip = D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)  # d
-        return (sum_directions(y, height, width) + skip * u).to(x.dtype)
+        run: Callable[..., Tensor] = _cross_scan_fused if engine in _ENGINES else _cross_scan_plain
+        return run(engine, *inputs, A, skip).to(x.dtype)
+
+
+def _cross_scan_plain(
+    backend: str, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
+) -> Tensor:
+    rank, states = dt_weight.shape[2], A.shape[2]
+    u = x.to(A.dtype)
+    # The projection is pointwise in the pixel: one product in image order serves all directions.
+    projected = F.linear(u, x_proj_weight.flatten(0, 1))  # b h w k*(r+2n)
+    projected = flatten_directions(projected.unflatten(-1, (NUM_DIRECTIONS, -1)))  # b k l r+2n
+    low, B, C = projected.split([rank, states, states], -1)
+    delta = F.softplus(low @ dt_weight.mT + dt_bias[:, None])  # b k l d
+    sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
+    y, _ = _SCANS[backend](sequences, delta, A, B, C, None)  # b k l d
+    return sum_directions(y, *x.shape[1:3]) + skip * u
+
+
+def _cross_scan_fused(
+    backend: str, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
+) -> Tensor:
+    _, height, width, _ = x.shape
+    u = _for_engine(x, backend).flatten(1, 2)  # b l d
+    maps = None
+    if backend == "triton":
+        maps = F.linear(u.to(A.dtype), x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))  # b l k r+2n
+    weight = x_proj_weight if maps is None else None
+    y, _ = fused_scan(u, maps, weight, None, dt_weight, dt_bias, A, skip, None, height, width, True, backend)
+    return y.unflatten(1, (height, width))
 
 
 def _check_selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
 ) -> tuple[int, int, int, int]:
     check_shape("u", u, ("any", "any", "any"), "b, d, l")
     batch, channels, length = u.shape
@@ -213,6 +300,8 @@ def _check_selective_scan(
             check_shape(name, vector, (channels,), "d")
     if z is not None:
         check_shape("z", z, (batch, channels, length), "b, d, l")
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (batch, channels, states), "b, d, n")
     return batch, channels, length, states
 
 
@@ -225,7 +314,7 @@ def _count_groups(B: Tensor, C: Tensor, channels: int) -> int:
 
 def _check_cross_selective_scan(
     x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A_log: Tensor, D: Tensor
-) -> tuple[int, int]:
+) -> None:
     check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
     _, height, width, channels = x.shape
     if height < 1 or width < 1:
@@ -236,4 +325,3 @@ def _check_cross_selective_scan(
     check_shape("x_proj_weight", x_proj_weight, (NUM_DIRECTIONS, rank + 2 * states, channels), "4, r+2n, d")
     check_shape("dt_proj_bias", dt_proj_bias, (NUM_DIRECTIONS, channels), "4, d")
     check_shape("D", D, (NUM_DIRECTIONS * channels,), "4*d")
-    return states, rank

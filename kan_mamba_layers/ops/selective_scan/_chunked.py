@@ -24,11 +24,12 @@ def scan(
     A: Tensor,  # k d n
     B: Tensor,  # b k l n
     C: Tensor,  # b k l n
+    state: Tensor | None = None,  # b k d n
 ) -> tuple[Tensor, Tensor]:  # y: b k l d, last state: b k d n
     """The same mathematics as ``reference.scan``, linear in the length, with memory bounded in forward and backward."""
     batch, groups, _, channels = u.shape
     A = A.mT.contiguous()  # k n d: channels last, since they are what the vector units work on
-    state = u.new_zeros(batch, groups, A.shape[1], channels)  # b k n d
+    state = u.new_zeros(batch, groups, A.shape[1], channels) if state is None else state.mT  # b k n d
     segment = max(4, math.isqrt(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
     outputs = []
     for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):

@@ -10,10 +10,12 @@ def scan(
     A: Tensor,  # k d n
     B: Tensor,  # b k l n
     C: Tensor,  # b k l n
+    state: Tensor | None = None,  # b k d n
 ) -> tuple[Tensor, Tensor]:  # y: b k l d, last state: b k d n
     """``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t`` and ``y_t = <C_t, h_t>`` for ``k`` independent sequences."""
     batch, groups, length, channels = u.shape
-    state = u.new_zeros(batch, groups, channels, A.shape[-1])
+    if state is None:
+        state = u.new_zeros(batch, groups, channels, A.shape[-1])
     outputs = []
     for t in range(length):
         step = delta[:, :, t, :, None]  # b k d 1

@@ -1,0 +1,138 @@
+"""The selective scan as textbooks have it: step by step, and as a parallel scan. Both hold all states at once.
+
+The four directions are explicit copies of the map, as in VMamba's first version and in the many repositories that
+descend from it; peers are called through the same two functions, with the memory layout that they are made for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def scan_by_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+    """All decays and entries first, then one step of the recurrence after the other.
+
+    `u`, `delta` are `b k*d l`, `A` is `k*d n`, `B`, `C` are `b k n l`, `D`, `bias` are `k*d`; the result is `b k*d l`.
+    """
+    channels = u.shape[1] // B.shape[1]
+    B, C = (x.repeat_interleave(channels, 1) for x in (B, C))  # b k*d n l
+    delta = F.softplus(delta + bias[:, None])
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    entry = torch.einsum("bdl,bdnl,bdl->bdln", delta, B, u)
+    state = torch.zeros_like(entry[:, :, 0])  # b k*d n
+    outputs = []
+    for t in range(u.shape[2]):
+        state = decay[:, :, t] * state + entry[:, :, t]
+        outputs.append(torch.einsum("bdn,bdn->bd", state, C[..., t]))
+    return torch.stack(outputs, 2) + D[:, None] * u
+
+
+def scan_in_parallel(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+    """A parallel prefix scan over the length, channels last.
+
+    `u`, `delta` are `b l k d`, `A` is `k d n`, `B`, `C` are `b l k n`, `D`, `bias` are `k d`; the result is `b l k d`.
+    """
+    delta = F.softplus(delta + bias)
+    decay = torch.exp(delta[..., None] * A)  # b l k d n
+    entry = (delta * u)[..., None] * B[..., None, :]
+    states = ParallelScan.apply(decay, entry)
+    return (states @ C[..., None])[..., 0] + D * u
+
+
+class ParallelScan(torch.autograd.Function):
+    """`h_t = a_t h_{t-1} + x_t` along dimension 1, in two sweeps over a binary tree."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, x: Tensor) -> Tensor:
+        states = x.clone()
+        _sweep(a.clone(), states)
+        ctx.save_for_backward(a, states)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, states = ctx.saved_tensors
+        after = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)  # a_{t+1}
+        adjoint = grad.flip(1)
+        _sweep(after.flip(1), adjoint)
+        adjoint = adjoint.flip(1)
+        grad_a = torch.zeros_like(a)
+        torch.mul(adjoint[:, 1:], states[:, :-1], out=grad_a[:, 1:])
+        return grad_a, adjoint
+
+
+def _sweep(a: Tensor, x: Tensor) -> None:
+    """Scan `x` in place, and use `a` up: join neighbours, scan the pairs, and fill the places between them."""
+    length = x.shape[1]
+    if length == 1:
+        return
+    first = slice(0, length - length % 2, 2)
+    x[:, 1::2].addcmul_(a[:, 1::2], x[:, first])
+    a[:, 1::2].mul_(a[:, first])
+    _sweep(a[:, 1::2], x[:, 1::2])
+    x[:, 2::2].addcmul_(a[:, 2::2], x[:, 1 : length - 1 : 2])
+
+
+def exact(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 if that is what x has."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cross_scan_channels_first(
+    scan: Scan,
+    x: Tensor,  # b d h w
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:  # b h w d
+    """Four copies of the map as sequences `b 4 d l`, one scan of `4 d` channels, and the sum in image order."""
+    batch, channels, height, width = x.shape
+    rank, states = dt_proj_weight.shape[2], A_log.shape[1]
+    there = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1).to(exact(x))  # b 2 d l
+    sequences = torch.cat([there, there.flip(-1)], 1)  # b 4 d l
+    maps = torch.einsum("bkdl,kcd->bkcl", sequences, x_proj_weight)
+    low, B, C = maps.split([rank, states, states], 2)
+    delta = torch.einsum("bkrl,kdr->bkdl", low, dt_proj_weight)
+    y = scan(
+        sequences.flatten(1, 2),
+        delta.flatten(1, 2).contiguous(),
+        -torch.exp(A_log),
+        B.contiguous(),
+        C.contiguous(),
+        D,
+        dt_proj_bias.flatten(),
+    ).unflatten(1, (4, channels))  # b 4 d l
+    y = y[:, :2] + y[:, 2:].flip(-1)  # b 2 d l
+    y = y[:, 0] + y[:, 1].unflatten(-1, (width, height)).transpose(2, 3).flatten(2)  # b d l
+    return y.transpose(1, 2).reshape(batch, height, width, channels).to(x.dtype)
+
+
+def cross_scan_channels_last(
+    scan: Scan,
+    x: Tensor,  # b h w d
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:  # b h w d
+    """The same with sequences `b l 4 d`."""
+    height, width = x.shape[1:3]
+    rank, states = dt_proj_weight.shape[2], A_log.shape[1]
+    there = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], 2).to(exact(x))  # b l 2 d
+    sequences = torch.cat([there, there.flip(1)], 2)  # b l 4 d
+    maps = torch.einsum("blkd,kcd->blkc", sequences, x_proj_weight)
+    low, B, C = maps.split([rank, states, states], -1)
+    delta = torch.einsum("blkr,kdr->blkd", low, dt_proj_weight)
+    A = -torch.exp(A_log).unflatten(0, (4, -1))  # k d n
+    y = scan(sequences, delta, A, B, C, D.unflatten(0, (4, -1)), dt_proj_bias)  # b l 4 d
+    y = y[:, :, :2] + y[:, :, 2:].flip(1)  # b l 2 d
+    rows, columns = y[:, :, 0].unflatten(1, (height, width)), y[:, :, 1].unflatten(1, (width, height))
+    return (rows + columns.transpose(1, 2)).to(x.dtype)

@@ -1,0 +1,174 @@
+"""What is measured: every case with its sizes and its inputs. The tests share them.
+
+Inputs are those of a freshly initialised layer: normal maps, uniform weights of scale 1/sqrt(fan-in),
+`A = -(1, ..., n)` and biases whose steps are log-uniform in [1e-3, 1e-1]. They depend on the sizes alone.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers import SS2D, create_model
+
+DIRECTIONS = 4
+SUITES = ("ops", "ops-b8", "blocks", "models", "scaling")  # the ops at batch 1 and at batch 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op, layer or model at one size; `axis` names what varies in a scaling curve."""
+
+    name: str
+    suite: str  # one of SUITES
+    op: str  # "cross_selective_scan", "selective_scan", "ss2d" or a name that create_model takes
+    sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | b h w c n | b h w
+    axis: str = ""
+    threads: int = 0  # 0: as many as the run uses
+
+    @property
+    def length(self) -> int:
+        """Steps of each scan."""
+        return self.sizes["l"] if "l" in self.sizes else self.sizes["h"] * self.sizes["w"]
+
+    @property
+    def elements(self) -> int:
+        """Updates of a state, b k l d n; a block and a model count their pixels."""
+        if self.op not in ("cross_selective_scan", "selective_scan"):
+            return self.sizes["b"] * self.length
+        directions = DIRECTIONS if self.op == "cross_selective_scan" else 1
+        return directions * self.sizes["b"] * self.length * self.sizes["d"] * self.sizes["n"]
+
+    def limited(self, batch: int, length: int) -> "Case":
+        """The same case with at most so many images and steps."""
+        sizes = {**self.sizes, "b": min(self.sizes["b"], batch)}
+        if "l" in sizes:
+            sizes["l"] = min(sizes["l"], length)
+        elif self.length > length:
+            sizes["h"] = min(sizes["h"], math.isqrt(length))
+            sizes["w"] = min(sizes["w"], length // sizes["h"])
+        return replace(self, sizes=sizes)
+
+
+def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Arguments of the op of a case; maps have the given dtype, parameters float32 at least."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = case.sizes
+    b, d, n = sizes["b"], sizes["d"], sizes["n"]
+    exact = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    def uniform(scale: float, *shape: int) -> Tensor:
+        return ((2 * torch.rand(*shape, generator=draw) - 1) * scale).to(exact)
+
+    def step_bias(*shape: int) -> Tensor:
+        step = torch.exp(torch.rand(*shape, generator=draw) * math.log(100)) * 1e-3
+        return (step + torch.log(-torch.expm1(-step))).to(exact)  # the inverse of softplus
+
+    rates = torch.arange(1, n + 1).to(exact)
+    if case.op == "selective_scan":
+        length = sizes["l"]
+        return {
+            "u": normal(b, d, length),
+            "delta": normal(b, d, length) / 2,
+            "A": -rates.repeat(d, 1),
+            "B": normal(b, n, length),
+            "C": normal(b, n, length),
+            "D": torch.ones(d, dtype=exact),
+            "z": normal(b, d, length),
+            "delta_bias": step_bias(d),
+        }
+    r = sizes["r"]
+    return {
+        "x": normal(b, sizes["h"], sizes["w"], d),
+        "x_proj_weight": uniform(d**-0.5, DIRECTIONS, r + 2 * n, d),
+        "dt_proj_weight": uniform(r**-0.5, DIRECTIONS, d, r),
+        "dt_proj_bias": step_bias(DIRECTIONS, d),
+        "A_log": rates.log().repeat(DIRECTIONS * d, 1),
+        "D": torch.ones(DIRECTIONS * d, dtype=exact),
+    }
+
+
+def make_module(case: Case, backend: str = "auto", use_ss2d: bool = True) -> tuple[nn.Module, Tensor]:
+    """The layer or model of a case with fresh weights, its scans on the given backend, and its input."""
+    sizes = case.sizes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if case.op == "ss2d":
+            module: nn.Module = SS2D(sizes["c"], d_state=sizes["n"])
+            shape = (sizes["b"], sizes["h"], sizes["w"], sizes["c"])
+        else:
+            module = create_model(case.op, use_ss2d=use_ss2d)
+            shape = (sizes["b"], 3, sizes["h"], sizes["w"])
+        x = torch.randn(shape)
+    for layer in module.modules():
+        if isinstance(layer, SS2D):
+            layer.backend = backend  # a model's own argument would choose the backend of its splines too
+    return module, x
+
+
+def cross(b: int, h: int, w: int, d: int, n: int, r: int, suite: str = "ops", axis: str = "", threads: int = 0) -> Case:
+    """A case of `cross_selective_scan`."""
+    parts = [f"scaling-{axis}" if axis else "cross", f"b{b}", f"d{d}", f"{h}x{w}", f"n{n}", f"r{r}"]
+    name = "-".join([*parts, *([f"t{threads}"] if threads else [])])
+    return Case(name, suite, "cross_selective_scan", {"b": b, "h": h, "w": w, "d": d, "n": n, "r": r}, axis, threads)
+
+
+def scan(b: int, d: int, length: int, n: int) -> Case:
+    """A case of `selective_scan`."""
+    return Case(f"scan-b{b}-d{d}-l{length}-n{n}", "ops", "selective_scan", {"b": b, "d": d, "l": length, "n": n})
+
+
+def block(b: int, h: int, w: int, c: int, n: int) -> Case:
+    """A case of the layer SS2D."""
+    return Case(f"ss2d-b{b}-c{c}-{h}x{w}-n{n}", "blocks", "ss2d", {"b": b, "h": h, "w": w, "c": c, "n": n})
+
+
+def model(name: str, b: int = 1, side: int = 256) -> Case:
+    """A case of a whole model."""
+    return Case(f"model-{name}-b{b}-{side}x{side}", "models", name, {"b": b, "h": side, "w": side})
+
+
+def _cases() -> Iterator[Case]:
+    # The three levels of a base KMUNet and its neighbours, then the first stage of VMamba with n = 16 and n = 1.
+    for b, suite in ((1, "ops"), (8, "ops-b8")):
+        yield cross(b, 128, 128, 32, 16, 1, suite)
+        yield cross(b, 64, 64, 64, 16, 2, suite)
+        yield cross(b, 32, 32, 256, 16, 8, suite)
+        yield cross(b, 16, 16, 320, 16, 10, suite)
+        yield cross(b, 56, 56, 192, 16, 6, suite)
+        yield cross(b, 56, 56, 192, 1, 6, suite)
+    yield scan(1, 768, 1024, 16)
+    yield scan(1, 1536, 4096, 16)  # the inner width of mamba-130m
+    yield block(1, 128, 128, 16, 16)
+    yield block(1, 56, 56, 96, 16)
+    yield from (model(name) for name in ("km_unet_base", "km_unet_tiny", "km_unet_pp_tiny"))
+
+
+def scaling_cases(max_side: int = 1024, max_threads: int = 1) -> Iterator[Case]:
+    """One size varied at a time, from b1 d64 64x64 n16 r4; pixels vary at the width of a first level, d32."""
+    for side in (s for s in (32, 64, 128, 256, 512, 1024) if s <= max_side):
+        yield cross(1, side, side, 32, 16, 1, "scaling", "pixels")
+    for d in (16, 32, 64, 128, 256, 512):
+        yield cross(1, 64, 64, d, 16, 4, "scaling", "d")
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        yield cross(1, 64, 64, 64, n, 4, "scaling", "n")
+    for b in (1, 2, 4, 8, 16):
+        yield cross(b, 64, 64, 64, 16, 4, "scaling", "b")
+    counts = [2**i for i in range(max_threads.bit_length())]
+    for threads in counts if counts[-1] == max_threads else [*counts, max_threads]:
+        yield cross(1, 64, 64, 256, 16, 8, "scaling", "threads", threads)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+QUICK: tuple[Case, ...] = (
+    cross(1, 16, 16, 320, 16, 10),
+    cross(1, 56, 56, 192, 1, 6),
+    scan(1, 192, 1024, 16),
+    block(1, 32, 32, 16, 16),
+    model("km_unet_tiny", side=128),
+)

@@ -1,0 +1,203 @@
+"""Error first, then time, then memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from candidates import Bound, Candidate, Mode, oracle_of
+from cases import Case
+from torch import Tensor
+
+# Largest relative L2 error of an output or a gradient against float64 that is still timed. The training step of a whole
+# model passes tens of BatchNorms and the kinks of ReLU, where a rounding can switch a pixel's gradient on or off.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+MODEL_TRAINING_LIMIT = 2e-2
+CHECK_BATCH, CHECK_LENGTH, CHECK_MODEL_LENGTH = 2, 128 * 128, 64 * 64
+SAMPLE_SECONDS = 5e-3  # a sample repeats a short call until it lasts this long
+
+
+@dataclass
+class Timing:
+    """Samples of one candidate: seconds per call, one value for each round."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    repeats: int = 1
+
+
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of the expected value, infinite where a value is not finite."""
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; compare like")
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if not torch.isfinite(actual).all():
+        return math.inf
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def error_limit(case: Case, mode: Mode, dtype: torch.dtype) -> float:
+    """The largest error that is timed."""
+    return MODEL_TRAINING_LIMIT if case.suite == "models" and mode == "training" else LIMITS[dtype]
+
+
+def check_version(case: Case) -> Case:
+    """The case itself, or its first images and a corner of them where it is large."""
+    return case.limited(CHECK_BATCH, CHECK_MODEL_LENGTH if case.suite == "models" else CHECK_LENGTH)
+
+
+class Checker:
+    """Compares candidates with float64, whose results it computes once for each case."""
+
+    def __init__(self, case: Case, device: str, dtype: torch.dtype) -> None:
+        self.case, self.device, self.dtype = check_version(case), device, dtype
+        self._expected: dict[str, dict[str, Tensor]] = {}
+
+    def errors(self, candidate: Candidate, mode: Mode) -> tuple[dict[str, float], float]:
+        """Relative L2 error of the output and of every gradient, and how long the candidate took."""
+        oracle = oracle_of(candidate, self.case)
+        key = f"{oracle.name} {oracle.module} {mode}"
+        if key not in self._expected:
+            self._expected[key] = _results(oracle.bind(self.case, self.device, self.dtype, exact=True), mode)
+        bound = candidate.bind(self.case, self.device, self.dtype)
+        start = time.perf_counter()
+        actual = _results(bound, mode)
+        seconds = time.perf_counter() - start
+        expected = self._expected[key]
+        return {name: relative_l2(value, expected[name]) for name, value in actual.items()}, seconds
+
+
+def output_gradient(out: Tensor) -> Tensor:
+    """A fixed gradient of an output."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def _results(bound: Bound, mode: Mode) -> dict[str, Tensor]:
+    """Output and gradients in this package's layout."""
+    bound.train(mode == "training")
+    if mode == "forward":
+        with torch.no_grad():
+            out = bound.run()
+        return {"output": _restored("y", out, bound)}
+    out = bound.run()
+    order = bound.layout.get("y", tuple(range(out.ndim)))
+    grad = output_gradient(_restored("y", out, bound)).permute(order)
+    grads = torch.autograd.grad(out, list(bound.leaves.values()), grad)
+    if bound.joint:
+        return {"output": out.detach(), "grad": torch.cat([g.flatten() for g in grads])}
+    named = {f"grad {name}": _restored(name, g, bound) for name, g in zip(bound.leaves, grads, strict=True)}
+    return {"output": _restored("y", out, bound), **named}
+
+
+def _restored(name: str, value: Tensor, bound: Bound) -> Tensor:
+    if name not in bound.layout:
+        return value
+    order = bound.layout[name]
+    return value.permute([order.index(i) for i in range(len(order))])
+
+
+def time_in_rounds(
+    bounds: Mapping[str, Bound], mode: Mode, device: str, rounds: int, budget: float
+) -> dict[str, Timing]:
+    """Every candidate once in each round, in turning order; one that has used up its budget of seconds rests."""
+    timings = {name: Timing() for name in bounds}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, bound in bounds.items():
+        calls[name] = _call(bound, mode)
+        calls[name]()  # compiles, and fills caches
+        seconds, _ = _sample(calls[name], 1, device)
+        timings[name].repeats = max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-6))))
+    names = list(bounds)
+    for turn in range(rounds if names else 0):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            timing = timings[name]
+            if len(timing.wall) >= 2 and sum(timing.wall) * timing.repeats > budget:
+                continue
+            wall, cpu = _sample(calls[name], timing.repeats, device)
+            timing.wall.append(wall)
+            timing.cpu.append(cpu)
+    return timings
+
+
+def _call(bound: Bound, mode: Mode) -> Callable[[], object]:
+    bound.train(mode == "training")
+    if mode == "forward":
+        return lambda: bound.step(mode)
+    grad = output_gradient(bound.run())
+    return lambda: bound.step(mode, grad)
+
+
+def _sample(call: Callable[[], object], repeats: int, device: str) -> tuple[float, float]:
+    """Wall and CPU seconds per call; the CPU time is that of all threads."""
+    synchronize(device)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / repeats, cpu / repeats
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype: torch.dtype) -> int:
+    """Memory that one call takes above its inputs; to be asked once, in a process of its own."""
+    _call(candidate.bind(case.limited(1, 64), device, dtype), mode)()  # load and compile everything
+    bound = candidate.bind(case, device, dtype)
+    bound.train(mode == "training")
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _once(bound, mode)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _reset_peak()
+    _once(bound, mode)
+    return max(0, _peak() - before)
+
+
+def _once(bound: Bound, mode: Mode) -> None:
+    if mode == "forward":
+        bound.step(mode)
+        return
+    out = bound.run()
+    torch.autograd.grad(out, list(bound.leaves.values()), torch.ones_like(out))
+
+
+def _reset_peak() -> int:
+    """Set the peak to what the process holds now, where the system can (Linux), and return it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    # ru_maxrss of a process that was forked may be its parent's, so it is only the second choice.
+    try:
+        return _status("VmHWM")
+    except OSError:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")

@@ -1,0 +1,228 @@
+"""Other implementations, called as their users call them, where they are installed or given by the path of a checkout.
+
+Nothing of theirs is kept here. A file that wants a compiled extension when it is imported gets an empty stand-in for
+it, for the time of that import only: the functions measured on a CPU do not use it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from baselines import cross_scan_channels_first, cross_scan_channels_last
+from candidates import CHANNELS_FIRST, Candidate, Layout, gated
+from cases import Case
+from torch import Tensor
+
+MAMBAPY, MAMBA_REF, VMAMBA_TORCH = "mambapy pscan", "mamba_ssm selective_scan_ref", "VMamba selective_scan_torch"
+MAMBA_CUDA, VMAMBA_CUDA = "mamba_ssm CUDA", "VMamba CUDA"
+FILES = {
+    "mamba_ssm": "mamba_ssm/ops/selective_scan_interface.py",
+    "vmamba": "classification/models/csms6s.py",
+    "vmamba_cross": "classification/models/csm_triton.py",
+    "mambapy": "mambapy/mamba.py",
+}
+STAND_INS = ("causal_conv1d", "causal_conv1d.cpp_functions", "mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm")
+LAST: Layout = dict.fromkeys(("u", "delta", "B", "C", "z", "y"), (0, 2, 1))
+
+
+class PeerError(Exception):
+    """Why a peer cannot be measured here, without a path."""
+
+
+def peers(case: Case, device: str, paths: Mapping[str, str]) -> list[Candidate]:
+    """The peers of an op; those that cannot run here say why."""
+    if case.op not in ("cross_selective_scan", "selective_scan"):
+        return []
+    crossing = case.op == "cross_selective_scan"
+    makers: dict[str, Callable[[bool, Mapping[str, str]], Candidate]] = {
+        MAMBAPY: _mambapy,
+        MAMBA_REF: _mamba_reference,
+        VMAMBA_TORCH: _vmamba_torch,
+    }
+    if device == "cuda":
+        makers |= {MAMBA_CUDA: _mamba_cuda, VMAMBA_CUDA: _vmamba_cuda}
+    found = []
+    for name, make in makers.items():
+        try:
+            found.append(make(crossing, paths))
+        except PeerError as error:
+            found.append(Candidate(name, absent=str(error)))
+    return found
+
+
+def _mambapy(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+    module = _import("mambapy.mamba", "mambapy", paths)
+    if crossing:
+        scan = partial(_with_pscan, module.pscan)
+        return Candidate(MAMBAPY, partial(cross_scan_channels_last, scan), copies=12)
+
+    def run(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
+    ) -> Tensor:
+        delta = torch.nn.functional.softplus(delta + delta_bias)
+        return gated(module.MambaBlock.selective_scan(None, u, delta, A, B, C, D), z)
+
+    return Candidate(MAMBAPY, run, layout=LAST, copies=12)
+
+
+def _with_pscan(
+    pscan: Callable[[Tensor, Tensor], Tensor],
+    u: Tensor,  # b l k d
+    delta: Tensor,  # b l k d
+    A: Tensor,  # k d n
+    B: Tensor,  # b l k n
+    C: Tensor,  # b l k n
+    D: Tensor,  # k d
+    bias: Tensor,  # k d
+) -> Tensor:  # b l k d
+    delta = torch.nn.functional.softplus(delta + bias)
+    decay = torch.exp(delta[..., None] * A)  # b l k d n
+    entry = delta[..., None] * B[..., None, :] * u[..., None]
+    states = pscan(decay.flatten(2, 3), entry.flatten(2, 3))  # b l k*d n
+    return (states.unflatten(2, A.shape[:2]) @ C[..., None])[..., 0] + D * u
+
+
+def _mamba_reference(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+    function = _import("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths).selective_scan_ref
+    return _steps(MAMBA_REF, function, crossing, grouped=False)
+
+
+def _vmamba_torch(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+    function = _from_file("vmamba", paths).selective_scan_torch
+    return _steps(VMAMBA_TORCH, function, crossing, grouped=True)
+
+
+def _steps(name: str, function: Callable[..., Tensor], crossing: bool, grouped: bool) -> Candidate:
+    candidate = _like_mamba(name, function, crossing, grouped)
+    return Candidate(name, candidate.function, layout=candidate.layout, max_backward_length=256, copies=4)
+
+
+def _like_mamba(name: str, function: Callable[..., Tensor], crossing: bool, grouped: bool) -> Candidate:
+    """A function with Mamba's arguments; `grouped`: it takes `B`, `C` as `b g n l` only, and has no gate."""
+    if crossing:
+
+        def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+            return function(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+        return Candidate(name, partial(cross_scan_channels_first, scan), layout=CHANNELS_FIRST)
+
+    def run(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
+    ) -> Tensor:
+        if not grouped:
+            return function(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True)
+        y = function(u, delta, A, B[:, None], C[:, None], D, delta_bias=delta_bias, delta_softplus=True)
+        return gated(y, z)
+
+    return Candidate(name, run)
+
+
+def _mamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+    module = _import("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", {})
+    if getattr(module, "selective_scan_cuda", None) is None:
+        raise PeerError("its CUDA extension is not built")
+    return _like_mamba(MAMBA_CUDA, module.selective_scan_fn, crossing, grouped=False)
+
+
+def _vmamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+    """Its newer form: a Triton kernel makes the four copies, a CUDA kernel scans, a Triton kernel merges."""
+    if not importlib.util.find_spec("selective_scan_cuda_oflex"):
+        raise PeerError("its CUDA extension is not built")
+    scan = _from_file("vmamba", paths).selective_scan_fn
+    copies = _from_file("vmamba_cross", paths)
+    if not crossing:
+        return _like_mamba(VMAMBA_CUDA, scan, crossing, grouped=True)
+
+    def run(
+        x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A_log: Tensor, D: Tensor
+    ) -> Tensor:  # b d h w -> b h w d
+        batch, channels, height, width = x.shape
+        rank, states = dt_proj_weight.shape[2], A_log.shape[1]
+        sequences = copies.cross_scan_fn(x)  # b 4 d l
+        maps = torch.einsum("bkdl,kcd->bkcl", sequences, x_proj_weight.to(x.dtype))
+        low, B, C = maps.split([rank, states, states], 2)
+        delta = torch.einsum("bkrl,kdr->bkdl", low, dt_proj_weight.to(x.dtype)).flatten(1, 2)
+        A, bias = -torch.exp(A_log), dt_proj_bias.flatten()
+        y = scan(sequences.flatten(1, 2), delta.contiguous(), A, B.contiguous(), C.contiguous(), D, bias, True)
+        y = copies.cross_merge_fn(y.view(batch, 4, channels, height, width))  # b d l
+        return y.transpose(1, 2).reshape(batch, height, width, channels).to(x.dtype)
+
+    return Candidate(VMAMBA_CUDA, run, layout=CHANNELS_FIRST)
+
+
+def _import(module: str, name: str, paths: Mapping[str, str]) -> Any:
+    """An installed module, or the same file of a checkout."""
+    if name in paths:
+        return _from_file(name, paths)
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise PeerError("not installed, and no path given") from None
+
+
+def _from_file(name: str, paths: Mapping[str, str]) -> Any:
+    key = name.split("_cross")[0]
+    if key not in paths:
+        raise PeerError("no path given")
+    root = Path(paths[key])
+    file = root / FILES[name]
+    if not file.is_file():
+        raise PeerError(f"{FILES[name]} is not in the path given")
+    alias = f"_peer_{name}"
+    if alias in sys.modules:
+        return sys.modules[alias]
+    spec = importlib.util.spec_from_file_location(alias, file)
+    if spec is None or spec.loader is None:
+        raise PeerError(f"{FILES[name]} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with _stand_ins(), _on_path(root), redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec.loader.exec_module(module)
+    except Exception as error:  # whatever a stranger's file raises, it cannot be measured
+        raise PeerError(f"its file cannot be loaded: {type(error).__name__}") from None
+    sys.modules[alias] = module
+    return module
+
+
+class _StandIn(ModuleType):
+    """A module whose every name is a decorator that changes nothing."""
+
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda function: function
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    names = {".".join(name.split(".")[:depth]) for name in STAND_INS for depth in range(1, name.count(".") + 2)}
+    added = [name for name in sorted(names) if name not in sys.modules]
+    sys.modules.update({name: _StandIn(name) for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+@contextmanager
+def _on_path(root: Path) -> Iterator[None]:
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))

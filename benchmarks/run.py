@@ -1,0 +1,267 @@
+"""Measure the ops, layers and models: the error first, then time and memory, all candidates of a case side by side.
+
+python benchmarks/run.py                             # ops at batch 1, blocks and models: minutes
+python benchmarks/run.py --quick                     # few small cases: less than a minute
+python benchmarks/run.py ops-b8 scaling --out FILE.json
+python benchmarks/run.py ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import limit
+import machine
+import torch
+from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
+from cases import CASES, QUICK, SUITES, Case, scaling_cases
+from measure import Checker, error_limit, peak_bytes, time_in_rounds
+from peers import peers
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEMORY_SHARE = 0.6  # of the main memory, that a candidate may need
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run measures."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    candidates: str = "*"
+    rounds: int = 7
+    budget: float = 1.0  # seconds of samples, for each candidate and mode
+    longest: float = 5.0  # seconds that one call may take
+    memory: bool = True
+    peers: tuple[tuple[str, str], ...] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for and write the results."""
+    args = _parser().parse_args(arguments)
+    options = Options(
+        device=args.device,
+        dtype=args.dtype,
+        candidates=args.candidates,
+        rounds=3 if args.quick else args.reps,
+        budget=0.3 if args.quick else args.budget,
+        longest=1.0 if args.quick else args.longest,
+        memory=args.memory and not args.quick,
+        peers=tuple(args.peers_path),
+    )
+    if args.peak:
+        print(json.dumps(_peak_here(*args.peak, options, args.threads[0])))
+        return
+    cases = select(args.suites, args.cases, args.quick, args.max_side)
+    if not cases:
+        raise SystemExit(f"no case matches --cases {args.cases!r}; see --list")
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return
+    measure(cases, args.threads, options, args.out)
+
+
+def select(suites: Iterable[str], pattern: str = "*", quick: bool = False, max_side: int = 1024) -> list[Case]:
+    """The cases of the suites whose names match."""
+    every = list(QUICK) if quick else [*CASES, *scaling_cases(max_side, machine.usable_cores())]
+    wanted = set(suites) or {"ops", "blocks", "models"}
+    return [case for case in every if case.suite in wanted and fnmatch.fnmatch(case.name, pattern)]
+
+
+def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out: Path | None = None) -> dict[str, Any]:
+    """Measure the limit and every case, with every number of threads; `out` is written anew after each case."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "settings": {
+            "device": options.device,
+            "dtype": options.dtype,
+            "threads": list(threads),
+            "rounds": options.rounds,
+            "budget_s": options.budget,
+            "longest_s": options.longest,
+        },
+        "limit": limit.measure(options.device),
+        "rows": rows,
+    }
+    for count in threads:
+        for case in cases:
+            if case.threads and count != threads[0]:
+                continue  # it names its own number of threads: once is enough
+            torch.set_num_threads(case.threads or count)
+            rows += measure_case(case, candidates_of(case, options), options)
+            result["limit"] = limit.faster(result["limit"], limit.measure(options.device))
+            _set_limits(rows, {case.name: case for case in cases}, result["limit"])
+            for row in rows:
+                if row["case"] == case.name and row["threads"] == torch.get_num_threads():
+                    print(line(row), flush=True)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def candidates_of(case: Case, options: Options) -> list[Candidate]:
+    """Our backends, the fastest first, then the textbook forms and the peers."""
+    found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
+    if case.suite != "scaling":
+        found += peers(case, options.device, dict(options.peers))
+    return [c for c in found if fnmatch.fnmatch(c.name, options.candidates)]
+
+
+def _set_limits(rows: Iterable[dict[str, Any]], cases: dict[str, Case], rates: limit.Rates) -> None:
+    """The least time of every forward pass; again after each case, since a busy machine can hide its true rate."""
+    for row in rows:
+        if row["status"] == "ok" and row["mode"] == "forward":
+            least = limit.seconds(cases[row["case"]], rates, row["device"], row["threads"])
+            if least is not None:
+                row |= {"limit_s": least, "limit_fraction": least / row["median_s"]}
+
+
+def measure_case(case: Case, candidates: Sequence[Candidate], options: Options) -> list[dict[str, Any]]:
+    """One row for each mode and candidate; ratios are to the first candidate that was timed."""
+    dtype = DTYPES[options.dtype]
+    checker = Checker(case, options.device, dtype)
+    rows = []
+    for mode in MODES:
+        of_mode = {c.name: _examine(c, case, mode, checker, options) for c in candidates}
+        good = [c for c in candidates if of_mode[c.name]["status"] == "ok"]
+        bounds = {c.name: c.bind(case, options.device, dtype) for c in good}
+        timings = time_in_rounds(bounds, mode, options.device, options.rounds, options.budget)
+        del bounds
+        base = statistics.median(timings[good[0].name].wall) if good else 0.0
+        for candidate in good:
+            row, timing = of_mode[candidate.name], timings[candidate.name]
+            row |= {
+                "repeats": timing.repeats,
+                "wall_s": timing.wall,
+                "cpu_s": timing.cpu,
+                "median_s": statistics.median(timing.wall),
+                "min_s": min(timing.wall),
+                "median_cpu_s": statistics.median(timing.cpu),
+            }
+            row["ratio"] = row["median_s"] / base
+            if options.memory:
+                row["peak_bytes"] = _peak_elsewhere(case, candidate, mode, options)
+        rows += of_mode.values()
+    return rows
+
+
+def _examine(candidate: Candidate, case: Case, mode: Mode, checker: Checker, options: Options) -> dict[str, Any]:
+    """The row of a candidate before its times: whether it may be timed, and its errors."""
+    limit_of_error = error_limit(case, mode, DTYPES[options.dtype])
+    row: dict[str, Any] = {
+        "case": case.name,
+        "suite": case.suite,
+        "op": case.op,
+        "sizes": case.sizes,
+        "axis": case.axis,
+        "device": options.device,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "candidate": candidate.name,
+        "layout": describe_layout(candidate),
+        "mode": mode,
+        "status": "ok",
+        "reason": "",
+    }
+    main_memory = machine.memory_bytes() if options.device == "cpu" else None
+    memory = MEMORY_SHARE * main_memory if main_memory else float("inf")
+    if reason := candidate.refuses(case, mode, memory):
+        return row | {"status": "not measured" if candidate.absent else "not run", "reason": reason}
+    try:
+        errors, seconds = checker.errors(candidate, mode)
+        scale = case.elements / checker.case.elements
+        if seconds * scale > options.longest:  # the first call may have compiled something
+            seconds = checker.errors(candidate, mode)[1]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        print(f"{candidate.name} on {case.name}: {error}", file=sys.stderr)
+        return row | {"status": "failed", "reason": type(error).__name__}
+    row |= {"error_limit": limit_of_error, "checked_on": checker.case.sizes, "errors": errors}
+    if not all(error <= limit_of_error for error in errors.values()):
+        worst = max(errors, key=lambda name: errors[name])
+        return row | {"status": "wrong", "reason": f"not timed: relative error {errors[worst]:.1e} of {worst}"}
+    if seconds * scale > options.longest:
+        return row | {"status": "not run", "reason": f"not run (about {seconds * scale:.0f} s a call)"}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the screen."""
+    head = f"{row['case']:34} t{row['threads']} {row['mode']:9} {row['candidate']:28}"
+    if row["status"] != "ok":
+        return f"{head} {row['reason'] or row['status']}"
+    text = f"{head} {1e3 * row['median_s']:10.2f} ms {row['ratio']:8.2f}x  error {max(row['errors'].values()):.0e}"
+    if "limit_fraction" in row:
+        text += f"  {100 * row['limit_fraction']:.1f} % of the limit"
+    if row.get("peak_bytes") is not None:
+        text += f"  {row['peak_bytes'] / 2**20:.0f} MiB"
+    return text
+
+
+def _peak_elsewhere(case: Case, candidate: Candidate, mode: Mode, options: Options) -> int | None:
+    """Peak memory above the inputs, measured in a fresh process; None if that process fails."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--peak", case.name, candidate.name, mode]
+    command += ["--threads", str(torch.get_num_threads()), "--device", options.device, "--dtype", options.dtype]
+    if options.peers:
+        command += ["--peers-path", *(f"{name}={path}" for name, path in options.peers)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        print(process.stderr[-500:], file=sys.stderr)
+        return None
+    return int(json.loads(process.stdout.splitlines()[-1]))
+
+
+def _peak_here(name: str, candidate: str, mode: Mode, options: Options, threads: int) -> int:
+    torch.set_num_threads(threads)
+    every = [*CASES, *QUICK, *scaling_cases(max_threads=machine.usable_cores())]
+    case = next(case for case in every if case.name == name)
+    chosen = next(c for c in candidates_of(case, options) if c.name == candidate)
+    return peak_bytes(chosen, case, mode, options.device, DTYPES[options.dtype])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", choices=[[], *SUITES], help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--cases", default="*", metavar="PATTERN", help="names of cases, as in a shell")
+    parser.add_argument("--candidates", default="*", metavar="PATTERN", help="names of candidates, as in a shell")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--quick", action="store_true", help="few small cases, few rounds, no memory")
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], metavar="N")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the maps; parameters are float32")
+    parser.add_argument("--reps", type=int, default=Options.rounds, metavar="N", help="rounds")
+    parser.add_argument("--budget", type=float, default=Options.budget, metavar="S", help="seconds for each candidate")
+    parser.add_argument("--longest", type=float, default=Options.longest, metavar="S", help="seconds of one call")
+    parser.add_argument("--max-side", type=int, default=1024, help="largest height and width of the scaling suite")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
+    parser.add_argument("--peers-path", nargs="+", type=_peer, default=[], metavar="NAME=PATH")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if name not in ("mamba_ssm", "vmamba", "mambapy") or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with mamba_ssm, vmamba or mambapy as NAME")
+    return name, path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The scan along its walks as a Numba kernel; :mod:`._cpu_call` says how it works."""
+
+from collections.abc import Callable
+
+from kan_mamba_layers.ops._simd import (
+    LANES,
+    broadcast,
+    exp2_product,
+    fma,
+    integers,
+    load,
+    pointer,
+    prefetch,
+    read,
+    softplus_and_slope,
+    splat,
+    store,
+    take_number,
+)
+from kan_mamba_layers.ops.selective_scan._cpu_call import (
+    BATCH,
+    CHANNELS,
+    CHUNK,
+    HEIGHT,
+    INITIAL,
+    LAST,
+    NEXT_TASK,
+    RANK,
+    SAVE,
+    SAVED,
+    SOFTPLUS,
+    STATES,
+    TASKS,
+    TIMES,
+    WALKS,
+    WIDTH,
+    A,
+    D,
+    U,
+    Y,
+    array,
+    compiled,
+    copy_rows,
+    follow,
+    opens_group,
+    own_scratch,
+    size,
+    steps_before_softplus,
+    task_of,
+    tiles_of,
+)
+
+
+def entry(sources: int) -> Callable[..., None]:
+    """The function to compile, which closes over a number that stands for the source.
+
+    Numba's cache sees the values that a function closes over and its own file, but no file that it imports.
+    """
+
+    def run(call):
+        if sources >= 0:
+            forward(call)
+
+    return run
+
+
+@compiled
+def forward(call):
+    """Work on tasks until none is left."""
+    scratch = own_scratch(call)
+    job = take_number(integers(call), NEXT_TASK)
+    while job < size(call, TASKS):
+        image, team, part, first, end = task_of(call, job)
+        for k in range(first, end):
+            _forward_walk(call, image, team, part, k, k == first, scratch)
+        job = take_number(integers(call), NEXT_TASK)
+
+
+@compiled
+def _forward_walk(call, image, team, part, k, overwrite, scratch):
+    """Set, or add to, the output of a team of tiles."""
+    length, channels = size(call, HEIGHT) * size(call, WIDTH), size(call, CHANNELS)
+    states, row_length = size(call, STATES), size(call, RANK) + 2 * size(call, STATES)
+    walk = image * size(call, WALKS) + k
+    chunks = (length + CHUNK - 1) // CHUNK
+    first, end = tiles_of(call, team)
+    positions = integers(pointer(scratch, call))
+    work = pointer(scratch + 8 * CHUNK, call)
+    rows = 3 * TIMES
+    carried = rows + row_length * CHUNK
+
+    for tile in range(first, end):
+        for n in range(states):
+            h = splat(0.0, call)
+            if size(call, INITIAL) != 0:
+                h = load(array(call, INITIAL), (walk * states + n) * channels + tile * LANES)
+            store(work, carried + ((tile - first) * states + n) * LANES, h)
+    for chunk in range(chunks):
+        steps = min(CHUNK, length - chunk * CHUNK)
+        follow(call, k, chunk * CHUNK, steps, positions)
+        for tile in range(first, end):
+            if tile == first or opens_group(call, tile):
+                copy_rows(call, image, k, tile, steps, positions, work, rows)
+            state = carried + (tile - first) * states * LANES
+            if size(call, SAVE) != 0:
+                for n in range(states):
+                    into = ((walk * chunks + chunk) * states + n) * channels + tile * LANES
+                    store(array(call, SAVED), into, load(work, state + n * LANES))
+            _forward_tile(call, image, part, k, tile, overwrite, steps, positions, work, rows, state)
+    for tile in range(first, end):
+        for n in range(states):
+            h = load(work, carried + ((tile - first) * states + n) * LANES)
+            store(array(call, LAST), (walk * states + n) * channels + tile * LANES, h)
+
+
+@compiled
+def _forward_tile(call, image, part, k, tile, overwrite, steps, positions, work, rows, state):
+    """One chunk of one tile."""
+    channels, states, rank = size(call, CHANNELS), size(call, STATES), size(call, RANK)
+    length, channel, row_length = size(call, HEIGHT) * size(call, WIDTH), tile * LANES, rank + 2 * states
+    u, y, A_ = array(call, U), array(call, Y), array(call, A)
+    skip = load(array(call, D), channel)
+    pixel = image * length * channels + channel
+    y_pixel = pixel + part * size(call, BATCH) * length * channels
+    step, entry, out = 0, TIMES, 2 * TIMES
+
+    steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
+    if size(call, SOFTPLUS) != 0:
+        for t in range(steps):
+            dt, _ = softplus_and_slope(load(work, step + t * LANES))
+            store(work, step + t * LANES, dt)
+    for t in range(steps):
+        position = read(positions, t)
+        x = load(u, pixel + position * channels)
+        store(work, entry + t * LANES, load(work, step + t * LANES) * x)
+        store(work, out + t * LANES, skip * x if k == 0 else splat(0.0, call))
+        prefetch(y, y_pixel + position * channels)
+    for n in range(states):
+        a = load(A_, (k * states + n) * channels + channel)
+        h = load(work, state + n * LANES)
+        for t in range(steps):
+            row = rows + t * row_length + rank + n
+            decay = exp2_product(load(work, step + t * LANES), a)
+            h = fma(h, decay, load(work, entry + t * LANES) * broadcast(work, row))
+            store(work, out + t * LANES, fma(h, broadcast(work, row + states), load(work, out + t * LANES)))
+        store(work, state + n * LANES, h)
+    for t in range(steps):
+        into = y_pixel + read(positions, t) * channels
+        value = load(work, out + t * LANES)
+        store(y, into, value if overwrite else load(y, into) + value)

@@ -1,0 +1,320 @@
+"""The benchmarks measure what they say: same inputs each time, right baselines, wrong results refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import relative_l2
+from kan_mamba_layers import cross_selective_scan, selective_scan
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import baselines  # noqa: E402
+import candidates  # noqa: E402
+import cases  # noqa: E402
+import limit  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+
+CROSS = cases.cross(2, 3, 5, 4, 3, 2)
+SCAN = cases.scan(2, 4, 13, 3)
+TINY = cases.cross(1, 4, 4, 16, 2, 1)
+ODD_LENGTHS = [1, 2, 3, 4, 7, 16, 33]
+EVERY = [*cases.CASES, *cases.QUICK, *cases.scaling_cases(max_threads=6)]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(**changes: object) -> run.Options:
+    return run.Options(**{"rounds": 2, "budget": 0.05, "memory": False, **changes})
+
+
+class TestCases:
+    @pytest.mark.parametrize("part", [cases.CASES, cases.QUICK, list(cases.scaling_cases(max_threads=6))])
+    def test_names_are_unique_and_suites_known(self, part):
+        assert len({case.name for case in part}) == len(part) > 0
+        assert {case.suite for case in part} <= set(cases.SUITES)
+
+    def test_one_name_is_one_case(self):
+        assert len({(case.name, str(case.sizes)) for case in EVERY}) == len({case.name for case in EVERY})
+
+    @pytest.mark.parametrize("case", [CROSS, SCAN], ids=lambda case: case.op)
+    def test_inputs_are_the_same_each_time_and_fit_the_op(self, case):
+        first, second = cases.make_inputs(case), cases.make_inputs(case)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        y = cross_selective_scan(**first) if case is CROSS else selective_scan(**first, delta_softplus=True)
+        assert torch.isfinite(y).all()
+
+    def test_initial_steps_and_rates_are_those_of_a_fresh_layer(self):
+        inputs = cases.make_inputs(cases.cross(1, 2, 2, 500, 3, 2))
+        steps = torch.nn.functional.softplus(inputs["dt_proj_bias"])
+        assert steps.min() >= 1e-3 - 1e-6 and steps.max() <= 1e-1 + 1e-6
+        assert torch.allclose(inputs["A_log"].exp()[7], torch.tensor([1.0, 2.0, 3.0]))
+
+    @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+    def test_limited_cases_are_not_longer(self, case):
+        small = case.limited(2, 100)
+        assert small.length <= 100 and small.sizes["b"] <= 2 and small.elements <= case.elements
+        assert case.limited(case.sizes["b"], case.length) == case
+
+    def test_modules_are_the_same_each_time(self):
+        first, second = (cases.make_module(cases.QUICK[-1])[0].state_dict() for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestBaselines:
+    @pytest.mark.parametrize("case", [CROSS, SCAN, cases.scan(1, 2, 1, 1)], ids=lambda case: case.name)
+    @pytest.mark.parametrize("name", ["textbook steps", "parallel scan", "chunked"])
+    def test_equal_reference_with_gradients(self, case, name):
+        found = [*candidates.own(case, "cpu"), *candidates.baselines(case)]
+        reference, other = (next(c for c in found if c.name == n) for n in ("reference", name))
+        expected, actual = (measure._results(c.bind(case, "cpu", exact=True), "training") for c in (reference, other))
+        assert expected.keys() == actual.keys() and len(actual) > 5
+        for key in expected:
+            assert relative_l2(actual[key], expected[key]) < 1e-11, key
+
+    @pytest.mark.parametrize("length", ODD_LENGTHS)
+    def test_parallel_scan_at_every_length(self, length):
+        draw = torch.Generator().manual_seed(length)
+        a, x = (torch.rand(2, length, 3, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(2))
+        states, state = [], torch.zeros(2, 3, dtype=torch.float64)
+        for t in range(length):
+            state = a[:, t] * state + x[:, t]
+            states.append(state)
+        expected = torch.stack(states, 1)
+        actual = baselines.ParallelScan.apply(a, x)
+        assert torch.allclose(actual, expected, rtol=1e-12)
+        weights = torch.rand(expected.shape, dtype=torch.float64, generator=draw)
+        for got, wanted in zip(
+            torch.autograd.grad(actual, [a, x], weights), torch.autograd.grad(expected, [a, x], weights), strict=True
+        ):
+            assert torch.allclose(got, wanted, rtol=1e-12)
+
+    def test_layouts_round_trip(self):
+        bound = candidates.baselines(CROSS)[0].bind(CROSS, "cpu")
+        assert bound.leaves["x"].shape == (2, 4, 3, 5) and bound.leaves["x"].is_contiguous()
+        restored = measure._restored("x", bound.leaves["x"], bound)
+        assert torch.equal(restored, cases.make_inputs(CROSS)["x"])
+
+
+class TestPeers:
+    def test_absent_peers_say_so_without_a_path(self, tmp_path):
+        paths = dict.fromkeys(("mamba_ssm", "vmamba", "mambapy"), str(tmp_path))
+        found = peers.peers(CROSS, "cpu", paths)
+        assert len(found) == 3
+        for candidate in found:
+            assert candidate.refuses(CROSS, "forward").startswith("not measured")
+            assert str(tmp_path) not in candidate.absent
+
+    def test_a_checkout_is_measured_and_leaves_no_stand_ins(self, tmp_path):
+        file = tmp_path / peers.FILES["mamba_ssm"]
+        file.parent.mkdir(parents=True)
+        file.write_text(
+            "from mamba_ssm.utils.torch import custom_fwd\n"
+            "from kan_mamba_layers import selective_scan\n"
+            "@custom_fwd\ndef selective_scan_ref(*args, **kwargs):\n    return selective_scan(*args, **kwargs)\n"
+        )
+        sys.modules.pop("_peer_mamba_ssm", None)
+        try:
+            found = {c.name: c for c in peers.peers(CROSS, "cpu", {"mamba_ssm": str(tmp_path)})}
+        finally:
+            sys.modules.pop("_peer_mamba_ssm", None)
+        assert "mamba_ssm" not in sys.modules
+        checker = measure.Checker(CROSS, "cpu", torch.float32)
+        worst, _ = checker.errors(found[peers.MAMBA_REF], "training")
+        assert max(worst.values()) < 1e-5
+
+
+def planted(factor: float) -> candidates.Candidate:
+    """A candidate whose output is off by a factor."""
+
+    def scaled(**inputs: Tensor) -> Tensor:
+        return factor * cross_selective_scan(**inputs, backend="chunked")
+
+    return candidates.Candidate("planted", scaled)
+
+
+class TestMeasuring:
+    def test_relative_l2(self):
+        one = torch.ones(4)
+        assert measure.relative_l2(one, one) == 0
+        assert measure.relative_l2(1.5 * one, one) == pytest.approx(0.5)
+        assert measure.relative_l2(torch.full((4,), float("nan")), one) == math.inf
+        with pytest.raises(ValueError, match="shape"):
+            measure.relative_l2(torch.ones(3), one)
+
+    @pytest.mark.parametrize("factor", [1.001, float("nan")])
+    def test_a_wrong_result_is_not_timed(self, factor):
+        rows = run.measure_case(TINY, [planted(factor)], options())
+        assert [row["status"] for row in rows] == ["wrong", "wrong"]
+        assert all("wall_s" not in row and row["reason"] for row in rows)
+
+    def test_a_wrong_gradient_is_not_timed(self):
+        def detached(x: Tensor, **inputs: Tensor) -> Tensor:
+            return cross_selective_scan(x.detach() + 0 * x, **inputs, backend="chunked")
+
+        rows = run.measure_case(TINY, [candidates.Candidate("planted", detached)], options())
+        assert [row["status"] for row in rows] == ["ok", "wrong"]
+        assert "grad x" in rows[1]["reason"]
+
+    def test_a_failing_candidate_is_recorded(self):
+        def fails(**inputs: Tensor) -> Tensor:
+            raise RuntimeError("at /some/path")
+
+        rows = run.measure_case(TINY, [candidates.Candidate("planted", fails)], options())
+        assert {row["status"] for row in rows} == {"failed"} and "/some" not in json.dumps(rows)
+
+    def test_slow_and_large_and_quadratic_are_refused(self):
+        large = cases.cross(1, 128, 128, 32, 16, 1)
+        steps, parallel = candidates.baselines(large)
+        assert steps.refuses(large, "forward") == ""
+        assert "quadratic" in steps.refuses(large, "training")
+        assert "GiB" in parallel.refuses(large, "forward", memory=1e6)
+        rows = run.measure_case(TINY, [planted(1.0)], options(longest=0.0))
+        assert {row["status"] for row in rows} == {"not run"}
+
+    def test_rounds_are_counted_and_bounded_by_the_budget(self):
+        bounds = {"a": planted(1.0).bind(TINY, "cpu"), "b": planted(1.0).bind(TINY, "cpu")}
+        timings = measure.time_in_rounds(bounds, "training", "cpu", rounds=3, budget=1e9)
+        assert all(len(t.wall) == len(t.cpu) == 3 and min(t.wall) > 0 for t in timings.values())
+        timings = measure.time_in_rounds(bounds, "forward", "cpu", rounds=5, budget=0.0)
+        assert all(len(t.wall) == 2 for t in timings.values())
+        assert measure.time_in_rounds({}, "forward", "cpu", rounds=2, budget=1.0) == {}
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+    def test_peak_memory_sees_a_large_tensor(self):
+        def hungry(x: Tensor, **inputs: Tensor) -> Tensor:
+            held = torch.ones(32 << 20) if x.shape[1] > 2 else torch.ones(1)  # 128 MiB
+            return x * held[-1]
+
+        case = cases.cross(1, 16, 16, 16, 2, 1)
+        peak = measure.peak_bytes(candidates.Candidate("hungry", hungry), case, "forward", "cpu", torch.float32)
+        assert (100 << 20) < peak < (1 << 30)
+
+
+RATES: dict[str, float | None] = {"elements_per_second": 1e9, "copy_bytes_per_second": 1e10}
+
+
+class TestLimit:
+    def test_rate_is_positive_and_finite(self):
+        pytest.importorskip("numba")
+        rate = limit.cpu_elements_per_second(steps=10_000)
+        assert rate is not None and 0 < rate < math.inf
+
+    def test_body_computes_the_scan(self):
+        numpy = pytest.importorskip("numpy")
+        pytest.importorskip("numba")
+        rates, entries = (-1.0, -2.0, -3.0, -4.0), (0.5, 0.25, -1.0, -2.0)
+        outputs, step, y = (0.25, 0.5, 0.25, 0.5), numpy.float32(1e-3), 0.25
+        states = [0.5] * 4
+        for _ in range(50):
+            step = numpy.float32(step + numpy.float32(1e-8))
+            for i, (rate, entry, output) in enumerate(zip(rates, entries, outputs, strict=True)):
+                states[i] = 2 ** (float(step) * rate) * states[i] + float(step) * entry
+                y += output * states[i]
+        assert limit._body(50, -1.0) == pytest.approx(y, rel=1e-5)
+
+    def test_the_faster_measurement_counts(self):
+        slow = {"elements_per_second": 5e8, "copy_bytes_per_second": 2e10}
+        assert limit.faster(slow, RATES) == {"elements_per_second": 1e9, "copy_bytes_per_second": 2e10}
+        unknown: limit.Rates = dict.fromkeys(RATES)
+        assert limit.faster(unknown, unknown) == unknown and limit.faster(unknown, RATES) == RATES
+
+    def test_seconds(self):
+        assert limit.seconds(CROSS, RATES, "cpu", 2) == pytest.approx(4 * 2 * 15 * 4 * 3 / 2e9)
+        assert limit.seconds(SCAN, RATES, "cpu", 1) == pytest.approx(2 * 13 * 4 * 3 / 1e9)
+        assert limit.seconds(cases.QUICK[-1], RATES, "cpu", 1) is None
+        assert limit.seconds(CROSS, {**RATES, "elements_per_second": None}, "cpu", 1) is None
+        exponentials, copies = limit.seconds(CROSS, RATES, "cuda", 1), limit.seconds(TINY, RATES, "cuda", 1)
+        assert exponentials is not None and copies is not None and exponentials > 0 < copies
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one small case of each kind, written to a file."""
+    out = tmp_path_factory.mktemp("results") / "tiny.json"
+    scaling = cases.cross(1, 4, 4, 16, 2, 1, "scaling", "n")
+    chosen = [TINY, cases.scan(1, 16, 9, 2), cases.block(1, 4, 4, 4, 2), scaling]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limit, "measure", lambda device: RATES)
+        run.measure(chosen, [1], options(), out)
+    return out
+
+
+class TestWholeRun:
+    def test_every_case_has_a_time_for_our_backends(self, result):
+        rows = report.load(result)["rows"]
+        for case in {row["case"] for row in rows}:
+            timed = {(r["candidate"], r["mode"]) for r in rows if r["case"] == case and r["status"] == "ok"}
+            assert {("chunked", "forward"), ("chunked", "training")} <= timed
+        for row in rows:
+            assert row["status"] in ("ok", "not measured"), row["reason"]
+            if row["status"] == "ok":
+                assert ("limit_s" in row) == (row["op"] != "ss2d" and row["mode"] == "forward")
+                assert len(row["wall_s"]) == len(row["cpu_s"]) >= 2 and row["ratio"] > 0
+                assert max(row["errors"].values()) <= row["error_limit"]
+
+    def test_says_with_what_and_nothing_private(self, result):
+        text = result.read_text(encoding="utf-8")
+        content = json.loads(text)
+        assert content["schema"] == run.SCHEMA == report.SCHEMA
+        assert content["machine"]["cores"] >= 1 and content["versions"]["torch"] == torch.__version__
+        assert str(Path.home()) not in text and str(BENCHMARKS.parent) not in text and '"/' not in text
+
+    def test_report_renders_what_was_measured(self, result, tmp_path):
+        pytest.importorskip("matplotlib")
+        report.main([str(result), "--out", str(tmp_path)])
+        text = (tmp_path / "tiny.md").read_text(encoding="utf-8")
+        content = report.load(result)
+        for row in content["rows"]:
+            assert f"`{row['case']}`" in text
+            if row["status"] == "ok":
+                assert row["candidate"] in text
+                assert f"{report._figure(1e3 * row['median_s'])} ({report._figure(row['ratio'])}x)" in text
+        images = {path.name for path in tmp_path.glob("*.svg")}
+        assert images == {"tiny-ops-t1.svg", "tiny-scaling-n.svg"} and all(f"]({name})" in text for name in images)
+
+    def test_another_schema_is_refused(self, tmp_path):
+        file = tmp_path / "old.json"
+        file.write_text('{"schema": 0}')
+        with pytest.raises(ValueError, match=r"old\.json has schema 0"):
+            report.load(file)
+
+
+class TestCommandLine:
+    def test_runs_a_chosen_case_and_measures_memory_in_a_fresh_process(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(limit, "measure", lambda device: RATES)
+        out = tmp_path / "one.json"
+        arguments = ["scaling", "--cases", "scaling-pixels-*-32x32-*", "--candidates", "chunked"]
+        run.main([*arguments, "--reps", "2", "--budget", "0.01", "--threads", "1", "--out", str(out)])
+        rows = report.load(out)["rows"]
+        assert [row["mode"] for row in rows] == ["forward", "training"]
+        assert all(row["peak_bytes"] is not None and row["peak_bytes"] >= 0 for row in rows)
+        assert "chunked" in capsys.readouterr().out
+
+    def test_list(self, capsys):
+        run.main(["ops", "--list"])
+        names = capsys.readouterr().out.split()
+        assert names == [case.name for case in cases.CASES if case.suite == "ops"]
+
+    @pytest.mark.parametrize(
+        "arguments", [["--peers-path", "someone=here"], ["--peers-path", "vmamba"], ["everything"], ["--cases", "none"]]
+    )
+    def test_wrong_arguments_are_refused(self, arguments):
+        with pytest.raises(SystemExit):
+            run.main(arguments)

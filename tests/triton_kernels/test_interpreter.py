@@ -1,0 +1,340 @@
+"""The Triton scan in Triton's interpreter, on CPU tensors, against float64: outputs, gradients, memory, repeats.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a process of their own: `test_triton.py`
+starts one. In every case the inputs lie between NaN, every buffer that the launcher allocates is NaN inside and lies
+between sentinels, and the sentinels are looked at afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import assert_budget, relative_l2, walk
+from kan_mamba_layers.ops.selective_scan import reference
+
+if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs triton, and a process with TRITON_INTERPRET=1; test_triton.py starts one", allow_module_level=True
+    )
+
+from kan_mamba_layers.ops.selective_scan import _triton
+from kan_mamba_layers.ops.selective_scan._triton import Plan
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+BAND, SENTINEL = 64, 12345.0
+INPUTS = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
+
+
+@dataclass(frozen=True)
+class Case:
+    b: int = 1
+    h: int = 2
+    w: int = 4
+    d: int = 5
+    n: int = 4
+    r: int = 2
+    k: int = 4
+    g: int = 1
+    initial: bool = False
+    softplus: bool = True
+    dtype: torch.dtype = torch.float32
+    tile: int = 16
+    plan: Plan | None = None
+
+    def __str__(self) -> str:
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case(), k)]
+        return " ".join(changed).replace("torch.", "").replace("plan=Plan", "") or "plain"
+
+
+def line(**changes: object) -> Case:
+    """A sequence in one dimension with given steps, as in `selective_scan`."""
+    return Case(**{"h": 1, "w": 11, "d": 6, "r": 0, "k": 1, **changes})
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [
+    Case(h=3),
+    Case(h=1, w=1, d=1, n=1, r=1),
+    Case(h=1, w=1, n=17, r=3, initial=True),
+    Case(h=1, w=19, r=1),
+    Case(h=17, w=1, n=1, r=3),
+    Case(h=3, w=6, n=16, r=1, d=8),
+    Case(h=5, w=4, n=1, r=10),
+    Case(b=2, h=2, w=3, n=17, r=4),
+    Case(h=2, w=3, n=16, r=10, d=65),
+    Case(n=4, r=20),  # a rank that is expanded by a matrix product
+    Case(h=2, w=3, n=48),  # two warps a program
+    Case(softplus=False, r=3),
+    Case(initial=True, n=16, r=4),
+    Case(b=3, h=2, w=1, initial=True, softplus=False, r=1),
+    # Chunks: several, the last one ragged, with and without pairs; the last by the launcher's own plan.
+    Case(h=3, w=6, r=1, plan=Plan(32, 16)),
+    Case(tile=8, h=3, w=6, r=1, plan=Plan(32, 16, True)),
+    Case(tile=4, plan=Plan(32, 4)),
+    Case(tile=4, plan=Plan(32, 4, True)),
+    Case(tile=4, plan=Plan(32, 8), h=3, w=3),
+    Case(tile=4, plan=Plan(32, 8, True), h=3, w=3),
+    Case(tile=4, plan=Plan(32, 8, True), h=1, w=10, initial=True, r=1),
+    Case(tile=4, plan=Plan(64, 12, True), h=13, w=1, n=16),
+    Case(tile=2, plan=Plan(32, 2), h=2, w=2, d=33, n=1, r=10, initial=True),
+    Case(tile=2, plan=Plan(32, 4, True), h=2, w=3, d=33, n=17, r=4),
+    Case(tile=4, h=3, w=5, n=1, r=1),
+    # Half precision.
+    Case(dtype=BF16, n=16, r=1),
+    Case(dtype=FP16, n=16, r=1),
+    Case(dtype=BF16, h=5, w=3, tile=4, plan=Plan(32, 8, True), n=1, r=4),
+    Case(dtype=FP16, h=5, w=3, tile=4, plan=Plan(32, 8), n=1, r=4, initial=True),
+    Case(dtype=BF16, n=17, d=40, softplus=False),
+    line(dtype=BF16, n=16, initial=True, g=2),
+    line(dtype=FP16, n=16, initial=True, tile=4, plan=Plan(32, 4)),
+    # One dimension, given steps, groups.
+    line(),
+    line(w=1),
+    line(w=1, n=1, d=1, initial=True),
+    line(w=19, n=16, initial=True),
+    line(n=17, g=3),
+    line(n=1, g=2, softplus=False),
+    line(b=2, w=4, g=6, initial=True),
+    line(b=2, d=80, g=2, n=4, w=5),
+    line(d=70, n=17, w=6),
+    line(w=34, g=2),
+    line(w=21, tile=4, plan=Plan(32, 8), g=3, initial=True),
+    line(w=21, tile=4, plan=Plan(32, 4), softplus=False, initial=True),
+    line(w=12, r=3, g=2),  # steps of low rank, one walk
+    line(w=5, n=100),
+]
+
+
+def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    b, l, d, k, n, r = case.b, case.h * case.w, case.d, case.k, case.n, case.r
+    inputs = {
+        "u": randn(b, l, d).to(case.dtype),
+        "maps": randn(b, l, k * case.g, r + 2 * n),
+        "delta": randn(b, l, k, d) if r == 0 else None,
+        "dt_weight": randn(k, d, r) * max(r, 1) ** -0.5,
+        "dt_bias": randn(k, d) - 1,
+        "A": -4 * torch.rand(k, d, n, generator=draw),
+        "D": randn(d),
+        "initial": randn(b, k, d, n) if case.initial else None,
+    }
+    if not case.softplus:  # positive and negative steps, and a state that may grow, but not out of float32
+        inputs["dt_bias"] = 0.2 * inputs["dt_bias"]
+        inputs["A"] = 0.2 * inputs["A"] + 0.3
+    return {name: None if x is None else between_nan(x) for name, x in inputs.items()}
+
+
+def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """y and the last states, through explicit lists of pixels and `reference.scan`, in the dtype of the inputs."""
+    groups, n, r = (case.g, -1), case.n, case.r
+    u, maps, initial = x["u"], x["maps"], x["initial"]
+    y, last = x["D"] * u, []
+    for k in range(case.k):
+        order = [i * case.w + j for i, j in walk(k, case.h, case.w)]
+        rows = maps[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
+        low, B, C = rows.split([r, n, n], -1)
+        if x["delta"] is None:
+            z = low @ x["dt_weight"][k].unflatten(0, groups).mT  # b g l d/g
+        else:
+            z = x["delta"][:, order, k].unflatten(2, groups).transpose(1, 2)
+        z = z + x["dt_bias"][k].unflatten(0, groups)[:, None]
+        step = F.softplus(z) if case.softplus else z
+        A = x["A"][k].unflatten(0, groups)  # g d/g n
+        out, end = reference.scan(u[:, order].unflatten(2, groups).transpose(1, 2), step, A, B, C)
+        if initial is not None:  # the scan is linear in its initial state
+            decay = torch.exp(step.cumsum(2)[..., None] * A[:, None]) * initial[:, k].unflatten(1, groups)[:, :, None]
+            out, end = out + (decay * C[:, :, :, None]).sum(-1), end + decay[:, :, -1]
+        y = y.index_add(1, torch.tensor(order), out.transpose(1, 2).flatten(2))
+        last.append(end.flatten(1, 2))
+    return y, torch.stack(last, 1)
+
+
+def oracle_gradients(
+    case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor, grad_last: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """y, the last states and the gradients of all inputs, computed in `dtype`."""
+    leaves = {k: None if v is None else v.detach().to(dtype).requires_grad_() for k, v in inputs.items()}
+    y, last = oracle(case, leaves)
+    loss = (y * grad_y).sum() + (0 if grad_last is None else (last * grad_last).sum())
+    wanted = {k: v for k, v in leaves.items() if v is not None and v.numel()}
+    grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return {"y": y.detach(), "last": last.detach(), **{f"d{k}": g for k, g in zip(wanted, grads, strict=True)}}
+
+
+def run(case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor, grad_last: Tensor | None) -> dict[str, Tensor]:
+    """What `oracle_gradients` returns, by the Triton kernels."""
+    end = (case.h, case.w, case.softplus)
+    y, last, saved = _triton.forward(*inputs.values(), *end, True, plan=case.plan)
+    back_plan = case.plan and case.plan._replace(pair=False)
+    grads = _triton.backward(
+        grad_y, grad_last, *(inputs[k] for k in INPUTS if k != "initial"), saved, *end, plan=back_plan
+    )
+    named = {f"d{k}": grad for k, grad in zip(INPUTS, grads, strict=True)}
+    for name in INPUTS:
+        like = inputs[name]
+        if like is not None:
+            assert named[f"d{name}"].shape == like.shape and named[f"d{name}"].dtype == like.dtype
+    return {"y": y, "last": last, **named}
+
+
+def make_grads(case: Case) -> tuple[Tensor, Tensor | None]:
+    draw = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(case.b, case.h * case.w, case.d, generator=draw).to(case.dtype)
+    return between_nan(grad_y), torch.randn(case.b, case.k, case.d, case.n, generator=draw) if case.initial else None
+
+
+def between_nan(x: Tensor) -> Tensor:
+    buffer = torch.full((x.numel() + 2 * BAND,), float("nan"), dtype=x.dtype)
+    inside = buffer[BAND : BAND + x.numel()].view(x.shape)
+    return inside.copy_(x)
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Every buffer of the launcher lies between sentinels, which must be there afterwards."""
+    buffers: list[Tensor] = []
+
+    def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * BAND,), SENTINEL, dtype=dtype, device=like.device)
+        buffers.append(buffer)
+        return buffer[BAND : BAND + size].fill_(float("nan")).view(shape)
+
+    monkeypatch.setattr(_triton, "_empty", empty)
+    yield buffers
+    for buffer in buffers:
+        expected = torch.full((BAND,), SENTINEL, dtype=buffer.dtype)
+        assert torch.equal(buffer[:BAND], expected) and torch.equal(buffer[-BAND:], expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]) -> None:
+    monkeypatch.setattr(_triton, "TILE", case.tile)
+    inputs, (grad_y, grad_last) = make_inputs(case), make_grads(case)
+    got = run(case, inputs, grad_y, grad_last)
+    assert len(guarded) > 5
+    expected = oracle_gradients(case, inputs, grad_y, grad_last, torch.float64)
+    half = case.dtype != torch.float32
+    single = oracle_gradients(case, inputs, grad_y, grad_last, torch.float32) if half else {}
+    for name, value in expected.items():
+        if half and name in ("y", "du"):
+            assert_budget(name, got[name], single[name].to(case.dtype), value, case.dtype)
+        else:
+            allowed = 5e-7 if name in ("y", "last") else 2e-6
+            error = relative_l2(got[name], value)
+            assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+    if not case.initial:  # the gradient of an initial state of zero is there all the same
+        zero = {**inputs, "initial": torch.zeros(case.b, case.k, case.d, case.n)}
+        expected = oracle_gradients(case, zero, grad_y, grad_last, torch.float64)
+        assert relative_l2(got["dinitial"], expected["dinitial"]) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(h=2, w=3, tile=4, plan=Plan(32, 4, True), d=33), line(tile=4, plan=Plan(32, 8), g=2, dtype=BF16)],
+    ids=str,
+)
+def test_same_bits_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "TILE", case.tile)
+    inputs, grads = make_inputs(case), make_grads(case)
+    first, second = run(case, inputs, *grads), run(case, inputs, *grads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inference_gives_the_same_and_saves_nothing() -> None:
+    case = Case(h=2, w=5)
+    inputs = make_inputs(case)
+    y, last, saved = _triton.forward(*inputs.values(), 2, 5, True, False)
+    expected, expected_last, expected_saved = _triton.forward(*inputs.values(), 2, 5, True, True)
+    assert torch.equal(y, expected) and torch.equal(last, expected_last)
+    assert saved.shape == (0,) and expected_saved.shape == _triton.saved_shape(1, 10, 5, 4, 1, 4)
+
+
+def test_gradient_in_any_layout() -> None:
+    case = Case(h=2, w=2)
+    inputs, (grad_y, _) = make_inputs(case), make_grads(case)
+    strided = grad_y.transpose(0, 2).contiguous().transpose(0, 2)
+    for other, same in ((strided, grad_y), (torch.ones(()).expand(1, 4, 5), torch.ones(1, 4, 5))):
+        first, second = run(case, inputs, other, None), run(case, inputs, same, None)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", [Case(b=0, initial=True), line(b=0, g=2)], ids=str)
+def test_empty_batch(case: Case) -> None:
+    got = run(case, make_inputs(case), *make_grads(case))
+    assert got["y"].shape == (0, case.h * case.w, case.d)
+    assert got["last"].shape == got["dinitial"].shape == (0, case.k, case.d, case.n)
+    assert (got["dA"] == 0).all() and (got["dD"] == 0).all() and (got["dmaps"] == 0).all()
+
+
+@pytest.mark.parametrize("z", [-60.0, -20.0, -10.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 10.0, 20.0, 60.0])
+def test_softplus_and_its_slope_everywhere(z: float) -> None:
+    """With one step, A = 0 and B = C = u = 1 the output is the step size itself."""
+    case = line(w=1, d=1, n=1)
+    inputs = {k: None if v is None else torch.ones_like(v) for k, v in make_inputs(case).items()}
+    inputs |= {"delta": torch.full((1, 1, 1, 1), z), "dt_bias": torch.zeros(1, 1)}
+    inputs |= {"A": torch.zeros(1, 1, 1), "D": torch.zeros(1)}
+    got = run(case, inputs, torch.ones(1, 1, 1), None)
+    exact = torch.tensor(z, dtype=torch.float64)
+    allowed = 3e-7 + 6e-8 * abs(z)  # the exponent itself is rounded
+    assert abs(got["y"].item() / torch.logaddexp(exact, exact.new_zeros(())).item() - 1) <= allowed
+    assert abs(got["ddelta"].item() / torch.sigmoid(exact).item() - 1) <= allowed
+
+
+@pytest.mark.parametrize("rate", [0.5, 10.0, 30.0])
+def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "TILE", 4)
+    case = line(w=24, softplus=False, plan=Plan(32, 4))
+    inputs = make_inputs(case)
+    inputs["A"].fill_(rate)
+    inputs["delta"].abs_()
+    inputs["dt_bias"].zero_()
+    inputs["u"][:, :10] = 0.0  # a state of zero stays zero, however fast it could grow
+    inputs["maps"].abs_()
+    inputs["u"].abs_()
+    y, last, _ = _triton.forward(*inputs.values(), 1, 24, False, False, plan=case.plan)
+    expected, expected_last = oracle(case, inputs)
+    for actual, want in ((y, expected), (last, expected_last)):
+        assert torch.equal(actual.isfinite(), want.isfinite())
+        assert torch.allclose(actual[want.isfinite()], want[want.isfinite()], rtol=1e-4)
+    assert expected.isinf().any() == (rate > 1)
+
+
+def test_too_large_an_image_is_refused() -> None:
+    u, maps = torch.empty(()).expand(1, 1 << 20, 2048), torch.empty(()).expand(1, 1 << 20, 1, 8)
+    rest = (torch.empty(1, 2048, 0), torch.empty(1, 2048), torch.empty(1, 2048, 4), torch.empty(2048), None)
+    with pytest.raises(ValueError, match=r"2\*\*31"):
+        _triton.forward(u, maps, u[:, :, None], *rest, 1, 1 << 20, True, False)
+
+
+def test_plans() -> None:
+    def plan(b: int, l: int, d: int, n: int = 16, k: int = 4, **other: object) -> Plan:
+        return _triton.choose_plan(b, l, d, k, 1, n, 132, **other)
+
+    assert plan(64, 3136, 192) == Plan(64, 3136)  # the batch alone fills the GPU
+    assert plan(128, 3136, 192) == Plan(64, 3136, True)  # even in pairs
+    assert plan(8, 1024, 256).pair and not plan(1, 256, 32).pair
+    assert plan(1, 16384, 32).chunk < 1000  # one image: cut it
+    assert plan(1, 16384, 32, back=True).pair is False
+    assert plan(1, 1, 1) == Plan(32, 16)
+    for b, l, d, n, k in [(1, 1, 1, 1, 1), (1, 17, 3, 17, 4), (2, 4096, 96, 16, 4), (1, 100000, 64, 16, 1)]:
+        for back in (False, True):
+            block, chunk, pair = plan(b, l, d, n, k, back=back)
+            assert chunk % _triton.TILE == 0 and chunk >= 16 and block in (32, 64, 128) and pair <= (k == 4)
+
+
+def test_enough_cases() -> None:
+    assert len(CASES) >= 40 and len({str(case) for case in CASES}) == len(CASES)
