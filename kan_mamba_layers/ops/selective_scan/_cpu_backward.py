@@ -33,6 +33,7 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     DMAPS,
     DT_WEIGHT,
     DU,
+    FEW_STATES,
     GRAD_LAST,
     GRAD_Y,
     HEIGHT,
@@ -52,6 +53,7 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     array,
     compiled,
     copy_rows,
+    expect_rows,
     follow,
     opens_group,
     own_scratch,
@@ -96,8 +98,8 @@ def _backward_walk(call, image, team, part, k, overwrite, scratch):
     row_length = rank + 2 * states
     walk = image * size(call, WALKS) + k
     first, end = tiles_of(call, team)
-    positions = integers(pointer(scratch, call))
-    work = pointer(scratch + 8 * CHUNK, call)
+    positions, coming = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * CHUNK, call))
+    work = pointer(scratch + 16 * CHUNK, call)
     rows = 10 * TIMES
     sums = rows + row_length * CHUNK
     totals = sums + row_length * CHUNK  # of each tile: adjoint state, dA, ddt_weight, ddt_bias, dD
@@ -110,18 +112,26 @@ def _backward_walk(call, image, team, part, k, overwrite, scratch):
         for n in range(states):
             at = (walk * states + n) * channels + tile * LANES
             store(work, total + n * LANES, load(array(call, GRAD_LAST), at))
-    for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
-        steps = min(CHUNK, length - chunk * CHUNK)
-        follow(call, k, chunk * CHUNK, steps, positions)
+    last = (length + CHUNK - 1) // CHUNK - 1
+    steps = length - last * CHUNK
+    follow(call, k, last * CHUNK, steps, positions)
+    for chunk in range(last, -1, -1):
+        next_steps = CHUNK if chunk > 0 else 0
+        follow(call, k, (chunk - 1) * CHUNK, next_steps, coming)
+        expected = next_steps if states >= FEW_STATES else 0
         for tile in range(first, end):
             if tile == first or opens_group(call, tile):
                 copy_rows(call, image, k, tile, steps, positions, work, rows)
                 for i in range(0, row_length * CHUNK, LANES):
                     store(work, sums + i, splat(0.0, call))
             total = totals + (tile - first) * kept
-            _backward_tile(call, image, part, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total)
+            _backward_tile(
+                *(call, image, part, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total),
+                *(expected, coming, tile == first),
+            )
             if tile == end - 1 or opens_group(call, tile + 1):
                 _store_rows(call, image, team, k, tile, steps, positions, work, sums)
+        positions, coming, steps = coming, positions, next_steps
     for tile in range(first, end):
         total = totals + (tile - first) * kept
         for n in range(states):
@@ -138,8 +148,25 @@ def _backward_walk(call, image, team, part, k, overwrite, scratch):
 
 
 @compiled
-def _backward_tile(call, image, part, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total):
-    """One chunk of one tile."""
+def _backward_tile(
+    call,
+    image,
+    part,
+    k,
+    tile,
+    overwrite,
+    chunk,
+    steps,
+    positions,
+    work,
+    rows,
+    sums,
+    total,
+    expected,
+    coming,
+    expects_rows,
+):
+    """One chunk of one tile. Little by little it asks for what the next chunk will read."""
     channels, states, rank, walks = size(call, CHANNELS), size(call, STATES), size(call, RANK), size(call, WALKS)
     length, channel, row_length = size(call, HEIGHT) * size(call, WIDTH), tile * LANES, rank + 2 * states
     u, grad_y, du, A_, saved = (
@@ -171,10 +198,16 @@ def _backward_tile(call, image, part, k, tile, overwrite, chunk, steps, position
         store(work, grad + t * LANES, load(grad_y, pixel + position * channels))
         store(work, grad_entry + t * LANES, splat(0.0, call))
         store(work, grad_step + t * LANES, splat(0.0, call))
-        prefetch(du, du_pixel + position * channels)
 
     saved_first = ((image * walks + k) * ((length + CHUNK - 1) // CHUNK) + chunk) * states * channels + channel
     for n in range(states):
+        for t in range(expected * n // states, expected * (n + 1) // states):
+            position = read(coming, t)
+            prefetch(u, pixel + position * channels)
+            prefetch(grad_y, pixel + position * channels)
+            prefetch(du, du_pixel + position * channels)
+            if expects_rows:
+                expect_rows(call, image, k, tile, position)
         a = load(A_, (k * states + n) * channels + channel)
         h = load(saved, saved_first + n * channels)
         for t in range(steps):

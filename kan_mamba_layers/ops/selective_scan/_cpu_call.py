@@ -20,6 +20,7 @@ from kan_mamba_layers.ops._simd import (
     integers,
     load,
     pointer,
+    prefetch,
     read,
     store,
     take_number,
@@ -27,6 +28,7 @@ from kan_mamba_layers.ops._simd import (
 )
 
 CHUNK = 32  # steps between saved states
+FEW_STATES = 4  # with fewer a chunk is over before memory could be asked for the next one
 TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
 LN_2 = math.log(2)
 
@@ -45,9 +47,12 @@ compiled = njit(nogil=True, error_model="numpy")
 
 
 def scratch_elements(tiles: int, states: int, rank: int) -> int:
-    """What one thread needs for a team of tiles, in elements of the compute dtype; a position counts as two."""
+    """What one thread needs for a team of tiles, in elements of the compute dtype; a position counts as two.
+
+    Positions are those of a chunk and of the next one.
+    """
     row = rank + 2 * states
-    return 2 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (2 * states + rank + 2) * LANES
+    return 4 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (2 * states + rank + 2) * LANES
 
 
 @compiled
@@ -133,6 +138,17 @@ def copy_rows(call, image, k, tile, steps, positions, work, rows):
             for i in range(0, length - LANES, LANES):
                 store(work, into + i, load(maps, source + i))
             store(work, into + length - LANES, load(maps, source + length - LANES))
+
+
+@compiled
+def expect_rows(call, image, k, tile, position):
+    """Ask for a row of maps that the next chunk will read."""
+    maps = array(call, MAPS)
+    first, length, distance = row_of(call, image, k, tile)
+    row = first + position * distance
+    for i in range(0, length, LANES):
+        prefetch(maps, row + i)
+    prefetch(maps, row + length - 1)
 
 
 @compiled

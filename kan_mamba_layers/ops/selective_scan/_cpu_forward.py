@@ -21,6 +21,7 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     BATCH,
     CHANNELS,
     CHUNK,
+    FEW_STATES,
     HEIGHT,
     INITIAL,
     LAST,
@@ -41,6 +42,7 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     array,
     compiled,
     copy_rows,
+    expect_rows,
     follow,
     opens_group,
     own_scratch,
@@ -84,8 +86,8 @@ def _forward_walk(call, image, team, part, k, overwrite, scratch):
     walk = image * size(call, WALKS) + k
     chunks = (length + CHUNK - 1) // CHUNK
     first, end = tiles_of(call, team)
-    positions = integers(pointer(scratch, call))
-    work = pointer(scratch + 8 * CHUNK, call)
+    positions, coming = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * CHUNK, call))
+    work = pointer(scratch + 16 * CHUNK, call)
     rows = 3 * TIMES
     carried = rows + row_length * CHUNK
 
@@ -95,9 +97,12 @@ def _forward_walk(call, image, team, part, k, overwrite, scratch):
             if size(call, INITIAL) != 0:
                 h = load(array(call, INITIAL), (walk * states + n) * channels + tile * LANES)
             store(work, carried + ((tile - first) * states + n) * LANES, h)
+    steps = min(CHUNK, length)
+    follow(call, k, 0, steps, positions)
     for chunk in range(chunks):
-        steps = min(CHUNK, length - chunk * CHUNK)
-        follow(call, k, chunk * CHUNK, steps, positions)
+        next_steps = min(CHUNK, length - chunk * CHUNK - steps)
+        follow(call, k, chunk * CHUNK + steps, next_steps, coming)
+        expected = next_steps if states >= FEW_STATES else 0
         for tile in range(first, end):
             if tile == first or opens_group(call, tile):
                 copy_rows(call, image, k, tile, steps, positions, work, rows)
@@ -106,7 +111,11 @@ def _forward_walk(call, image, team, part, k, overwrite, scratch):
                 for n in range(states):
                     into = ((walk * chunks + chunk) * states + n) * channels + tile * LANES
                     store(array(call, SAVED), into, load(work, state + n * LANES))
-            _forward_tile(call, image, part, k, tile, overwrite, steps, positions, work, rows, state)
+            _forward_tile(
+                *(call, image, part, k, tile, overwrite, steps, positions, work, rows, state),
+                *(expected, coming, tile == first),
+            )
+        positions, coming, steps = coming, positions, next_steps
     for tile in range(first, end):
         for n in range(states):
             h = load(work, carried + ((tile - first) * states + n) * LANES)
@@ -114,8 +123,10 @@ def _forward_walk(call, image, team, part, k, overwrite, scratch):
 
 
 @compiled
-def _forward_tile(call, image, part, k, tile, overwrite, steps, positions, work, rows, state):
-    """One chunk of one tile."""
+def _forward_tile(
+    call, image, part, k, tile, overwrite, steps, positions, work, rows, state, expected, coming, expects_rows
+):
+    """One chunk of one tile. Little by little it asks for what the next chunk will read."""
     channels, states, rank = size(call, CHANNELS), size(call, STATES), size(call, RANK)
     length, channel, row_length = size(call, HEIGHT) * size(call, WIDTH), tile * LANES, rank + 2 * states
     u, y, A_ = array(call, U), array(call, Y), array(call, A)
@@ -134,8 +145,13 @@ def _forward_tile(call, image, part, k, tile, overwrite, steps, positions, work,
         x = load(u, pixel + position * channels)
         store(work, entry + t * LANES, load(work, step + t * LANES) * x)
         store(work, out + t * LANES, skip * x if k == 0 else splat(0.0, call))
-        prefetch(y, y_pixel + position * channels)
     for n in range(states):
+        for t in range(expected * n // states, expected * (n + 1) // states):
+            position = read(coming, t)
+            prefetch(u, pixel + position * channels)
+            prefetch(y, y_pixel + position * channels)
+            if expects_rows:
+                expect_rows(call, image, k, tile, position)
         a = load(A_, (k * states + n) * channels + channel)
         h = load(work, state + n * LANES)
         for t in range(steps):
