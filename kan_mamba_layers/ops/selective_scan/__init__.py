@@ -106,9 +106,9 @@ def selective_scan(
 
     with autocast_off(u):
         inputs = (u, delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
-        options = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
-        run: Callable[..., tuple[Tensor, Tensor]] = _scan_fused if engine in _ENGINES else _scan_plain
-        y, state = run(engine, delta_softplus, *inputs, *options)
+        skip, bias, state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
+        run = _scan_fused if engine in _ENGINES else _scan_plain
+        y, state = run(engine, delta_softplus, *inputs, skip, bias, state)
         if z is not None:
             y = y.to(dtype) * F.silu(z.to(dtype))
     y = y.to(u.dtype)
@@ -132,9 +132,9 @@ def _scan_plain(
     step = delta if bias is None else delta + bias[:, None]  # b d l
     if softplus:
         step = F.softplus(step)
-    sequences = (x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (u, step))  # b g l d/g
+    inputs, steps = (x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (u, step))  # b g l d/g
     start = None if state is None else state.unflatten(1, (groups, -1))  # b g d/g n
-    y, last = _SCANS[backend](*sequences, A.unflatten(0, (groups, -1)), B, C, start)  # b g l d/g, b g d/g n
+    y, last = _SCANS[backend](inputs, steps, A.unflatten(0, (groups, -1)), B, C, start)  # b g l d/g, b g d/g n
     y = y.transpose(2, 3).flatten(1, 2)  # b d l
     return y if D is None else y + D[:, None] * u, last.flatten(1, 2)
 

@@ -1,8 +1,8 @@
 """The fused engines as registered operators, with their gradient.
 
 ``scan`` and ``scan_backward`` are opaque to PyTorch: it knows their signatures, the shapes of their results and their
-cost, so they run under ``torch.compile`` and ``torch.export``. Their gradient is an ``autograd.Function`` around them that
-raises where it is differentiated again; one registered with ``torch.library`` would answer with silent zeros.
+cost, so they run under ``torch.compile`` and ``torch.export``. Their gradient is an ``autograd.Function`` around them
+that raises where it is differentiated again; one registered with ``torch.library`` would answer with silent zeros.
 
 One form serves both public ops: ``k`` walks over the same positions, and ``g`` groups of channels that share maps. The
 CPU engine can make the maps itself.

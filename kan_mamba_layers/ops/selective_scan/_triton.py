@@ -1,0 +1,255 @@
+"""The scan on GPUs: launches the Triton kernels of ``_triton_forward`` and ``_triton_backward``.
+
+Forward is ``chunk_ends`` and ``carry`` where one chunk is not enough, then ``scan``, then ``merge``; backward the same
+with adjoints. Nothing is added atomically and every sum has one order, so results repeat bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward
+
+TILE = 16  # steps between two saved states
+_MAX_RANK = 16  # steps of a higher rank are expanded by a matrix product, since registers would not hold the weights
+_MAX_STATES = 1024
+_LOG2E = 1.4426950408889634
+
+
+class Plan(NamedTuple):
+    """How the work is shared out."""
+
+    block: int  # channels a program
+    chunk: int  # steps of a chunk, a multiple of TILE
+    pair: bool = False  # whether a program walks its chunk there and back
+
+
+class _Sizes(NamedTuple):
+    b: int
+    l: int
+    d: int
+    k: int
+    g: int
+    n: int
+    r: int
+
+
+def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
+    """Shape of ``saved``: the state that enters every tile of ``TILE`` steps of every walk."""
+    return b, k, triton.cdiv(l, TILE), n, d
+
+
+def choose_plan(b: int, l: int, d: int, k: int, g: int, n: int, multiprocessors: int, *, back: bool = False) -> Plan:
+    """Give every multiprocessor work.
+
+    A program has at most 1024 values of the state forward, 512 backward, but at least 32 channels. Four programs a
+    multiprocessor, one for each of its schedulers, are enough to leave the walks whole, since cutting them costs a
+    second pass. Otherwise they are cut for about eight, into chunks of at least two tiles. Walks go in pairs, which
+    halves the partial outputs, where that does not force a cut and leaves chunks of 64 steps or more.
+    """
+    values, full = 512 if back else 1024, 4 * multiprocessors
+    widest = max(32, min(128, values // triton.next_power_of_2(n)))
+    block = min(widest, max(32, triton.next_power_of_2(d // g)))
+    programs = b * k * g * triton.cdiv(d // g, block)
+
+    def chunk(programs: int) -> int:
+        count = 1 if programs >= full else triton.cdiv(2 * full, programs)
+        return min(triton.cdiv(l, TILE), max(2, triton.cdiv(l, count * TILE))) * TILE
+
+    half = programs // 2
+    pair = k == 4 and not back and (half >= full or (programs < full and chunk(half) >= 64))
+    return Plan(block, chunk(half if pair else programs), pair)
+
+
+def forward(
+    u: Tensor,  # b l d
+    maps: Tensor,  # b l k*g r+2n
+    delta: Tensor | None,  # b l k d
+    dt_weight: Tensor,  # k d r
+    dt_bias: Tensor,  # k d
+    A: Tensor,  # k d n
+    D: Tensor,  # d
+    initial: Tensor | None,  # b k d n
+    height: int,
+    width: int,
+    softplus: bool,
+    save: bool,
+    *,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # y: b l d, last: b k d n, saved
+    """Run all walks and add them up in image order."""
+    s = _sizes(u, maps, dt_weight, A)
+    y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
+    last = _empty(u, s.b, s.k, s.n, s.d)
+    saved = _empty(u, *(saved_shape(*s[:-1]) if save else (0,)))
+    if u.numel() == 0:
+        return y, last.mT.contiguous(), saved
+    plan = plan or choose_plan(*s[:-1], _multiprocessors(u))
+    with torch.cuda.device_of(u):
+        launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
+        entering = launch.entering(u, initial, back=False)
+        turns = 2 if plan.pair else 1
+        parts = _empty(u, s.k // turns, s.b, s.l, s.d)
+        launch(
+            _triton_forward.scan,
+            s.k // turns,
+            (u, *launch.inputs, entering, parts, saved, last),
+            TURNS=turns,
+            SAVE=save,
+        )
+        _merge(parts, u, D, y)
+    return y, last.mT.contiguous(), saved
+
+
+def backward(
+    grad_y: Tensor,  # b l d
+    grad_last: Tensor | None,  # b k d n
+    u: Tensor,  # b l d
+    maps: Tensor,  # b l k*g r+2n
+    delta: Tensor | None,  # b l k d
+    dt_weight: Tensor,  # k d r
+    dt_bias: Tensor,  # k d
+    A: Tensor,  # k d n
+    D: Tensor,  # d
+    saved: Tensor,
+    height: int,
+    width: int,
+    softplus: bool,
+    *,
+    plan: Plan | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of u, maps, delta, dt_weight, dt_bias, A, D and the initial state."""
+    s = _sizes(u, maps, dt_weight, A)
+    if u.numel() == 0:
+        given = delta if delta is not None else u.new_empty(0, dtype=torch.float32)
+        likes = (u, maps, given, dt_weight, dt_bias, A, D, A.new_empty(s.b, s.k, s.d, s.n))
+        return tuple(torch.zeros_like(like) for like in likes)
+    plan = plan or choose_plan(*s[:-1], _multiprocessors(u), back=True)
+    grad_y = grad_y.contiguous()
+    with torch.cuda.device_of(u):
+        launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
+        behind = launch.entering(grad_y, grad_last, back=True)
+        scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.constants["NP"], plan.block)
+        parts = _empty(u, s.k, s.b, s.l, s.d)
+        grad_maps = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
+        grad_z = _empty(u, s.b, s.l, s.k, s.d)
+        grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
+        in_front = _empty(u, s.b, s.k, s.n, s.d)
+        outputs = (parts, grad_maps, grad_z, grad_a, in_front)
+        launch(_triton_backward.scan_backward, s.k, (grad_y, u, *launch.inputs, saved, behind, scratch, *outputs))
+        grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
+        _merge(parts, grad_y, D, grad_u)
+
+    grad_bc = grad_maps.sum(0)  # b l k*g 2n
+    grad_weight = torch.zeros_like(dt_weight)
+    if delta is None:
+        z = grad_z.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
+        low = maps[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
+        grad_low = z @ dt_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
+        grad_weight = (z.mT @ low).view(dt_weight.shape)
+        grad_bc = torch.cat([grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r), grad_bc], -1)
+    return (
+        grad_u,
+        grad_bc,
+        grad_z if delta is not None else _empty(u, 0),
+        grad_weight,
+        grad_z.sum((0, 1)),
+        grad_a.sum((0, 1)).mT.contiguous(),
+        (grad_y.float() * u.float()).sum((0, 1)),
+        in_front.mT.contiguous(),
+    )
+
+
+class _Launch:
+    """What all kernels of one call have in common."""
+
+    def __init__(
+        self,
+        s: _Sizes,
+        plan: Plan,
+        maps: Tensor,
+        delta: Tensor | None,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        height: int,
+        width: int,
+        softplus: bool,
+    ) -> None:
+        rank = s.r if delta is None else 0
+        if rank > _MAX_RANK:
+            low = maps[..., :rank].unflatten(2, (s.k, s.g))  # b l k g r
+            delta = torch.einsum("blkgr,kgdr->blkgd", low, dt_weight.unflatten(1, (s.g, -1))).flatten(3).contiguous()
+            rank = 0
+        self.s, self.plan = s, plan
+        self.chunks, self.blocks = triton.cdiv(s.l, plan.chunk), s.g * triton.cdiv(s.d // s.g, plan.block)
+        self.a2 = (A * _LOG2E).mT.contiguous()  # k n d
+        self.inputs = (maps, maps if delta is None else delta, dt_weight.mT.contiguous(), dt_bias, self.a2)
+        self.numbers = (height, width, s.d, s.d // s.g, plan.chunk, self.chunks)
+        states = triton.next_power_of_2(s.n)
+        self.constants = {
+            "R": rank,
+            "RP": triton.next_power_of_2(max(rank, 1)),
+            "N": s.n,
+            "NP": states,
+            "RANK": s.r,
+            "WALKS": s.k,
+            "GROUPS": s.g,
+            "SOFTPLUS": softplus,
+            "BLOCK": plan.block,
+            "num_warps": min(16, max(1, states // 32)),
+        }
+
+    def __call__(self, kernel: Any, walks: int, tensors: tuple[Tensor, ...], **constants: Any) -> None:
+        """Launch a kernel over blocks of channels, walks, chunks and images."""
+        s = self.s
+        tiles = triton.cdiv(s.l, TILE)
+        numbers = (*self.numbers, tiles, self.blocks, s.b)
+        kernel[(self.blocks * walks * self.chunks * s.b,)](*tensors, *numbers, TILE=TILE, **constants, **self.constants)
+
+    def entering(self, x: Tensor, start: Tensor | None, *, back: bool) -> Tensor:  # b k c n d
+        """The state that enters each chunk, or (back) the adjoint that comes from behind it."""
+        s = self.s
+        if start is None:
+            start = torch.zeros(s.b, s.k, s.n, s.d, dtype=torch.float32, device=x.device)
+        else:
+            start = start.mT.contiguous()
+        if self.chunks == 1:
+            return start
+        ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
+        self(_triton_forward.chunk_ends, s.k, (x, *self.inputs, ends, sums), BACK=back)
+        grid = (triton.cdiv(s.n * s.d, 128) * s.b * s.k,)
+        sizes = (s.d, self.chunks, s.n * s.d)
+        _triton_forward.carry[grid](ends, sums, self.a2, start, *sizes, WALKS=s.k, BACK=back, BLOCK=128, num_warps=4)
+        return ends
+
+
+def _merge(parts: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
+    grid = (triton.cdiv(x.numel(), 1024),)
+    _triton_forward.merge[grid](parts, x, skip, out, x.numel(), x.shape[-1], PARTS=len(parts), BLOCK=1024, num_warps=4)
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _multiprocessors(u: Tensor) -> int:
+    """Of the GPU; tensors on the CPU, which only the interpreter can serve, are shared out as on an H200."""
+    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 132
+
+
+def _sizes(u: Tensor, maps: Tensor, dt_weight: Tensor, A: Tensor) -> _Sizes:
+    b, l, d = u.shape
+    k, _, n = A.shape
+    s = _Sizes(b, l, d, k, maps.shape[2] // k, n, maps.shape[3] - 2 * n)
+    largest = l * max(k * d, maps.shape[2] * maps.shape[3])
+    if largest >= 2**31:
+        raise ValueError(
+            f"u has {l} positions of {d} channels, so one image needs {largest} addresses; "
+            "the triton backend allows 2**31 - 1: use smaller images or backend='chunked'"
+        )
+    if n > _MAX_STATES:
+        raise ValueError(f"A has {n} states; the triton backend allows {_MAX_STATES}: use backend='chunked'")
+    return s

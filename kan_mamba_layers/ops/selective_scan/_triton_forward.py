@@ -1,0 +1,278 @@
+"""Triton kernels of the scan, forward, and the pieces that the backward kernel shares with them.
+
+A program is one warp (more from 64 states on). It takes one chunk of one walk through one image for one block of
+channels. Its registers hold, for every channel and all ``n`` states at once, the state, the decay rates ``A log2(e)``
+and the maps of the current and the next step.
+
+``channels`` and ``group`` are not specialised: the compiler does not know whether they divide by 16. That settles the
+layout: addresses run through the channels without any known alignment, so neighbouring lanes get neighbouring channels,
+one at a time, each with all of its states, and the sum over the states stays inside a lane.
+
+Places number the pixels along a walk by rows or by columns: ``p_0`` and ``p_1`` of the definition. The reversed walks
+go through the same places downwards. Chunks (what programs share out) and tiles (what lies between two saved states)
+are ranges of places, so a walk and its reverse have the same ones.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus_and_slope(z):
+    """``log(1 + e^z)`` and its derivative, from ``e = e^-|z|`` and a polynomial for ``log(1 + e) / e`` on [0, 1].
+
+    Good to 3e-8 before rounding, also relative to the tiny values at very negative z, where ``log(1 + e)`` is lost.
+    """
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    p = 0.00523254694 * e - 0.0295046587
+    p = p * e + 0.078225024
+    p = p * e - 0.136631697
+    p = p * e + 0.191059723
+    p = p * e - 0.248429745
+    p = p * e + 0.333190948
+    p = p * e - 0.499994934
+    log1p = (p * e + 0.99999994) * e
+    return tl.maximum(z, 0.0) + log1p, tl.where(z < 0.0, e, 1.0) * tl.exp2(-log1p * LOG2E)
+
+
+@triton.jit
+def step_size(z, SOFTPLUS: tl.constexpr):
+    """The step from its raw value, and the derivative."""
+    if SOFTPLUS:
+        return softplus_and_slope(z)
+    else:
+        return z, 1.0
+
+
+@triton.jit
+def this_program(blocks, chunks, WALKS: tl.constexpr):
+    """(block of channels, walk, chunk, image) of this program; the image in 64 bits, as all addresses start from it."""
+    i = tl.program_id(0)
+    block, i = i % blocks, i // blocks
+    k, i = i % WALKS, i // WALKS
+    return block, k, i % chunks, (i // chunks).to(tl.int64)
+
+
+@triton.jit
+def walk_from(place, k, up, height, width):
+    """Position of a place, and what it takes to go on: (position, steps since the line began, line, stride, jump).
+
+    A line is a row or a column of the image. After ``line`` steps of ``stride`` the next line begins, ``jump`` further.
+    ``up`` tells whether places are visited upwards.
+    """
+    column = k % 2 == 1
+    line = tl.where(column, height, width)
+    i = place % line
+    p = tl.where(column, i * width + place // line, place)
+    stride = tl.where(column, width, 1)
+    jump = tl.where(column, 1 - height * width, 0)
+    return p, tl.where(up, i, line - 1 - i), line, tl.where(up, stride, -stride), tl.where(up, jump, -jump)
+
+
+@triton.jit
+def walk_on(p, i, line, stride, jump):
+    """One step of the walk, without a division."""
+    i += 1
+    ends = i == line
+    return p + stride + tl.where(ends, jump, 0), tl.where(ends, 0, i)
+
+
+@triton.jit
+def load_row(at, i, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """``SIZE`` neighbouring values, and zeros up to the next power of two."""
+    if SIZE == PADDED:
+        return tl.load(at + i)
+    else:
+        return tl.load(at + i, mask=i < SIZE, other=0.0)
+
+
+@triton.jit
+def load_raw_step(maps, delta, r, d, keep, R: tl.constexpr, RP: tl.constexpr):
+    """What the step size is made from: its ``R`` coefficients or, for ``R = 0``, the given values."""
+    if R > 0:
+        return load_row(maps, r, R, RP)
+    else:
+        return tl.load(delta + d, mask=keep, other=0.0)
+
+
+@triton.jit
+def raw_step(low, weight, bias, R: tl.constexpr):
+    if R > 0:
+        return tl.sum(weight * low[:, None], 0) + bias
+    else:
+        return low + bias
+
+
+@triton.jit(do_not_specialize=["channels", "group"])
+def chunk_ends(
+    x,  # b l d: u, or the gradient of y
+    maps, delta, weight, bias, a2,
+    ends,  # b k c n d
+    sums,  # b k c d: sums of the step sizes
+    height, width, channels, group, chunk, chunks, tiles, blocks, batch,
+    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
+    WALKS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The state after each chunk if zero enters it; with BACK the adjoint in front of it if none comes from behind."""
+    ROW: tl.constexpr = RANK + 2 * N
+    length = height * width
+    block, k, c, b = this_program(blocks, chunks, WALKS)
+    g = block // (blocks // GROUPS)
+    lane = block % (blocks // GROUPS) * BLOCK + tl.arange(0, BLOCK)
+    keep = lane < group
+    d = g * group + lane
+    n, r = tl.arange(0, NP), tl.arange(0, RP)
+    inside = (n < N)[:, None] & keep[None, :]
+    tile = n[:, None] * channels + d[None, :]
+    a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
+    w = tl.load(weight + (k * R + r[:, None]) * channels + d[None, :], mask=(r < R)[:, None] & keep[None, :], other=0.0)
+    bi = tl.load(bias + k * channels + d, mask=keep, other=0.0)
+
+    first = c * chunk
+    steps = tl.minimum(chunk, length - first)
+    up = (k < 2) != BACK
+    p, i, line, stride, jump = walk_from(tl.where(up, first, first + steps - 1), k, up, height, width)
+    x += b * (length * channels)
+    maps += b * (length * (WALKS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
+    delta += b * (length * (WALKS * channels)) + k * channels
+    offset: tl.constexpr = RANK + N if BACK else RANK  # of C or B in a row of maps
+
+    h = tl.zeros((NP, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    row = maps + p * (WALKS * GROUPS * ROW)
+    xt = tl.load(x + p * channels + d, mask=keep, other=0.0)
+    low = load_raw_step(row, delta + p * (WALKS * channels), r, d, keep, R, RP)
+    bt = load_row(row + offset, n, N, NP)
+    for s in tl.range(0, steps, loop_unroll_factor=2):
+        # The loads of the next step are issued first; after the last one the same values are read again.
+        after, i = walk_on(p, i, line, stride, jump)
+        p = tl.where(s + 1 < steps, after, p)
+        row = maps + p * (WALKS * GROUPS * ROW)
+        next_x = tl.load(x + p * channels + d, mask=keep, other=0.0)
+        next_low = load_raw_step(row, delta + p * (WALKS * channels), r, d, keep, R, RP)
+        next_b = load_row(row + offset, n, N, NP)
+        dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
+        decay = tl.exp2(dt[None, :] * a)
+        xt = xt.to(tl.float32)
+        inflow = xt if BACK else dt * xt
+        h = decay * (h + inflow[None, :] * bt[:, None]) if BACK else decay * h + inflow[None, :] * bt[:, None]
+        total += dt
+        xt, low, bt = next_x, next_low, next_b
+    at = (b * WALKS + k) * chunks + c
+    tl.store(ends + at * (N * channels) + tile, h, mask=inside)
+    tl.store(sums + at * channels + d, total, mask=keep)
+
+
+@triton.jit
+def carry(
+    ends,  # b k c n d
+    sums,  # b k c d
+    a2,  # k n d
+    start,  # b k n d
+    channels, chunks, values, WALKS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn, in place, what each chunk ends with if it starts from zero into what really enters it."""
+    blocks = tl.cdiv(values, BLOCK)  # values = n d
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    bk = (tl.program_id(0) // blocks).to(tl.int64)
+    inside = e < values
+    k = (bk % WALKS).to(tl.int32)
+    down = (k >= 2) != BACK
+    a = tl.load(a2 + k * values + e, mask=inside, other=0.0)
+    h = tl.load(start + bk * values + e, mask=inside, other=0.0)
+    for s in range(chunks):
+        at = bk * chunks + tl.where(down, chunks - 1 - s, s)
+        end = tl.load(ends + at * values + e, mask=inside, other=0.0)
+        total = tl.load(sums + at * channels + e % channels, mask=inside, other=0.0)
+        tl.store(ends + at * values + e, h, mask=inside)
+        # Half of the decay on each side: for growing states no product overflows unless the result does.
+        half = tl.exp2(0.5 * (a * total))
+        h = tl.where(h == 0.0, end, (half * h) * half + end)
+
+
+@triton.jit(do_not_specialize=["channels", "group"])
+def scan(
+    u, maps, delta, weight, bias, a2,
+    entering,  # b k c n d: state that enters each chunk
+    parts,  # j b l d: sums over n of C h, one buffer a pair of walks or a walk
+    saved,  # b k t n d: state that enters each tile
+    last,  # b k n d
+    height, width, channels, group, chunk, chunks, tiles, blocks, batch,
+    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
+    WALKS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    TURNS: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk, without the skip. With TURNS = 2 a program walks its chunk and then back, adding to its own y."""
+    ROW: tl.constexpr = RANK + 2 * N
+    length = height * width
+    block, k0, c, b = this_program(blocks, chunks, WALKS // TURNS)
+    g = block // (blocks // GROUPS)
+    lane = block % (blocks // GROUPS) * BLOCK + tl.arange(0, BLOCK)
+    keep = lane < group
+    d = g * group + lane
+    n, r = tl.arange(0, NP), tl.arange(0, RP)
+    inside = (n < N)[:, None] & keep[None, :]
+    tile = n[:, None] * channels + d[None, :]
+    first = c * chunk
+    steps = tl.minimum(chunk, length - first)
+    u += b * (length * channels)
+    parts += (k0 * batch + b) * (length * channels)
+
+    for turn in tl.static_range(TURNS):
+        k = k0 + 2 * turn
+        up = k < 2
+        bk = b * WALKS + k
+        a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
+        w = tl.load(
+            weight + (k * R + r[:, None]) * channels + d[None, :], mask=(r < R)[:, None] & keep[None, :], other=0.0
+        )
+        bi = tl.load(bias + k * channels + d, mask=keep, other=0.0)
+        h = tl.load(entering + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
+        p, i, line, stride, jump = walk_from(tl.where(up, first, first + steps - 1), k, up, height, width)
+        walk_maps = maps + b * (length * (WALKS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
+        walk_delta = delta + b * (length * (WALKS * channels)) + k * channels
+
+        row = walk_maps + p * (WALKS * GROUPS * ROW)
+        xt = tl.load(u + p * channels + d, mask=keep, other=0.0)
+        low = load_raw_step(row, walk_delta + p * (WALKS * channels), r, d, keep, R, RP)
+        bt, ct = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
+        for s in tl.range(0, steps, loop_unroll_factor=2):
+            if SAVE & ((s == 0) | (tl.where(up, s, steps - s) % TILE == 0)):
+                place = first + tl.where(up, s, steps - 1 - s)
+                tl.store(saved + (bk * tiles + place // TILE) * (N * channels) + tile, h, mask=inside)
+            out = parts + p * channels + d
+            if turn > 0:
+                before = tl.load(out, mask=keep, other=0.0)
+            after, i = walk_on(p, i, line, stride, jump)
+            p = tl.where(s + 1 < steps, after, p)
+            row = walk_maps + p * (WALKS * GROUPS * ROW)
+            next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
+            next_low = load_raw_step(row, walk_delta + p * (WALKS * channels), r, d, keep, R, RP)
+            next_b, next_c = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
+            dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
+            h = tl.exp2(dt[None, :] * a) * h + (dt * xt.to(tl.float32))[None, :] * bt[:, None]
+            y = tl.sum(h * ct[:, None], 0)
+            if turn > 0:
+                y += before
+            tl.store(out, y, mask=keep)
+            xt, low, bt, ct = next_x, next_low, next_b, next_c
+        if c == tl.where(up, chunks - 1, 0):
+            tl.store(last + bk * (N * channels) + tile, h, mask=inside)
+        tl.debug_barrier()  # the way back reads what the way there wrote
+
+
+@triton.jit
+def merge(parts, x, skip, out, total, channels, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out = skip x + sum of the parts``, in one fixed order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < total
+    value = tl.load(skip + i % channels, mask=inside, other=0.0)
+    value *= tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    at = parts + i
+    for _part in tl.static_range(PARTS):
+        value += tl.load(at, mask=inside, other=0.0)
+        at += total
+    tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)
