@@ -147,6 +147,7 @@ def _cases() -> Iterator[Case]:
     yield block(1, 128, 128, 16, 16)
     yield block(1, 56, 56, 96, 16)
     yield from (model(name) for name in ("km_unet_base", "km_unet_tiny", "km_unet_pp_tiny"))
+    yield from (model("km_unet_base", side=side) for side in (512, 1024))
 
 
 def scaling_cases(max_side: int = 1024, max_threads: int = 1) -> Iterator[Case]:

@@ -214,6 +214,27 @@ def integers(typing: Any, source: Any) -> Any:
 
 
 @intrinsic
+def integer_field(typing: Any, block: Any, index: Any) -> Any:
+    """An integer of a block of 64-bit integers, which is given as a pointer of any type."""
+
+    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
+        return builder.load(_element(builder, builder.bitcast(values[0], ir.IntType(64).as_pointer()), values[1]))
+
+    return types.int64(block, types.int64), lower
+
+
+@intrinsic
+def pointer_field(typing: Any, block: Any, index: Any) -> Any:
+    """An address that stands in such a block, as a pointer of the block's type."""
+
+    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
+        integers = builder.bitcast(values[0], ir.IntType(64).as_pointer())
+        return builder.inttoptr(builder.load(_element(builder, integers, values[1])), context.get_value_type(block))
+
+    return block(block, types.int64), lower
+
+
+@intrinsic
 def take_number(typing: Any, source: Any, index: Any) -> Any:
     """Add 1 to an integer and return what it was; no two threads get the same."""
 

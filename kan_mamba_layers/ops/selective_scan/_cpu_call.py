@@ -17,9 +17,10 @@ from kan_mamba_layers.ops._simd import (
     LANES,
     broadcast,
     fma,
+    integer_field,
     integers,
     load,
-    pointer,
+    pointer_field,
     prefetch,
     read,
     store,
@@ -43,7 +44,8 @@ LN_2 = math.log(2)
 ) = range(39)
 # fmt: on
 
-compiled = njit(nogil=True, error_model="numpy")
+size, array = integer_field, pointer_field
+compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def scratch_elements(tiles: int, states: int, rank: int) -> int:
@@ -53,16 +55,6 @@ def scratch_elements(tiles: int, states: int, rank: int) -> int:
     """
     row = rank + 2 * states
     return 4 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (2 * states + rank + 2) * LANES
-
-
-@compiled
-def size(call, field):
-    return read(integers(call), field)
-
-
-@compiled
-def array(call, field):
-    return pointer(read(integers(call), field), call)
 
 
 @compiled
