@@ -102,8 +102,9 @@ def _backward_walk(call, image, team, part, k, overwrite, scratch):
     work = pointer(scratch + 16 * CHUNK, call)
     rows = 10 * TIMES
     sums = rows + row_length * CHUNK
-    totals = sums + row_length * CHUNK  # of each tile: adjoint state, dA, ddt_weight, ddt_bias, dD
-    kept = (2 * states + rank + 2) * LANES
+    # Of each tile: the adjoint state; dA, ddt_weight, ddt_bias, dD; and what their sums have lost by rounding.
+    totals = sums + row_length * CHUNK
+    kept = (states + 2 * (states + rank + 2)) * LANES
 
     for tile in range(first, end):
         total = totals + (tile - first) * kept
@@ -185,6 +186,7 @@ def _backward_tile(
     adjoint, da_total = total, total + states * LANES
     dw_total = da_total + states * LANES
     dbias_total = dw_total + rank * LANES
+    lost = (states + rank + 2) * LANES  # from a sum to what it has lost
 
     steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
     if softplus != 0:
@@ -217,7 +219,7 @@ def _backward_tile(
             store(work, before + t * LANES, h)
             h = fma(h, decay, load(work, entry + t * LANES) * broadcast(work, row))
         carried = load(work, adjoint + n * LANES)
-        da = load(work, da_total + n * LANES)
+        da = splat(0.0, call)
         for t in range(steps - 1, -1, -1):
             row = rows + t * row_length + rank + n
             g = load(work, grad + t * LANES)
@@ -233,11 +235,11 @@ def _backward_tile(
             store(work, into, fma(dexponent, a, load(work, into)))
             da = fma(dexponent, load(work, step + t * LANES), da)
         store(work, adjoint + n * LANES, carried)
-        store(work, da_total + n * LANES, da)
+        _add_to(work, da_total + n * LANES, lost, da)
         _add_sums(work, terms_B, steps, sums + (rank + n) * CHUNK)
         _add_sums(work, terms_C, steps, sums + (rank + states + n) * CHUNK)
 
-    dbias, dskip = load(work, dbias_total), load(work, dbias_total + LANES)
+    dbias, dskip = splat(0.0, call), splat(0.0, call)
     for t in range(steps):
         position = read(positions, t)
         x = load(u, pixel + position * channels)
@@ -256,18 +258,28 @@ def _backward_tile(
             dskip = fma(g, x, dskip)
         into = du_pixel + position * channels
         store(du, into, dx if overwrite else load(du, into) + dx)
-    store(work, dbias_total, dbias)
-    store(work, dbias_total + LANES, dskip)
+    _add_to(work, dbias_total, lost, dbias)
+    _add_to(work, dbias_total + LANES, lost, dskip)
 
     for r in range(rank):
         weight = load(array(call, DT_WEIGHT), (k * rank + r) * channels + channel)
-        dw = load(work, dw_total + r * LANES)
+        dw = splat(0.0, call)
         for t in range(steps):
             dz = load(work, slope + t * LANES)
             store(work, terms_B + t * LANES, dz * weight)
             dw = fma(dz, broadcast(work, rows + t * row_length + r), dw)
-        store(work, dw_total + r * LANES, dw)
+        _add_to(work, dw_total + r * LANES, lost, dw)
         _add_sums(work, terms_B, steps, sums + r * CHUNK)
+
+
+@compiled
+def _add_to(work, total, lost, x):
+    """Add a chunk's sum to the walk's, and keep what the rounding loses (Kahan): walks are long."""
+    before = load(work, total)
+    x = x - load(work, total + lost)
+    after = before + x
+    store(work, total, after)
+    store(work, total + lost, (after - before) - x)
 
 
 @compiled

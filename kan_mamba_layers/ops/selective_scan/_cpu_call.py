@@ -54,7 +54,7 @@ def scratch_elements(tiles: int, states: int, rank: int) -> int:
     Positions are those of a chunk and of the next one.
     """
     row = rank + 2 * states
-    return 4 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (2 * states + rank + 2) * LANES
+    return 4 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (3 * states + 2 * rank + 4) * LANES
 
 
 @compiled
