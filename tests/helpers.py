@@ -6,6 +6,9 @@ the package. What is here can fail, and `test_helpers.py` shows that it does.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +65,7 @@ def scan_oracle(
     z: Array | None = None,
     delta_bias: Array | None = None,
     delta_softplus: bool = False,
+    initial_state: Array | None = None,
 ) -> tuple[Array, Array]:
     """The selective scan as a loop over channels and steps: (out, last_state)."""
     b, d, length = u.shape
@@ -73,7 +77,7 @@ def scan_oracle(
     b_steps, c_steps = per_step(B, b, d, length), per_step(C, b, d, length)
     out, last = np.zeros((b, d, length)), np.zeros((b, d, n))
     for c in range(d):
-        h = np.zeros((b, n))
+        h = np.zeros((b, n)) if initial_state is None else initial_state[:, c]
         for t in range(length):
             h = np.exp(delta[:, c, t, None] * A[c]) * h + delta[:, c, t, None] * b_steps[:, c, :, t] * u[:, c, t, None]
             out[:, c, t] = (h * c_steps[:, c, :, t]).sum(-1)
@@ -222,7 +226,7 @@ def gradients(
     weights = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(0)) / 8
     weights = weights.abs() if absolute else weights
     wanted = {k: v for k, v in leaves.items() if v is not None}
-    grads = torch.autograd.grad(out, list(wanted.values()), weights.to(out.dtype))
+    grads = torch.autograd.grad(out, list(wanted.values()), weights.to(out))
     return out.detach(), dict(zip(wanted, grads, strict=True))
 
 
@@ -311,6 +315,15 @@ def dice(logits: Tensor, mask: Tensor) -> float:
     """Dice of the thresholded prediction, pooled over all pixels."""
     prediction = (logits > 0).float()
     return float(2 * (prediction * mask).sum() / (prediction.sum() + mask.sum()))
+
+
+def fresh_process(code: str, **environment: str) -> str:
+    """What `code` prints in a new interpreter that sees this checkout."""
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
 
 
 def says(*parts: str) -> str:

@@ -48,6 +48,12 @@ def scan(**changes: object) -> object:
     return selective_scan(**{**good, **changes})
 
 
+def meta_scan(**options: object) -> object:
+    """The good call with tensors that have no data, on a device of which no engine knows."""
+    shapes = {"u": (2, 4, 5), "delta": (2, 4, 5), "A": (4, 3), "B": (2, 3, 5), "C": (2, 3, 5)}
+    return selective_scan(**{k: z(*shape).to("meta") for k, shape in shapes.items()}, **options)
+
+
 def cross(**changes: object) -> object:
     good = {
         "x": z(1, 3, 3, 4),
@@ -76,6 +82,10 @@ def tiny(**options: object) -> KMUNet:
     return KMUNet(widths=(8, 8, 8, 8, 8), **options)
 
 
+# Why an engine cannot serve a call, where it is installed and where it is not.
+NO_TRITON = "(it needs Triton, .* pip install|x is on 'cpu', .* 'cuda'|x is float64)"
+NO_CPU = "(it needs Numba, .* pip install|x is on 'meta', .* 'cpu')"
+
 WRONG_SCANS = [
     Bad(lambda: scan(u=z(4, 5)), ValueError, ("u must", r"b, d, l", r"\(4, 5\)")),
     Bad(lambda: scan(u=z(2, 4, 0), delta=z(2, 4, 0)), ValueError, ("u must", r"\(2, 4, 0\)", "l >= 1")),
@@ -90,6 +100,16 @@ WRONG_SCANS = [
     Bad(lambda: scan(D=z(3)), ValueError, ("D must", r"\(3,\)", "4")),
     Bad(lambda: scan(z=z(2, 4)), ValueError, ("z must", r"\(2, 4\)", "b, d, l")),
     Bad(lambda: scan(delta_bias=z(5)), ValueError, ("delta_bias must", r"\(5,\)", "4")),
+    Bad(lambda: scan(initial_state=z(2, 4, 2)), ValueError, ("initial_state must", r"b, d, n", r"\(2, 4, 2\)")),
+    Bad(lambda: scan(initial_state=z(4, 3)), ValueError, ("initial_state must", r"2, 4, 3", r"\(4, 3\)")),
+    Bad(lambda: scan(initial_state=z(2, 4, 3, dtype=torch.int64)), TypeError, ("initial_state must", "int64", "float")),
+    Bad(lambda: scan(initial_state=z(2, 4, 3).cfloat()), TypeError, ("initial_state must", "complex64", "real")),
+    Bad(lambda: scan(initial_state=0.0), TypeError, ("initial_state must", "float", "tensor")),
+    Bad(
+        lambda: scan(backend="triton"), ValueError, ("backend='triton'", "selective_scan", NO_TRITON, "backend='auto'")
+    ),
+    Bad(lambda: scan(u=z(2, 4, 5).double(), backend="triton"), ValueError, ("backend='triton'", NO_TRITON, "'auto'")),
+    Bad(lambda: meta_scan(backend="cpu"), ValueError, ("backend='cpu'", "selective_scan", NO_CPU, "backend='auto'")),
     Bad(lambda: scan(backend="cuda"), ValueError, ("backend", "'cuda'", "choose", "'chunked'", "'reference'")),
     Bad(lambda: cross(x=z(3, 3, 4)), ValueError, ("x must", r"\(3, 3, 4\)", "b, h, w, d")),
     Bad(lambda: cross(x=z(1, 0, 3, 4)), ValueError, ("x must", r"\(1, 0, 3, 4\)", "h >= 1")),
@@ -99,6 +119,13 @@ WRONG_SCANS = [
     Bad(lambda: cross(dt_proj_bias=z(16)), ValueError, ("dt_proj_bias must", r"\(16,\)", r"4, 4")),
     Bad(lambda: cross(A_log=z(4, 3)), ValueError, ("A_log must", r"\(4, 3\)", "16")),
     Bad(lambda: cross(D=z(4)), ValueError, ("D must", r"\(4,\)", "16")),
+    Bad(lambda: cross(backend="triton"), ValueError, ("backend='triton'", "cross_", NO_TRITON, "backend='auto'")),
+    Bad(
+        lambda: resolve("cross_selective_scan", "cpu", z(1).to("meta")),
+        ValueError,
+        ("backend='cpu'", "cross_selective_scan", NO_CPU, "backend='auto'"),
+    ),
+    Bad(lambda: resolve("kan_linear", "cpu", z(1)), ValueError, ("backend", "'cpu'", "kan_linear", "choose")),
     Bad(lambda: cross(backend="nonsense"), ValueError, ("backend", "'nonsense'", "choose")),
     Bad(lambda: resolve("scan", "auto", z(1)), ValueError, ("op must", "'scan'", "'selective_scan'")),
     Bad(lambda: resolve("kan_linear", "chunked", z(1)), ValueError, ("backend", "'chunked'", "kan_linear", "choose")),
@@ -245,6 +272,8 @@ class TestFolders:
 def test_good_calls_pass() -> None:
     """The bases of the table are right: each bad row is bad for its own reason."""
     scan()
+    scan(initial_state=z(2, 4, 3))
+    meta_scan()
     cross()
     kan()
     kan(spline_scaler=None, bias=z(3), base_activation=F.gelu)

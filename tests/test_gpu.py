@@ -1,15 +1,29 @@
-"""The same numbers on a GPU as on the CPU: outputs and every gradient of the layers and of both models."""
+"""The same numbers on a GPU as on the CPU: the scans' Triton engine, and outputs and gradients of layers and models."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from helpers import assert_close
-from kan_mamba_layers import EMA, SS2D, KANBlock, KANLinear, create_model
+from helpers import assert_close, gradients, relative_l2
+from kan_mamba_layers import (
+    EMA,
+    SS2D,
+    KANBlock,
+    KANLinear,
+    create_model,
+    cross_selective_scan,
+    resolve,
+    selective_scan,
+)
+
+pytestmark = pytest.mark.gpu
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 CASES = {
     "KANLinear": (lambda: KANLinear(12, 7), (5, 9, 12), ()),
@@ -21,7 +35,6 @@ CASES = {
 }
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers_as_on_the_cpu(name: str) -> None:
     build, shape, sizes = CASES[name]
@@ -37,3 +50,148 @@ def test_same_numbers_as_on_the_cpu(name: str) -> None:
         outputs.append({"output": y, "input": image.grad, **{k: p.grad for k, p in module.named_parameters()}})
     for part, expected in outputs[0].items():
         assert_close(part, outputs[1][part].cpu(), expected, 1e-4)
+
+
+# The scans. Shapes: below a chunk, ragged, one wide, one long enough to be cut into chunks.
+
+
+def image_inputs(b: int, h: int, w: int, d: int, r: int, n: int) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(b, h, w, d),
+        "x_proj_weight": torch.randn(4, r + 2 * n, d) * d**-0.5,
+        "dt_proj_weight": torch.randn(4, d, r) * r**-0.5,
+        "dt_proj_bias": torch.randn(4, d) - 2,
+        "A_log": torch.randn(4 * d, n) * 0.5,
+        "D": torch.randn(4 * d),
+    }
+
+
+def line_inputs(b: int, d: int, l: int, n: int, groups: int) -> dict[str, Tensor]:
+    return {
+        "u": torch.randn(b, d, l),
+        "delta": torch.randn(b, d, l),
+        "A": -(torch.randn(d, n) * 0.5).exp(),
+        "B": torch.randn(b, groups, n, l),
+        "C": torch.randn(b, n, l),
+        "D": torch.randn(d),
+        "z": torch.randn(b, d, l),
+        "delta_bias": torch.randn(d) - 1,
+        "initial_state": torch.randn(b, d, n),
+    }
+
+
+def on_images(backend: str) -> Callable[..., Tensor]:
+    return lambda **x: cross_selective_scan(**x, backend=backend)
+
+
+def on_lines(backend: str) -> Callable[..., Tensor]:
+    def function(**x: Tensor) -> Tensor:
+        y, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend=backend)
+        return torch.cat([y, last.to(y.dtype)], -1)
+
+    return function
+
+
+SCANS: dict[str, tuple[Callable[[str], Callable[..., Tensor]], Callable[[], dict[str, Tensor]]]] = {
+    "pixel": (on_images, lambda: image_inputs(1, 1, 1, 3, 1, 1)),
+    "image": (on_images, lambda: image_inputs(2, 9, 7, 12, 2, 16)),
+    "row": (on_images, lambda: image_inputs(2, 1, 45, 33, 3, 5)),
+    "column": (on_images, lambda: image_inputs(2, 45, 1, 33, 10, 17)),
+    "map": (on_images, lambda: image_inputs(1, 40, 36, 96, 3, 16)),
+    "line": (on_lines, lambda: line_inputs(2, 12, 37, 16, 1)),
+    "groups": (on_lines, lambda: line_inputs(3, 40, 70, 4, 2)),
+    "long line": (on_lines, lambda: line_inputs(1, 8, 1500, 5, 1)),
+}
+HALF = ("x", "u", "delta", "B", "C", "z")  # what a model under half precision hands over; parameters stay float32
+
+
+@needs_triton
+class TestTriton:
+    @pytest.fixture(autouse=True)
+    def whole_products(self) -> Iterator[None]:
+        """No TF32 in the projections around the kernels."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", SCANS)
+    def test_equals_the_recurrence(self, name: str, dtype: torch.dtype) -> None:
+        """In float64 on the CPU, with the inputs already rounded; half precision rounds the outputs once more."""
+        function, make = SCANS[name]
+        inputs = {k: v.to(dtype) if k in HALF else v for k, v in make().items()}
+        out, grads = gradients(function("triton"), {k: v.cuda() for k, v in inputs.items()})
+        expected, expected_grads = gradients(function("reference"), {k: v.double() for k, v in inputs.items()})
+        assert out.dtype == dtype
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+        assert relative_l2(out, expected) <= 1e-5 + rounding
+        for key, grad in grads.items():
+            assert grad.dtype == inputs[key].dtype
+            assert relative_l2(grad, expected_grads[key]) <= 5e-5 + 2 * rounding, key
+
+    @pytest.mark.parametrize("name", ["image", "map", "groups", "long line"])
+    def test_same_bits_again(self, name: str) -> None:
+        function, make = SCANS[name]
+        inputs = {k: v.cuda() for k, v in make().items()}
+        first = function("triton")(**inputs)
+        for _ in range(1000):
+            assert torch.equal(function("triton")(**inputs), first)
+
+    @pytest.mark.parametrize("name", ["image", "map", "groups", "long line"])
+    def test_same_gradients_again(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Under PyTorch's deterministic algorithms, which ask for a fixed workspace of the matrix library."""
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        function, make = SCANS[name]
+        inputs = {k: v.cuda() for k, v in make().items()}
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            _, first = gradients(function("triton"), inputs)
+            for _ in range(50):
+                _, grads = gradients(function("triton"), inputs)
+                assert all(torch.equal(grads[k], first[k]) for k in first)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_auto_is_triton(self, dtype: torch.dtype) -> None:
+        x = torch.randn(2, 9, 7, 12, device="cuda", dtype=dtype)
+        for op in ("selective_scan", "cross_selective_scan"):
+            assert resolve(op, "auto", x) == "triton"
+        layer = SS2D(12).cuda().to(dtype)
+        auto = layer(x)
+        layer.backend = "triton"
+        assert torch.equal(auto, layer(x))
+
+    def test_auto_is_chunked_in_double_precision(self) -> None:
+        x = torch.randn(1, 5, 4, 6, device="cuda", dtype=torch.float64)
+        assert resolve("cross_selective_scan", "auto", x) == "chunked"
+        with pytest.raises(ValueError, match="float64"):
+            resolve("cross_selective_scan", "triton", x)
+        with pytest.raises(ValueError, match="'cuda'"):
+            resolve("cross_selective_scan", "cpu", x)
+
+    def test_compiled(self) -> None:
+        layer = SS2D(12).cuda()
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+        for h, w in [(9, 7), (5, 20)]:
+            x = torch.randn(2, h, w, 12, device="cuda", requires_grad=True)
+            (grad,), (expected,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, layer))
+            assert_close("dx", grad, expected, 1e-4)
+
+    def test_autocast(self) -> None:
+        layer = SS2D(12).cuda()
+        x = torch.randn(2, 9, 7, 12, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layer(x)
+            out.float().square().sum().backward()
+        assert_close("out", out.float(), layer(x), 0.03)
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_second_derivatives_are_refused(self) -> None:
+        inputs = {k: v.cuda().requires_grad_() for k, v in SCANS["image"][1]().items()}
+        out = cross_selective_scan(**inputs, backend="triton")
+        (grad,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="backend='chunked'"):
+            torch.autograd.grad(grad.sum(), inputs["D"], allow_unused=True)

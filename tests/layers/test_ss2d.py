@@ -25,7 +25,7 @@ def rebuilt(layer: SS2D, x: torch.Tensor) -> torch.Tensor:
 
 
 class TestForward:
-    @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
+    @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu", "auto"])
     @pytest.mark.parametrize(
         "options",
         [
@@ -52,7 +52,7 @@ class TestForward:
     def test_backends_agree_in_outputs_and_every_gradient(self) -> None:
         results = {}
         layer = SS2D(8, d_state=4)
-        for backend in ("reference", "chunked"):
+        for backend in ("reference", "chunked", "cpu"):
             layer.backend = backend
             names = [k for k, _ in layer.named_parameters()]
             inputs = {k.replace(".", "__"): v for k, v in layer.named_parameters()}
@@ -63,14 +63,16 @@ class TestForward:
 
             torch.manual_seed(0)
             results[backend] = gradients(function, {"x": torch.randn(2, 9, 11, 8), **inputs})
-        (out, grads), (expected, expected_grads) = results["chunked"], results["reference"]
-        assert_close("out", out, expected, 1e-5)
-        for name, grad in grads.items():
-            assert grad.abs().max() > 0, name
-            assert_close(f"d{name}", grad, expected_grads[name], 1e-4)
+        expected, expected_grads = results.pop("reference")
+        for backend, (out, grads) in results.items():
+            assert_close(f"{backend} out", out, expected, 1e-5)
+            for name, grad in grads.items():
+                assert grad.abs().max() > 0, name
+                assert_close(f"{backend} d{name}", grad, expected_grads[name], 1e-4)
 
-    def test_gradcheck(self) -> None:
-        layer = SS2D(2, d_state=2).double()
+    @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+    def test_gradcheck(self, backend: str) -> None:
+        layer = SS2D(2, d_state=2, backend=backend).double()
         x = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(layer, (x,))
 

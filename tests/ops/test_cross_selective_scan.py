@@ -14,6 +14,7 @@ from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 BACKENDS = ("reference", "chunked", "cpu")
+TWICE_DIFFERENTIABLE = ("reference", "chunked")
 WEIGHTS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
 
 
@@ -186,7 +187,7 @@ class TestDerivatives:
         inputs = tuple(v.requires_grad_() for v in make_inputs(1, h, w, 2, 1, 2).values())
         assert torch.autograd.gradcheck(lambda *v: cross_selective_scan(*v, backend=backend), inputs)
 
-    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
     def test_gradgradcheck(self, backend: str) -> None:
         inputs = tuple(v.requires_grad_() for v in make_inputs(1, 2, 2, 1, 1, 1).values())
         assert torch.autograd.gradgradcheck(lambda *v: cross_selective_scan(*v, backend=backend), inputs)
@@ -201,10 +202,11 @@ class TestDerivatives:
 
 
 class TestNumerics:
-    def test_chunked_equals_reference_on_a_real_map(self) -> None:
+    @pytest.mark.parametrize("backend", ["chunked", "cpu"])
+    def test_equals_reference_on_a_real_map(self, backend: str) -> None:
         inputs = make_inputs(1, 48, 40, 32, 2, 16, dtype=torch.float32)
         inputs["A_log"] = torch.arange(1.0, 17).log().expand(128, 16).contiguous()
-        out, grads = gradients(lambda **x: cross_selective_scan(**x, backend="chunked"), inputs)
+        out, grads = gradients(lambda **x: cross_selective_scan(**x, backend=backend), inputs)
         double = {k: v.double() for k, v in inputs.items()}
         expected, expected_grads = gradients(lambda **x: cross_selective_scan(**x, backend="reference"), double)
         assert_close("out", out, expected, 1e-5)
@@ -230,14 +232,15 @@ class TestNumerics:
             inside = cross_selective_scan(**inputs, backend=backend)
         assert torch.equal(inside, cross_selective_scan(**inputs, backend=backend))
 
-    def test_same_bits_again(self) -> None:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_same_bits_again(self, backend: str) -> None:
         inputs = make_inputs(2, 20, 20, 8, 2, 4, dtype=torch.float32)
-        first, second = (gradients(lambda **x: cross_selective_scan(**x), inputs) for _ in range(2))
+        first, second = (gradients(lambda **x: cross_selective_scan(**x, backend=backend), inputs) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
-    def test_auto_is_chunked(self) -> None:
-        inputs = make_inputs(dtype=torch.float32)
-        assert resolve("cross_selective_scan", "auto", inputs["x"]) == "chunked"
-        chunked = cross_selective_scan(**inputs, backend="chunked")
-        assert torch.equal(cross_selective_scan(**inputs), chunked)
+    def test_auto_is_the_engine(self) -> None:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            inputs = make_inputs(dtype=dtype)
+            assert resolve("cross_selective_scan", "auto", inputs["x"]) == "cpu"
+            assert torch.equal(cross_selective_scan(**inputs), cross_selective_scan(**inputs, backend="cpu"))

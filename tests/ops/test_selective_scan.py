@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import LAYOUTS, assert_budget, assert_close, gradients, largest, scan_oracle, strided, to_array
+from helpers import (
+    LAYOUTS,
+    assert_budget,
+    assert_close,
+    fresh_process,
+    gradients,
+    largest,
+    scan_oracle,
+    strided,
+    to_array,
+)
 from kan_mamba_layers import resolve, selective_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 BACKENDS = ("reference", "chunked", "cpu")
+TWICE_DIFFERENTIABLE = ("reference", "chunked")
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
@@ -30,12 +43,13 @@ def make_inputs(
     skip: bool = True,
     gate: bool = False,
     bias: bool = False,
+    initial: bool = False,
     positive: bool = True,
     layout: str = "contiguous",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Inputs drawn in float64 and rounded to `dtype`; A, D and delta_bias stay at float32 or more, as in Mamba."""
+    """Inputs drawn in float64 and rounded to `dtype`; what Mamba keeps at float32 or more stays there."""
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -55,6 +69,7 @@ def make_inputs(
         "D": parameter(d) if skip else None,
         "z": randn(b, d, length) if gate else None,
         "delta_bias": parameter(d) * 0.3 if bias else None,
+        "initial_state": parameter(b, d, n) if initial else None,
     }
 
 
@@ -77,6 +92,7 @@ def cases(draw: st.DrawFn) -> dict:
         "skip": draw(st.booleans()),
         "gate": draw(st.booleans()),
         "bias": softplus and draw(st.booleans()),
+        "initial": draw(st.booleans()),
         "positive": not softplus,
         "layout": draw(st.sampled_from(LAYOUTS)),
         "dtype": draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])),
@@ -171,7 +187,7 @@ class TestIdentities:
     @settings(max_examples=40)
     @given(seed=st.integers(0, 2**31), cut=st.integers(1, 23))
     def test_splitting_a_sequence(self, backend: str, seed: int, cut: int) -> None:
-        """The tail of a scan is the scan of the tail plus the decayed state at the cut."""
+        """The tail of a scan is the scan of the tail from the state at the cut; from zero, that state decays."""
         x = make_inputs(1, 3, 24, 2, skip=False, seed=seed)
         head = {k: v[..., :cut] if k in ("u", "delta", "B", "C") else v for k, v in x.items()}
         tail = {k: v[..., cut:] if k in ("u", "delta", "B", "C") else v for k, v in x.items()}
@@ -183,6 +199,10 @@ class TestIdentities:
         assert_close("head", first, whole[..., :cut], 1e-12)
         assert_close("tail", second + (carried * tail["C"][:, None]).sum(2), whole[..., cut:], 1e-12)
         assert_close("state", fresh + carried[..., -1], last, 1e-12)
+        tail["initial_state"] = state
+        continued, end = selective_scan(**tail, return_last_state=True, backend=backend)
+        assert_close("continued tail", continued, whole[..., cut:], 1e-12)
+        assert_close("continued state", end, last, 1e-12)
 
     def test_causal(self, backend: str) -> None:
         x = make_inputs(length=20)
@@ -230,6 +250,7 @@ class TestDerivatives:
             {"gate": True, "bias": True, "positive": False},
             {"B": "dn", "C": "bgnl", "skip": False},
             {"B": "bgnl", "C": "dn", "length": 10, "gate": True},
+            {"C": "bgnl", "initial": True, "length": 35, "d": 4},
         ],
         ids=str,
     )
@@ -244,23 +265,23 @@ class TestDerivatives:
 
         assert torch.autograd.gradcheck(function, tuple(present.values()))
 
-    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
     def test_gradgradcheck(self, backend: str) -> None:
-        inputs = make_inputs(1, 2, 5, 2, gate=True, bias=True, positive=False)
+        inputs = make_inputs(1, 2, 5, 2, gate=True, bias=True, initial=True, positive=False)
         values = tuple(v.requires_grad_() for v in inputs.values())
 
         def function(*values: Tensor) -> Tensor:
-            return selective_scan(*values, delta_softplus=True, backend=backend)
+            return selective_scan(**dict(zip(inputs, values, strict=True)), delta_softplus=True, backend=backend)
 
         assert torch.autograd.gradgradcheck(function, values)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_the_last_state_alone_has_gradients(self, backend: str) -> None:
-        inputs = make_inputs(length=9)
+        inputs = make_inputs(length=9, initial=True)
         leaves = {k: v.requires_grad_() for k, v in inputs.items() if v is not None}
         _, state = selective_scan(**leaves, return_last_state=True, backend=backend)
         state.square().sum().backward()
-        for name in ("u", "delta", "A", "B"):
+        for name in ("u", "delta", "A", "B", "initial_state"):
             assert leaves[name].grad.abs().max() > 0, name
 
 
@@ -278,7 +299,8 @@ class TestNumerics:
         for name, grad in grads.items():
             assert grad.isfinite().all(), name
 
-    def test_stress(self) -> None:
+    @pytest.mark.parametrize("backend", ["chunked", "cpu"])
+    def test_stress(self, backend: str) -> None:
         """A from -64 to -1e-4, steps from 1e-6 to 10, inputs of 1e4, 16384 steps, against the recurrence in float64."""
         draw = torch.Generator().manual_seed(3)
         length, d, n = 16384, 3, 4
@@ -289,7 +311,7 @@ class TestNumerics:
             "B": torch.randn(1, n, length, generator=draw),
             "C": torch.randn(1, n, length, generator=draw),
         }
-        out, grads = gradients(lambda **v: selective_scan(**v, backend="chunked"), x)
+        out, grads = gradients(lambda **v: selective_scan(**v, backend=backend), x)
         double = {k: v.double() for k, v in x.items()}
         expected, expected_grads = gradients(lambda **v: selective_scan(**v, backend="reference"), double)
         assert_close("out", out, expected, 1e-5)
@@ -312,23 +334,47 @@ class TestNumerics:
             inside = selective_scan(**x, backend=backend)
         assert torch.equal(inside, selective_scan(**x, backend=backend))
 
-    def test_same_bits_again(self) -> None:
-        x = make_inputs(2, 8, 200, 4, dtype=torch.float32)
-        first = gradients(lambda **v: selective_scan(**v), x)
-        second = gradients(lambda **v: selective_scan(**v), x)
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_same_bits_again(self, backend: str) -> None:
+        x = make_inputs(2, 8, 200, 4, initial=True, dtype=torch.float32)
+        first, second = (gradients(lambda **v: selective_scan(**v, backend=backend), x) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
 
 class TestBackends:
-    def test_auto_is_chunked(self) -> None:
-        x = make_inputs(dtype=torch.float32)
-        assert resolve("selective_scan", "auto", x["u"]) == "chunked"
-        assert torch.equal(selective_scan(**x), selective_scan(**x, backend="chunked"))
+    @pytest.mark.parametrize(
+        ("B", "C", "expected"),
+        [("bnl", "bnl", "cpu"), ("bgnl", "bnl", "cpu"), ("dn", "bnl", "chunked"), ("bgnl", "dn", "chunked")],
+    )
+    def test_auto_is_the_engine_but_for_constant_maps(self, B: str, C: str, expected: str) -> None:
+        x = make_inputs(2, 4, 70, 3, B=B, C=C, dtype=torch.float32)
+        assert resolve("selective_scan", "auto", x["u"]) == "cpu"
+        assert torch.equal(selective_scan(**x), selective_scan(**x, backend=expected))
+        other = {"cpu": "chunked", "chunked": "cpu"}[expected]
+        assert not torch.equal(selective_scan(**x), selective_scan(**x, backend=other)), "they differ in rounding"
 
     def test_an_explicit_backend_is_kept(self) -> None:
         for backend in BACKENDS:
             assert resolve("selective_scan", backend, torch.zeros(1, 1, 1)) == backend
+
+    @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_triton_in_its_interpreter(self, groups: int) -> None:
+        """Through the public function, whose arguments reach the engine transposed."""
+        printed = fresh_process(
+            "import torch\n"
+            "from kan_mamba_layers import selective_scan\n"
+            "torch.manual_seed(0)\n"
+            "shapes = {'u': (2, 6, 19), 'delta': (2, 6, 19), 'A': (6, 3), 'C': (2, 3, 19)}\n"
+            f"shapes['B'] = (2, {groups}, 3, 19)\n"
+            "x = {k: (torch.rand(v) - float(k == 'A')).requires_grad_() for k, v in shapes.items()}\n"
+            "outs = [selective_scan(**x, backend=b) for b in ('triton', 'reference')]\n"
+            "pairs = zip(*((y, *torch.autograd.grad(y.square().sum(), list(x.values()))) for y in outs))\n"
+            "print(max(float((a - e).norm() / e.norm()) for a, e in pairs))\n",
+            TRITON_INTERPRET="1",
+        )
+        assert float(printed) <= 1e-5
 
     def test_positional_arguments_are_those_of_mamba(self) -> None:
         x = make_inputs(gate=True, bias=True, positive=False)

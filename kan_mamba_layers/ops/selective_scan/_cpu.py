@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -250,7 +251,7 @@ def _compiled(entry: _Entry, dtype: torch.dtype) -> Callable[[int], None]:
     build = partial(cfunc, types.void(types.CPointer(element)), error_model="numpy")
     try:
         code = build(cache=True)(entry(_sources()))
-    except RuntimeError:  # there is no such folder
+    except (RuntimeError, OSError, EOFError, UnpicklingError):  # there is no such folder, or what it holds is damaged
         code = build()(entry(_sources()))
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(int(code.address))
     function.code = code  # type: ignore[attr-defined]  # which it must not outlive

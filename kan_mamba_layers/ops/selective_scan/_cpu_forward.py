@@ -144,7 +144,7 @@ def _forward_tile(
         position = read(positions, t)
         x = load(u, pixel + position * channels)
         store(work, entry + t * LANES, load(work, step + t * LANES) * x)
-        store(work, out + t * LANES, skip * x if k == 0 else splat(0.0, call))
+        store(work, out + t * LANES, splat(0.0, call))
     for n in range(states):
         for t in range(expected * n // states, expected * (n + 1) // states):
             position = read(coming, t)
@@ -161,6 +161,9 @@ def _forward_tile(
             store(work, out + t * LANES, fma(h, broadcast(work, row + states), load(work, out + t * LANES)))
         store(work, state + n * LANES, h)
     for t in range(steps):
-        into = y_pixel + read(positions, t) * channels
+        position = read(positions, t)
+        into = y_pixel + position * channels
         value = load(work, out + t * LANES)
+        if k == 0:  # last, since it is the largest term of a new layer
+            value = fma(skip, load(u, pixel + position * channels), value)
         store(y, into, value if overwrite else load(y, into) + value)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_mamba_layers.ops._autocast import autocast_off
 from kan_mamba_layers.ops._flops import register_flops
 
 _LIBRARY = torch.library.Library("kan_mamba_layers", "DEF")
@@ -44,21 +45,31 @@ def _engine(backend: str) -> ModuleType:
     return _triton
 
 
+@torch.no_grad()
 def _forward(u: Tensor, maps: Tensor, x_proj_weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = others
-    weight = (x_proj_weight,) if backend == "cpu" else ()
-    y, last, saved = _engine(backend).forward(u, maps, *weight, *rest)
+    with autocast_off(u):
+        if backend == "cpu":
+            y, last, saved = _engine(backend).forward(u, maps, x_proj_weight, *rest)
+        else:
+            y, last, saved = _engine(backend).forward(*_contiguous(u, maps, *rest))
     return y, last, saved.flatten()
 
 
+@torch.no_grad()
 def _backward(
     grad_y: Tensor, grad_last: Tensor, u: Tensor, maps: Tensor, x_proj_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     *rest, backend = others
-    if backend == "cpu":
-        return _engine(backend).backward(grad_y, grad_last, u, maps, x_proj_weight, *rest)
-    du, dmaps, *grads = _engine(backend).backward(grad_y, grad_last, u, maps, *rest)
+    with autocast_off(u):
+        if backend == "cpu":
+            return _engine(backend).backward(grad_y, grad_last, u, maps, x_proj_weight, *rest)
+        du, dmaps, *grads = _engine(backend).backward(*_contiguous(grad_y, grad_last, u, maps, *rest))
     return du, dmaps, u.new_empty(0), *grads
+
+
+def _contiguous(*inputs: Any) -> tuple[Any, ...]:
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
 _LIBRARY.impl("scan", _forward, "CompositeExplicitAutograd")
@@ -136,8 +147,24 @@ class _Scan(torch.autograd.Function):
     """The fused scan with its gradient, which recomputes the states between the saved ones."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.kan_mamba_layers.scan(*inputs)
+    def forward(  # torch.compile counts the names
+        u: Tensor,
+        maps: Tensor | None,
+        x_proj_weight: Tensor | None,
+        delta: Tensor | None,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        initial: Tensor | None,
+        height: int,
+        width: int,
+        softplus: bool,
+        save: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (u, maps, x_proj_weight, delta, dt_weight, dt_bias, A, D, initial)
+        return torch.ops.kan_mamba_layers.scan(*tensors, height, width, softplus, save, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
