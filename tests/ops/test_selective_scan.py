@@ -125,9 +125,10 @@ class TestAgainstTheOracle:
             **inputs, delta_softplus=softplus, return_last_state=True, backend="reference"
         )
         for backend in BACKENDS:
+            bands = 2 if backend == "cpu" else 1  # its exponentials round differently from the reference's
             out, grads = gradients(run(backend), inputs)
             assert out.dtype == dtype and out.shape == inputs["u"].shape
-            assert_budget(f"{backend} out", out, reference, expected, dtype, bands=2, terms=terms)
+            assert_budget(f"{backend} out", out, reference, expected, dtype, bands=bands, terms=terms)
             for name, grad in grads.items():
                 assert grad.dtype == inputs[name].dtype
                 size = largest(grad_terms[name])
@@ -135,7 +136,8 @@ class TestAgainstTheOracle:
                 assert_budget(f"{backend} d{name}", *compare, bands=4, terms=size)
             _, state = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)
             assert state.dtype == wide
-            assert_budget(f"{backend} state", state, reference_state, expected_state, wide, bands=2, terms=state_terms)
+            states = (state, reference_state, expected_state)
+            assert_budget(f"{backend} state", *states, wide, bands=bands, terms=state_terms)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_long_sequence(self, backend: str) -> None:

@@ -30,9 +30,7 @@ _Entry = Callable[[int], Callable[..., None]]
 _Fields = dict[str, Tensor | int | None]
 
 _LOG2_E = 1 / math.log(2)
-_TEAM_TILES = (
-    8  # that a thread takes through a walk together: they share the maps, and their states fill the first cache
-)
+_TEAM_TILES = 8  # that a thread takes through a walk together: they share the maps
 _MAPS_BYTES = 1 << 24  # that are made at a time: memory that the allocator keeps, and near enough to stay in a cache
 
 
