@@ -22,11 +22,12 @@ LANES = 16
 
 
 class Vector(types.Type):
-    """Numba's type of a vector of ``LANES`` elements."""
+    """Numba's type of a vector of ``LANES`` elements, or of several times as many."""
 
-    def __init__(self, element: types.Float) -> None:
+    def __init__(self, element: types.Float, lanes: int = LANES) -> None:
         self.element = element
-        super().__init__(name=f"{element}x{LANES}")
+        self.lanes = lanes
+        super().__init__(name=f"{element}x{lanes}")
 
 
 _VECTORS = {element: Vector(element) for element in (types.float32, types.float64)}
@@ -37,7 +38,7 @@ _LANE = ir.IntType(32)  # the type of a lane's number in a shuffle
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         element = ir.FloatType() if vector.element is types.float32 else ir.DoubleType()
-        super().__init__(manager, vector, ir.VectorType(element, LANES))
+        super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
 
 
 class _Formulas:
@@ -57,26 +58,27 @@ class _Formulas:
         self.builder = builder
         self.is_float = vector.element is types.float32
         self.element = ir.FloatType() if self.is_float else ir.DoubleType()
-        self.type = ir.VectorType(self.element, LANES)
-        self.integers = ir.VectorType(ir.IntType(32 if self.is_float else 64), LANES)
+        self.lanes = vector.lanes
+        self.type = ir.VectorType(self.element, self.lanes)
+        self.integers = ir.VectorType(ir.IntType(32 if self.is_float else 64), self.lanes)
         self.mantissa, self.bias = (23, 127) if self.is_float else (52, 1023)
 
     def constant(self, value: float) -> ir.Constant:
         rounded = float(np.float32(value)) if self.is_float else float(value)
-        return ir.Constant(self.type, [ir.Constant(self.element, rounded)] * LANES)
+        return ir.Constant(self.type, [ir.Constant(self.element, rounded)] * self.lanes)
 
     def shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
-        """Choose among the lanes of x (0..15) and y (16..31)."""
+        """Choose among the lanes of x and, numbered after them, those of y."""
         return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_LANE, len(lanes)), list(lanes)))
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         undefined = ir.Constant(self.type, ir.Undefined)
         one = self.builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
-        return self.shuffle(one, undefined, [0] * LANES)
+        return self.shuffle(one, undefined, [0] * self.lanes)
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """``x y + z``, rounded once where the machine can (``llvm.fma`` would call a library where it cannot)."""
-        name = f"llvm.fmuladd.v{LANES}f{32 if self.is_float else 64}"
+        name = f"llvm.fmuladd.v{self.lanes}f{32 if self.is_float else 64}"
         function = get_or_insert_function(self.builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
         return self.builder.call(function, (x, y, z))
 
@@ -102,7 +104,7 @@ class _Formulas:
         fraction = self.fma(x, y, b.fsub(self.constant(magic), rounded))
         if low:
             fraction = self.fma(x, self.constant(low), fraction)
-        shift = ir.Constant(self.integers, [self.mantissa] * LANES)
+        shift = ir.Constant(self.integers, [self.mantissa] * self.lanes)
         power = b.bitcast(b.shl(b.bitcast(rounded, self.integers), shift), self.type)
         value = b.fmul(self.polynomial(fraction, self.FLOAT_EXP2 if self.is_float else self.DOUBLE_EXP2), power)
         normal = b.fcmp_unordered(">=", rounded, self.constant(magic - self.bias + 1))
@@ -176,6 +178,7 @@ def _arithmetic(symbol: Callable[..., Any], instruction: str) -> None:
 _arithmetic(operator.add, "fadd")
 _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")
+_arithmetic(operator.truediv, "fdiv")
 
 
 def _element(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value | int) -> ir.Value:

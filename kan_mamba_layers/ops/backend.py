@@ -14,8 +14,10 @@ Backend = Literal["auto", "reference", "chunked", "cpu", "triton"]
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("triton", "cpu", "chunked", "reference"),
     "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
-    "kan_linear": ("reference",),
+    "kan_linear": ("triton", "cpu", "chunked", "reference"),
 }
+# The one that consists of PyTorch's own operators and exports well.
+_PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
 _HAS = {package: importlib.util.find_spec(package) is not None for package in ("numba", "triton")}
 
 
@@ -23,8 +25,9 @@ def resolve(op: str, backend: Backend, x: Tensor) -> str:
     """Return the name of the backend that ``op`` runs for the input ``x``.
 
     ``"auto"`` takes the fastest backend that serves the call: ``"triton"`` for tensors on a GPU, ``"cpu"`` for those on
-    a CPU where Numba is installed, else ``"chunked"``. A backend asked for by name either runs or raises: nothing
-    falls back silently, and no environment variable takes part.
+    a CPU where Numba is installed, else ``"chunked"``. Where ``"chunked"`` would be compiled, ``kan_linear`` gives the
+    compiler its ``"reference"``; for ONNX it is a form that consists of PyTorch's own operators. A backend asked for by
+    name either runs or raises: nothing falls back silently, and no environment variable takes part.
 
     Args:
         op: ``"selective_scan"``, ``"cross_selective_scan"`` or ``"kan_linear"``.
@@ -47,9 +50,12 @@ def resolve(op: str, backend: Backend, x: Tensor) -> str:
     check_tensor("x", x)
     if backend == "auto":
         if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused engine
-            return next(name for name in _BACKENDS[op] if name in ("chunked", "reference"))
+            return _PLAIN[op]
         on_gpu = x.device.type == "cuda"
-        return next(b for b in _BACKENDS[op] if (on_gpu or b != "triton") and not _reason_against(b, x))
+        fastest = next(b for b in _BACKENDS[op] if (on_gpu or b != "triton") and not _reason_against(b, x))
+        # A compiler fuses the formula better than tiles of PyTorch's operators do.
+        fuses = op == "kan_linear" and fastest == "chunked" and torch.compiler.is_compiling()
+        return "reference" if fuses else fastest
     if reason := _reason_against(backend, x):
         raise ValueError(f"backend={backend!r} cannot run this call of {op}: {reason}; use backend='auto'")
     return backend

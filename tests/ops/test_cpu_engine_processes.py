@@ -256,11 +256,12 @@ class TestProcesses:
 class TestCache:
     CODE = (
         "import torch\n"
+        "from kan_mamba_layers.ops._simd_kernel import c_function\n"
         "from kan_mamba_layers.ops.selective_scan import _cpu, _cpu_forward\n"
         "from kan_mamba_layers import selective_scan\n"
         "u, A, B = torch.rand(1, 3, 40), -torch.rand(3, 2), torch.rand(1, 2, 40)\n"
         "out, expected = (selective_scan(u, u, A, B, B, backend=b) for b in ('cpu', 'reference'))\n"
-        "code = _cpu._compiled(_cpu_forward.entry, torch.float32).code\n"
+        "code = c_function(_cpu_forward.entry, torch.float32, _cpu._KERNELS).code\n"
         "print(torch.allclose(out, expected, atol=1e-5), getattr(code, 'cache_hits', None))\n"
     )
 

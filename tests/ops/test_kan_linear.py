@@ -25,6 +25,7 @@ from kan_mamba_layers import bspline_basis, kan_linear, resolve
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
+BACKENDS = ("reference", "chunked", "cpu")
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
 WIDE = torch.float64
 
@@ -92,32 +93,32 @@ class TestAgainstTheFormula:
         grid = inputs.pop("grid")
         expected = oracle({**inputs, "grid": grid}, extrapolation)
 
-        def run(knots: Tensor):
-            options = {"extrapolation": extrapolation, "uniform": case["uniform"]}
+        def run(knots: Tensor, backend: str = "reference"):
+            options = {"extrapolation": extrapolation, "uniform": case["uniform"], "backend": backend}
             return lambda **x: kan_linear(**x, grid=knots, **options)
 
         double = {k: None if v is None else v.double() for k, v in inputs.items()}
         positive = {k: v if v is None or k == "x" else v.abs() for k, v in double.items()}
         terms, grad_terms = gradients(run(grid.double()), positive, absolute=True)
         _, true_grads = gradients(run(grid.double()), double)
-        out, grads = gradients(run(grid), inputs)
-        assert out.dtype == dtype and out.shape == expected.shape
-        # The reference is the only backend: it is bounded by the rounding of positions among the knots (slopes of bases
-        # times the number of knots), of bases and of products. Linear extrapolation multiplies slopes by distances.
+        # Bounded by the rounding of positions among the knots (slopes of bases times the number of knots), of bases and
+        # of products. Linear extrapolation multiplies slopes by distances.
         slope = (case["g"] + 2 * case["s"]) * case["s"]
         reach = slope * (1 + largest(inputs["x"]) if extrapolation == "linear" else 1)
         weight = largest(positive["spline_weight"]) * (largest(positive["spline_scaler"]) if case["scaler"] else 1)
-        size = largest(terms) + reach * weight
-        exact = torch.as_tensor(expected)
-        assert_budget("out", out, exact, expected, dtype, bands=8, terms=size)
-        for name, grad in grads.items():
-            assert grad.dtype == inputs[name].dtype
-            size, exact = largest(grad_terms[name]), true_grads[name]
-            if name == "x":
-                size += slope * weight
-            elif name.startswith("spline"):
-                size *= 1 + reach / 8
-            assert_budget(f"d{name}", grad, exact, exact, dtype, bands=16, terms=size)
+        for backend in BACKENDS:
+            out, grads = gradients(run(grid, backend), inputs)
+            assert out.dtype == dtype and out.shape == expected.shape
+            size, exact = largest(terms) + reach * weight, torch.as_tensor(expected)
+            assert_budget(f"{backend} out", out, exact, expected, dtype, bands=8, terms=size)
+            for name, grad in grads.items():
+                assert grad.dtype == inputs[name].dtype
+                size, exact = largest(grad_terms[name]), true_grads[name]
+                if name == "x":
+                    size += slope * weight
+                elif name.startswith("spline"):
+                    size *= 1 + reach / 8
+                assert_budget(f"{backend} d{name}", grad, exact, exact, dtype, bands=16, terms=size)
 
     def test_without_scaler_is_a_scaler_of_one(self) -> None:
         x = make_inputs(scaler=False)
@@ -130,12 +131,13 @@ class TestAgainstTheFormula:
         expected = F.linear(F.silu(x["x"]), x["base_weight"], x["bias"])
         assert_close("out", kan_linear(**x), expected, 1e-14)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("activation", [torch.tanh, F.gelu, F.relu, torch.nn.Identity()])
-    def test_other_base_activations(self, activation) -> None:
+    def test_other_base_activations(self, activation, backend: str) -> None:
         x = make_inputs()
-        spline = kan_linear(**x, base_activation=torch.zeros_like)
+        spline = kan_linear(**x, base_activation=torch.zeros_like, backend=backend)
         expected = spline + F.linear(activation(x["x"]), x["base_weight"])
-        assert_close("out", kan_linear(**x, base_activation=activation), expected, 1e-13)
+        assert_close("out", kan_linear(**x, base_activation=activation, backend=backend), expected, 1e-13)
 
     def test_coefficients_of_a_straight_line_reproduce_it(self) -> None:
         """Greville abscissae as coefficients give x itself inside the grid."""
@@ -160,70 +162,77 @@ def single_edge(order: int, uniform: bool) -> tuple[dict[str, Tensor | None], fl
     return x, x["grid"][0, order].item(), x["grid"][0, -order - 1].item()
 
 
-def run_edge(x: dict[str, Tensor | None], at: Tensor, extrapolation: str, uniform: bool) -> Tensor:
-    return kan_linear(**{**x, "x": at[:, None]}, extrapolation=extrapolation, uniform=uniform)[:, 0]
+def run_edge(x: dict[str, Tensor | None], at: Tensor, extrapolation: str, uniform: bool, backend: str) -> Tensor:
+    return kan_linear(**{**x, "x": at[:, None]}, extrapolation=extrapolation, uniform=uniform, backend=backend)[:, 0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 class TestExtrapolation:
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-    def test_equals_the_oracle(self, order: int, uniform: bool, extrapolation: str) -> None:
+    def test_equals_the_oracle(self, order: int, uniform: bool, backend: str, extrapolation: str) -> None:
         x, low, high = single_edge(order, uniform)
         at = torch.cat([torch.linspace(low - 3, high + 3, 301, dtype=WIDE), torch.tensor([low, high], dtype=WIDE)])
         expected = oracle({**x, "x": at[:, None]}, extrapolation)[:, 0]
-        assert_close("out", run_edge(x, at, extrapolation, uniform), expected, 1e-11)
+        assert_close("out", run_edge(x, at, extrapolation, uniform, backend), expected, 1e-11)
 
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-    def test_agree_inside(self, order: int, uniform: bool, extrapolation: str) -> None:
+    def test_agree_inside(self, order: int, uniform: bool, backend: str, extrapolation: str) -> None:
         x, low, high = single_edge(order, uniform)
         inside = torch.linspace(low, high, 101, dtype=WIDE)
-        assert_close("out", run_edge(x, inside, extrapolation, uniform), run_edge(x, inside, "zero", uniform), 1e-12)
+        assert_close(
+            "out",
+            run_edge(x, inside, extrapolation, uniform, backend),
+            run_edge(x, inside, "zero", uniform, backend),
+            1e-12,
+        )
 
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-    def test_continuous_at_the_ends(self, order: int, uniform: bool, extrapolation: str) -> None:
+    def test_continuous_at_the_ends(self, order: int, uniform: bool, backend: str, extrapolation: str) -> None:
         x, low, high = single_edge(order, uniform)
         for end in (low, high):
             around = torch.tensor([end - 1e-9, end, end + 1e-9], dtype=WIDE)
-            values = run_edge(x, around, extrapolation, uniform)
+            values = run_edge(x, around, extrapolation, uniform, backend)
             assert (values - values[1]).abs().max() <= 1e-6
 
-    def test_clamp_is_flat_outside(self, order: int, uniform: bool) -> None:
+    def test_clamp_is_flat_outside(self, order: int, uniform: bool, backend: str) -> None:
         x, low, high = single_edge(order, uniform)
         at = torch.tensor([low - 5, low - 0.1, low, high, high + 0.1, high + 5], dtype=WIDE)
-        values = run_edge(x, at, "clamp", uniform)
+        values = run_edge(x, at, "clamp", uniform, backend)
         assert_close("below", values[:3], values[2].expand(3), 1e-13)
         assert_close("above", values[3:], values[3].expand(3), 1e-13)
 
-    def test_linear_goes_on_along_the_tangent_inside(self, order: int, uniform: bool) -> None:
+    def test_linear_goes_on_along_the_tangent_inside(self, order: int, uniform: bool, backend: str) -> None:
         x, low, high = single_edge(order, uniform)
         step = 1e-6
         for end, sign in ((low, 1), (high, -1)):
             at = torch.tensor([end + sign * step, end, end - sign * step, end - sign * 4], dtype=WIDE)
-            values = run_edge(x, at, "linear", uniform)
+            values = run_edge(x, at, "linear", uniform, backend)
             inner, outer, far = values[0] - values[1], values[1] - values[2], (values[1] - values[3]) / 4 * step
             assert_close("slope", outer / step, inner / step, 1e-4)
             assert_close("straight", far / step, outer / step, 1e-6)
 
     @pytest.mark.parametrize("outside", [0.3, 1.0, 50.0])
-    def test_gradient_outside(self, order: int, uniform: bool, outside: float) -> None:
+    def test_gradient_outside(self, order: int, uniform: bool, backend: str, outside: float) -> None:
         x, low, high = single_edge(order, uniform)
         at = torch.tensor([low - outside, high + outside], dtype=WIDE, requires_grad=True)
-        (flat,) = torch.autograd.grad(run_edge(x, at, "clamp", uniform).sum(), at)
+        (flat,) = torch.autograd.grad(run_edge(x, at, "clamp", uniform, backend).sum(), at)
         assert (flat == 0).all()
-        (slope,) = torch.autograd.grad(run_edge(x, at, "linear", uniform).sum(), at)
+        (slope,) = torch.autograd.grad(run_edge(x, at, "linear", uniform, backend).sum(), at)
         ends = np.array([[np.nextafter(low, high)], [np.nextafter(high, low)]])
         bases = basis_oracle(ends, to_array(x["grid"]), order, derivative=1)[:, 0]
         assert_close("slope", slope, bases @ to_array(x["spline_weight"])[0, 0], 1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
-def test_gradient_exactly_at_the_ends_of_linear_extrapolation(order: int, uniform: bool) -> None:
+def test_gradient_exactly_at_the_ends_of_linear_extrapolation(order: int, uniform: bool, backend: str) -> None:
     """Here the function has one derivative; inputs clamped to the grid's range sit on these points."""
     x, low, high = single_edge(order, uniform)
     at = torch.tensor([low, high], dtype=WIDE, requires_grad=True)
-    (slope,) = torch.autograd.grad(run_edge(x, at, "linear", uniform).sum(), at)
+    (slope,) = torch.autograd.grad(run_edge(x, at, "linear", uniform, backend).sum(), at)
     ends = np.array([[np.nextafter(low, high)], [np.nextafter(high, low)]])
     bases = basis_oracle(ends, to_array(x["grid"]), order, derivative=1)[:, 0]
     assert_close("slope", slope, bases @ to_array(x["spline_weight"])[0, 0], 1e-9)
@@ -261,15 +270,16 @@ class TestForms:
 
     def test_resolve(self) -> None:
         x = make_inputs()
-        assert resolve("kan_linear", "auto", x["x"]) == "reference"
-        assert torch.equal(kan_linear(**x), kan_linear(**x, backend="reference"))
+        assert resolve("kan_linear", "auto", x["x"]) == "cpu"
+        assert torch.equal(kan_linear(**x), kan_linear(**x, backend="cpu"))
 
 
 class TestDerivatives:
+    @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     @pytest.mark.parametrize("uniform", [True, False])
     @pytest.mark.parametrize("order", [2, 3, 5])
-    def test_gradcheck(self, order: int, uniform: bool, extrapolation: str) -> None:
+    def test_gradcheck(self, order: int, uniform: bool, extrapolation: str, backend: str) -> None:
         x = make_inputs((5,), 2, 2, 3, order, uniform=uniform, bias=True)
         grid = x.pop("grid")
         x["x"] = torch.tensor([[-2.9, 0.13], [-0.61, 0.37], [0.77, -1.4], [2.5, -0.2], [0.05, 1.61]], dtype=WIDE)
@@ -277,7 +287,7 @@ class TestDerivatives:
 
         def function(*values: Tensor) -> Tensor:
             named = dict(zip(x, values, strict=True))
-            return kan_linear(**named, grid=grid, extrapolation=extrapolation, uniform=uniform)
+            return kan_linear(**named, grid=grid, extrapolation=extrapolation, uniform=uniform, backend=backend)
 
         assert torch.autograd.gradcheck(function, leaves)
 
@@ -291,6 +301,7 @@ class TestDerivatives:
 
         def function(*values: Tensor) -> Tensor:
             named = dict(zip(present, values, strict=True))
-            return kan_linear(**named, grid=grid, extrapolation=extrapolation, uniform=uniform)
+            options = {"extrapolation": extrapolation, "uniform": uniform, "backend": "reference"}
+            return kan_linear(**named, grid=grid, **options)
 
         assert torch.autograd.gradgradcheck(function, tuple(present.values()))

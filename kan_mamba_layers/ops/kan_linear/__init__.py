@@ -11,12 +11,12 @@ from kan_mamba_layers._check import check_choice, check_int, check_shape, check_
 from kan_mamba_layers.ops._autocast import autocast_is_on
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.kan_linear import reference
+from kan_mamba_layers.ops.kan_linear._library import fused_kan_linear
 
 __all__ = ["Extrapolation", "bspline_basis", "kan_linear"]
 
 Extrapolation = Literal["zero", "clamp", "linear"]
 _EXTRAPOLATIONS = ("zero", "clamp", "linear")
-_KAN_LINEARS = {"reference": reference.kan_linear}
 
 
 def bspline_basis(
@@ -104,7 +104,8 @@ def kan_linear(
             within ``s`` knots, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``: it goes on
             along its end tangent.
         uniform: promises equally spaced knots; see :func:`bspline_basis`.
-        backend: ``"auto"`` or ``"reference"``; see :func:`resolve`.
+        backend: ``"auto"``, or ``"reference"``, which has derivatives of any order; ``"chunked"`` (a few rows at a
+            time), ``"cpu"`` and ``"triton"`` can be differentiated once, and not by ``grid``. See :func:`resolve`.
 
     Returns:
         Output of shape ``(..., o)`` in ``x``'s dtype, under autocast in autocast's.
@@ -114,7 +115,9 @@ def kan_linear(
         ValueError: a shape does not fit, or an option is unknown.
 
     Numerics:
-        Bases and activation are computed in float32 (float64 for float64 input) and rounded once, for the product.
+        Bases and activation are computed in float32 (float64 for float64 input) and rounded at most once, for the
+        product, which adds up in float32 at least. All backends but ``"reference"`` save nothing but their arguments
+        for the backward pass.
 
     Example:
         >>> import torch
@@ -145,9 +148,38 @@ def kan_linear(
     _check_features("x", x, in_features)
     if x.dtype != base_weight.dtype and not autocast_is_on(x):
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
-    run = _KAN_LINEARS[resolve("kan_linear", backend, x)]
+    engine = resolve("kan_linear", backend, x)
+    if grid.requires_grad and engine != "reference":
+        if backend != "auto":
+            raise ValueError(f"grid requires a gradient, which backend={backend!r} has not; use backend='reference'")
+        engine = "reference"
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
-    return run(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
+    if engine == "reference":
+        return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
+    return _fused(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform, engine)
+
+
+def _fused(
+    x: Tensor,
+    base_weight: Tensor,
+    spline_weight: Tensor,
+    grid: Tensor,
+    bias: Tensor | None,
+    base_activation: Callable[[Tensor], Tensor],
+    extrapolation: str,
+    uniform: bool,
+    engine: str,
+) -> Tensor:
+    """In an engine: rows instead of leading dimensions, and under autocast its dtype."""
+    casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    rows = x.reshape(-1, x.shape[-1])  # rows i
+    is_silu = base_activation is F.silu or type(base_activation) is torch.nn.SiLU
+    activated = None if is_silu else base_activation(rows).to(rows.dtype)
+    grid = grid.to(torch.promote_types(x.dtype, torch.float32))
+    parameters = (base_weight.to(dtype), spline_weight.to(dtype), grid, None if bias is None else bias.to(dtype))
+    y = fused_kan_linear(rows, activated, *parameters, extrapolation, uniform, engine)  # rows o
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _check_grid(grid: Tensor, spline_order: int) -> int:

@@ -11,8 +11,8 @@ def cox_de_boor(x: Tensor, grid: Tensor, spline_order: int) -> Tensor:  # ... i,
     x = x[..., None]
     bases = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)  # ... i m-1
     for p in range(1, spline_order + 1):
-        rising = (x - grid[:, : -p - 1]) * _reciprocal(grid[:, p:-1] - grid[:, : -p - 1])
-        falling = (grid[:, p + 1 :] - x) * _reciprocal(grid[:, p + 1 :] - grid[:, 1:-p])
+        rising = (x - grid[:, : -p - 1]) * reciprocal(grid[:, p:-1] - grid[:, : -p - 1])
+        falling = (grid[:, p + 1 :] - x) * reciprocal(grid[:, p + 1 :] - grid[:, 1:-p])
         bases = rising * bases[..., :-1] + falling * bases[..., 1:]
     return bases
 
@@ -43,10 +43,17 @@ def cox_de_boor_slope(x: Tensor, grid: Tensor, spline_order: int) -> Tensor:  # 
     """Derivatives of the bases with respect to ``x``."""
     p = spline_order
     lower = cox_de_boor(x, grid, p - 1)  # ... i m-p
-    weighted = p * lower * _reciprocal(grid[:, p:] - grid[:, :-p])
+    weighted = p * lower * reciprocal(grid[:, p:] - grid[:, :-p])
     return weighted[..., :-1] - weighted[..., 1:]
 
 
-def _reciprocal(width: Tensor) -> Tensor:
+def end_slopes(grid: Tensor, spline_order: int) -> Tensor:  # i m -> 2 i m-1-s
+    """Derivatives of the bases at both ends of the interval."""
+    low, high = grid[:, spline_order], grid[:, -spline_order - 1]
+    # Intervals are open on the right, so step inside.
+    return cox_de_boor_slope(torch.stack([low, torch.nextafter(high, low)]), grid, spline_order)
+
+
+def reciprocal(width: Tensor) -> Tensor:
     """``1 / width``, and 0 for knots that coincide."""
     return torch.where(width > 0, width, 1).reciprocal() * (width > 0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.ops.kan_linear.basis import closed_form, cox_de_boor, cox_de_boor_slope
+from kan_mamba_layers.ops.kan_linear.basis import closed_form, cox_de_boor, end_slopes
 
 
 def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolation: str) -> Tensor:  # ... i g+s
@@ -17,9 +17,7 @@ def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolati
     low, high = grid[:, spline_order], grid[:, -spline_order - 1]
     bases = evaluate(torch.clamp(x, low, high), grid, spline_order)
     if extrapolation == "linear":
-        # At each end the derivatives are one constant row per feature; intervals are open on the right, so step inside.
-        ends = torch.stack([low, torch.nextafter(high, low)])  # 2 i
-        below, above = cox_de_boor_slope(ends, grid, spline_order)  # i g+s
+        below, above = end_slopes(grid, spline_order)  # i g+s
         bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
     return bases
 

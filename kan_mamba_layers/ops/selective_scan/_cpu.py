@@ -7,27 +7,19 @@ The kernels see channels in whole tiles of 16: a group of channels that does not
 zeros.
 """
 
-import ctypes
-import hashlib
 import math
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import cfunc, types
 from torch import Tensor
 
-from kan_mamba_layers.ops import _simd
 from kan_mamba_layers.ops._simd import LANES
-from kan_mamba_layers.ops._threads import run_team, team_size
+from kan_mamba_layers.ops._simd_kernel import Entry, c_function, run_kernel
 from kan_mamba_layers.ops.selective_scan import _cpu_backward, _cpu_call, _cpu_forward
 
-_Entry = Callable[[int], Callable[..., None]]
 _Fields = dict[str, Tensor | int | None]
+_KERNELS = (_cpu_call, _cpu_forward, _cpu_backward)
 
 _LOG2_E = 1 / math.log(2)
 _TEAM_TILES = 8  # that a thread takes through a walk together: they share the maps
@@ -195,21 +187,13 @@ class _Sizes:
         return x.unflatten(-1, (self.groups, -1))[..., : self.channels // self.groups].flatten(-2).contiguous()
 
 
-def _run(entry: _Entry, sizes: _Sizes, batch: int, teams: int, parts: int, fields: _Fields) -> None:
-    """Write down the block of integers of a call, and let PyTorch's threads do its tasks."""
-    tasks = batch * teams * parts
-    if tasks == 0:
-        return
-    threads = team_size(tasks)
-    elements = _cpu_call.scratch_elements(-(-sizes.tiles // teams), sizes.states, sizes.rank)
-    scratch = torch.empty(threads, elements, dtype=sizes.dtype)
-    fields |= {"TASKS": tasks, "TEAMS": teams, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
+def _run(entry: Entry, sizes: _Sizes, batch: int, teams: int, parts: int, fields: _Fields) -> None:
+    """Let a kernel do the tasks of a block of images."""
+    fields |= {"TEAMS": teams, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
     fields |= {"STATES": sizes.states, "RANK": sizes.rank, "WALKS": sizes.walks, "GROUPS": sizes.groups}
-    fields |= {"SCRATCH": scratch, "SCRATCH_BYTES": scratch.stride(0) * scratch.element_size()}
-    block = np.zeros(_cpu_call.FIELDS, np.int64)
-    for name, value in fields.items():
-        block[getattr(_cpu_call, name)] = value.data_ptr() if isinstance(value, Tensor) else value or 0
-    run_team(_compiled(entry, sizes.dtype), block.ctypes.data, threads)
+    scratch = _cpu_call.scratch_elements(-(-sizes.tiles // teams), sizes.states, sizes.rank)
+    kernel = c_function(entry, sizes.dtype, _KERNELS)
+    run_kernel(kernel, _cpu_call, fields, batch * teams * parts, scratch, sizes.dtype)
 
 
 def _padded(channels: int) -> int:
@@ -240,23 +224,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
-
-
-@cache
-def _compiled(entry: _Entry, dtype: torch.dtype) -> Callable[[int], None]:
-    """The kernel as a C function. Numba keeps the machine code on disk where it finds a folder that it can write to."""
-    element = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
-    build = partial(cfunc, types.void(types.CPointer(element)), error_model="numpy")
-    try:
-        code = build(cache=True)(entry(_sources()))
-    except (RuntimeError, OSError, EOFError, UnpicklingError):  # there is no such folder, or what it holds is damaged
-        code = build()(entry(_sources()))
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(int(code.address))
-    function.code = code  # type: ignore[attr-defined]  # which it must not outlive
-    return function
-
-
-def _sources() -> int:
-    """A number that changes with the source of the kernels."""
-    texts = (Path(str(module.__file__)).read_bytes() for module in (_simd, _cpu_call, _cpu_forward, _cpu_backward))
-    return int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:7], "big")

@@ -16,10 +16,10 @@ from kan_mamba_layers.ops._simd import (
     splat,
     store,
     sum_lanes,
-    take_number,
     transpose,
     write,
 )
+from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, next_task, own_scratch, size
 from kan_mamba_layers.ops.selective_scan._cpu_call import (
     BATCH,
     CHANNELS,
@@ -38,27 +38,21 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     GRAD_Y,
     HEIGHT,
     LN_2,
-    NEXT_TASK,
     RANK,
     SAVED,
     SOFTPLUS,
     STATES,
-    TASKS,
     TIMES,
     WALKS,
     WIDTH,
     A,
     D,
     U,
-    array,
-    compiled,
     copy_rows,
     expect_rows,
     follow,
     opens_group,
-    own_scratch,
     row_of,
-    size,
     steps_before_softplus,
     task_of,
     tiles_of,
@@ -82,12 +76,12 @@ def entry(sources: int) -> Callable[..., None]:
 def backward(call):
     """Work on tasks until none is left."""
     scratch = own_scratch(call)
-    job = take_number(integers(call), NEXT_TASK)
+    job = next_task(call)
     while job < size(call, TASKS):
         image, team, part, first, end = task_of(call, job)
         for k in range(first, end):
             _backward_walk(call, image, team, part, k, k == first, scratch)
-        job = take_number(integers(call), NEXT_TASK)
+        job = next_task(call)
 
 
 @compiled

@@ -11,41 +11,23 @@ definition; ``A`` is scaled by ``log2(e)``, since the kernels work with powers o
 
 import math
 
-from numba import njit
-
-from kan_mamba_layers.ops._simd import (
-    LANES,
-    broadcast,
-    fma,
-    integer_field,
-    integers,
-    load,
-    pointer_field,
-    prefetch,
-    read,
-    store,
-    take_number,
-    write,
-)
+from kan_mamba_layers.ops._simd import LANES, broadcast, fma, load, prefetch, read, store, write
+from kan_mamba_layers.ops._simd_kernel import OWN_FIELDS, array, compiled, size
 
 CHUNK = 32  # steps between saved states
 FEW_STATES = 4  # with fewer a chunk is over before memory could be asked for the next one
 TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
 LN_2 = math.log(2)
 
-# What stands where in the block of a call: counters, sizes, switches, and addresses (0 for what a call has not).
+# What stands where in the block of a call: sizes, switches, and addresses (0 for what a call has not).
 # fmt: off
 (
-    NEXT_TASK, NEXT_THREAD, TASKS, PARTS, TEAMS, SCRATCH, SCRATCH_BYTES,
-    BATCH, HEIGHT, WIDTH, CHANNELS, STATES, RANK, WALKS, GROUPS, SOFTPLUS, SAVE,
+    PARTS, TEAMS, BATCH, HEIGHT, WIDTH, CHANNELS, STATES, RANK, WALKS, GROUPS, SOFTPLUS, SAVE,
     U, MAPS, DELTA, DT_WEIGHT, DT_BIAS, A, D, INITIAL, Y, LAST, SAVED,
     GRAD_Y, GRAD_LAST, DU, DMAPS, DDELTA, DDT_WEIGHT, DDT_BIAS, DA, DD, DINITIAL,
     FIELDS,
-) = range(39)
+) = range(OWN_FIELDS, OWN_FIELDS + 34)
 # fmt: on
-
-size, array = integer_field, pointer_field
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def scratch_elements(tiles: int, states: int, rank: int) -> int:
@@ -55,12 +37,6 @@ def scratch_elements(tiles: int, states: int, rank: int) -> int:
     """
     row = rank + 2 * states
     return 4 * CHUNK + 10 * TIMES + 2 * row * CHUNK + tiles * (3 * states + 2 * rank + 4) * LANES
-
-
-@compiled
-def own_scratch(call):
-    """The address of this thread's own memory."""
-    return size(call, SCRATCH) + take_number(integers(call), NEXT_THREAD) * size(call, SCRATCH_BYTES)
 
 
 @compiled

@@ -15,8 +15,8 @@ from kan_mamba_layers.ops._simd import (
     softplus_and_slope,
     splat,
     store,
-    take_number,
 )
+from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, next_task, own_scratch, size
 from kan_mamba_layers.ops.selective_scan._cpu_call import (
     BATCH,
     CHANNELS,
@@ -25,13 +25,11 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     HEIGHT,
     INITIAL,
     LAST,
-    NEXT_TASK,
     RANK,
     SAVE,
     SAVED,
     SOFTPLUS,
     STATES,
-    TASKS,
     TIMES,
     WALKS,
     WIDTH,
@@ -39,14 +37,10 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     D,
     U,
     Y,
-    array,
-    compiled,
     copy_rows,
     expect_rows,
     follow,
     opens_group,
-    own_scratch,
-    size,
     steps_before_softplus,
     task_of,
     tiles_of,
@@ -70,12 +64,12 @@ def entry(sources: int) -> Callable[..., None]:
 def forward(call):
     """Work on tasks until none is left."""
     scratch = own_scratch(call)
-    job = take_number(integers(call), NEXT_TASK)
+    job = next_task(call)
     while job < size(call, TASKS):
         image, team, part, first, end = task_of(call, job)
         for k in range(first, end):
             _forward_walk(call, image, team, part, k, k == first, scratch)
-        job = take_number(integers(call), NEXT_TASK)
+        job = next_task(call)
 
 
 @compiled

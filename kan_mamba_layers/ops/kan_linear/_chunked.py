@@ -1,0 +1,185 @@
+"""The KAN linear map a few rows at a time, in PyTorch's operators: what is made from a row's bases stays in the cache.
+
+The left operand of the product, ``1 + g + s`` columns for every feature, exists for one tile of rows only. Slots come
+first and features last in it, so every operation runs along memory.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kan_mamba_layers.ops.kan_linear.basis import end_slopes, reciprocal
+
+_TILE_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 25}  # of the operand: a core's cache, and enough to fill a GPU
+
+
+def forward(
+    x: Tensor,  # rows i
+    activated: Tensor | None,  # rows i
+    base_weight: Tensor,  # o i
+    spline_weight: Tensor,  # o i g+s
+    grid: Tensor,  # i g+2s+1
+    bias: Tensor | None,  # o
+    extrapolation: str,
+    uniform: bool,
+) -> Tensor:  # rows o
+    """The product of each tile's features with the weights."""
+    weight = _pack(base_weight, spline_weight)  # slots*i o
+    y = weight.new_empty(len(x), weight.shape[1])
+    splines = (_EvenSplines if uniform else _FreeSplines)(grid, spline_weight.shape[2], extrapolation)
+    for rows, features, _ in _tiles(x, activated, splines, weight, slopes=False):
+        if bias is None:
+            torch.mm(features, weight, out=y[rows])
+        else:
+            torch.addmm(bias, features, weight, out=y[rows])
+    return y
+
+
+def backward(
+    grad_y: Tensor,  # rows o
+    x: Tensor,
+    activated: Tensor | None,
+    base_weight: Tensor,
+    spline_weight: Tensor,
+    grid: Tensor,
+    extrapolation: str,
+    uniform: bool,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, activated, base_weight and spline_weight; empty where they are not wanted."""
+    weight = _pack(base_weight, spline_weight)  # slots*i o
+    exact = grid.dtype
+    dx = x.new_empty(x.shape if input_grad else 0)
+    dactivated = x.new_empty(x.shape if input_grad and activated is not None else 0)
+    dweight = torch.zeros_like(weight, dtype=exact) if weight_grad else x.new_empty(0)
+    splines = (_EvenSplines if uniform else _FreeSplines)(grid, spline_weight.shape[2], extrapolation)
+    for rows, features, slopes in _tiles(x, activated, splines, weight, slopes=input_grad):
+        if weight_grad:
+            if exact == weight.dtype:
+                dweight.addmm_(features.T, grad_y[rows])
+            else:
+                dweight += features.T @ grad_y[rows]
+        if input_grad:
+            dfeatures = (grad_y[rows] @ weight.T).view(slopes.shape)  # rows slots i
+            if activated is not None:
+                dactivated[rows] = dfeatures[:, 0]
+            dx[rows] = slopes.mul_(dfeatures).sum(1)
+    if not weight_grad:
+        return dx, dactivated, dweight, dweight
+    dweight = dweight.to(weight.dtype).view(-1, *base_weight.T.shape)  # slots i o
+    return dx, dactivated, dweight[0].T.contiguous(), dweight[1:].permute(2, 1, 0).contiguous()
+
+
+def _pack(base_weight: Tensor, spline_weight: Tensor) -> Tensor:  # slots*i o
+    """Base and splines as the right operand of one product."""
+    return torch.cat([base_weight.T[None], spline_weight.permute(2, 1, 0)]).flatten(0, 1)
+
+
+def _tiles(
+    x: Tensor, activated: Tensor | None, splines: "_Splines", weight: Tensor, slopes: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Tile by tile: its rows, its features (rows slots*i), and their derivatives by x (rows slots i), if wanted.
+
+    Both live in the same memory for all tiles.
+    """
+    (rows, i), slots = x.shape, weight.shape[0] // x.shape[1]
+    tile = max(16, _TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "other"] // len(weight))
+    if x.device.type == "cpu":
+        tile *= torch.get_num_threads()
+    features = x.new_empty(min(tile, rows), slots, i, dtype=splines.dtype)
+    derivatives = torch.empty_like(features) if slopes else x.new_empty(0, slots, i)
+    for first in range(0, rows, tile):
+        part = slice(first, min(first + tile, rows))
+        count = part.stop - first
+        wide = x[part].to(splines.dtype)
+        into, slope = features[:count], derivatives[:count]
+        splines.write(wide, into[:, 1:], slope[:, 1:])
+        gate = torch.sigmoid(wide)
+        if activated is None:
+            torch.mul(wide, gate, out=into[:, 0])
+        else:
+            into[:, 0] = activated[part]
+        if slopes:
+            slope[:, 0] = gate * (1 + wide * (1 - gate)) if activated is None else 0
+        yield part, into.flatten(1).to(weight.dtype), slope
+
+
+class _Splines:
+    """Bases of a degree on a grid, written into a tile of the operand."""
+
+    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
+        self.dtype = grid.dtype
+        self.knots = grid.T.contiguous()  # m i
+        self.degree = len(self.knots) - 1 - bases
+        self.low, self.high = self.knots[self.degree], self.knots[-self.degree - 1]
+        self.extrapolation = extrapolation
+        if extrapolation == "linear":
+            self.ends = end_slopes(grid, self.degree).mT.contiguous()  # 2 g+s i
+
+    def write(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:  # rows i, rows g+s i, rows g+s i or empty
+        """Write bases and, unless it is empty, their derivatives."""
+        if self.extrapolation == "zero":
+            self.evaluate(x, into, slopes)
+            return
+        self.evaluate(torch.clamp(x, self.low, self.high), into, slopes)
+        outside = (x < self.low)[:, None], (x > self.high)[:, None]  # rows 1 i
+        if self.extrapolation == "clamp":
+            slopes.masked_fill_((outside[0] | outside[1])[: len(slopes)], 0)
+            return
+        for end, place, beyond in zip((self.low, self.high), self.ends, outside, strict=True):
+            into.addcmul_((x - end)[:, None] * beyond, place)
+            if len(slopes):
+                slopes.copy_(torch.where(beyond, place, slopes))
+
+    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+        raise NotImplementedError
+
+
+class _EvenSplines(_Splines):
+    """Equally spaced knots: a sum of truncated powers about each centre; see ``basis.closed_form``."""
+
+    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
+        super().__init__(grid, bases, extrapolation)
+        s = self.degree
+        self.per_unit = (len(self.knots) - 1) / (self.knots[-1] - self.knots[0])  # i
+        self.centres = (torch.arange(bases, dtype=grid.dtype, device=grid.device) + (s + 1) / 2)[:, None]  # g+s 1
+        terms = range(math.ceil((s + 1) / 2))
+        self.reaches = [(s + 1) / 2 - j for j in terms]
+        self.weights = [(-1) ** j * math.comb(s + 1, j) / math.factorial(s) for j in terms]
+
+    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+        s = self.degree
+        position = (x - self.knots[0]) * self.per_unit  # rows i
+        signed = position[:, None] - self.centres  # rows g+s i
+        distance = signed.abs()
+        into.zero_()
+        slopes.zero_()
+        for reach, weight in zip(self.reaches, self.weights, strict=True):
+            near = (reach - distance).clamp_min_(0)
+            power = near.square() if s == 3 else near ** (s - 1) if s > 1 else (near > 0).to(near.dtype)
+            if len(slopes):
+                slopes.add_(power, alpha=-s * weight)
+            into.add_(power.mul_(near), alpha=weight)
+        if len(slopes):
+            slopes.mul_(signed.sign_()).mul_(self.per_unit)
+
+
+class _FreeSplines(_Splines):
+    """Any knots: the Cox-de Boor recursion, with the reciprocals of all widths made beforehand."""
+
+    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
+        super().__init__(grid, bases, extrapolation)
+        self.per_width = [reciprocal(self.knots[p:] - self.knots[:-p]) for p in range(1, self.degree + 1)]  # m-p i
+
+    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+        x = x[:, None]  # rows 1 i
+        bases = ((x >= self.knots[:-1]) & (x < self.knots[1:])).to(x.dtype)  # rows m-1 i
+        for p, per_width in enumerate(self.per_width, 1):
+            shares = bases * per_width  # rows m-p i
+            bases = (x - self.knots[: -p - 1]) * shares[:, :-1] + (self.knots[p + 1 :] - x) * shares[:, 1:]
+        into.copy_(bases)
+        if len(slopes):
+            torch.sub(shares[:, :-1], shares[:, 1:], out=slopes).mul_(self.degree)
