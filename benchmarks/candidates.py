@@ -32,6 +32,7 @@ class Bound:
     leaves: dict[str, Tensor]  # what gets a gradient
     train: Callable[[bool], object] = lambda training: None
     layout: Layout = field(default_factory=dict)
+    held: tuple[Tensor, ...] = ()  # what else is there before the call
     joint: bool = False  # gradients are judged together: those of a bias before BatchNorm are zero but for rounding
 
     def step(self, mode: Mode, grad: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -53,7 +54,8 @@ class Candidate:
     layout: Layout = field(default_factory=dict)  # of arguments and of the result "y", as permutations of ours
     max_length: int | None = None
     max_backward_length: int | None = None
-    copies: int = 0  # tensors of the size of all states, b l k d n, that live at once in training
+    copies: int = 0  # tensors of the size of all states, b l k d n, or bases, that live at once in training
+    compiled: bool = False  # by torch.compile
     absent: str = ""
 
     def bind(self, case: Case, device: str, dtype: torch.dtype = torch.float32, exact: bool = False) -> Bound:
@@ -68,7 +70,13 @@ class Candidate:
                 out = module(x)
                 return torch.stack(out) if isinstance(out, list) else out  # outputs of deep supervision
 
-            return Bound(run_module, dict(module.named_parameters()), module.train, joint=case.suite == "models")
+            return Bound(
+                run_module,
+                dict(module.named_parameters()),
+                module.train,
+                held=(x, *module.buffers()),
+                joint=case.suite == "models",
+            )
 
         if self.function is None:
             raise ValueError(f"candidate {self.name!r} cannot run: {self.absent}")
@@ -78,6 +86,10 @@ class Candidate:
             order = self.layout.get(name, tuple(range(value.ndim)))
             leaves[name] = value.permute(order).contiguous().to(device).requires_grad_()
         return Bound(partial(self.function, **leaves), leaves, layout=self.layout)
+
+    def oracle(self, case: Case) -> Candidate:
+        """What is run in float64 to compare with: the chunked form, which the tests compare with the recurrence."""
+        return self if self.name == "without SS2D" else _own(case, "chunked")
 
     def refuses(self, case: Case, mode: Mode, memory: float = float("inf")) -> str:
         """Why the case is not run, or an empty string."""
@@ -96,22 +108,29 @@ class Candidate:
 def own(case: Case, device: str, dtype: torch.dtype = torch.float32) -> list[Candidate]:
     """Every backend that serves the case on the device; the first one is what "auto" takes."""
     op = case.op if case.op == "selective_scan" else "cross_selective_scan"
+    found = []
+    for backend in serving(op, device, dtype):
+        by_steps = {"max_length": 1024, "max_backward_length": 256} if backend == "reference" else {}
+        found.append(_own(case, backend, **by_steps))
+    if case.suite in ("models", "scaling"):  # too long for one step at a time
+        found = [candidate for candidate in found if candidate.name != "reference"]
+    if case.suite == "models":  # what its scans cost
+        found.append(Candidate("without SS2D", module={"use_ss2d": False}))
+    return found
+
+
+def serving(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that serve an op; the first one is what "auto" takes."""
     x = torch.zeros(1, device=device, dtype=dtype)
-    auto = resolve(op, "auto", x)
     found = []
     for backend in BACKENDS:
         try:
             resolve(op, backend, x)
         except ValueError:
             continue
-        by_steps = {"max_length": 1024, "max_backward_length": 256} if backend == "reference" else {}
-        found.append(_own(case, backend, **by_steps))
-    found.sort(key=lambda candidate: candidate.name != auto)
-    if case.suite in ("models", "scaling"):  # too long for one step at a time
-        found = [candidate for candidate in found if candidate.name != "reference"]
-    if case.suite == "models":  # what its scans cost
-        found.append(Candidate("without SS2D", module={"use_ss2d": False}))
-    return found
+        found.append(backend)
+    auto = resolve(op, "auto", x)
+    return sorted(found, key=lambda backend: backend != auto)
 
 
 def _own(case: Case, backend: str, **limits: int) -> Candidate:
@@ -121,13 +140,6 @@ def _own(case: Case, backend: str, **limits: int) -> Candidate:
         function = partial(selective_scan, delta_softplus=True, backend=backend)
         return Candidate(backend, function, **limits)
     return Candidate(backend, module={"backend": backend}, **limits)
-
-
-def oracle_of(candidate: Candidate, case: Case) -> Candidate:
-    """What a candidate is compared with in float64: the chunked form, which the tests compare with the recurrence."""
-    if candidate.name == "without SS2D":
-        return candidate
-    return _own(case, "chunked")
 
 
 def baselines(case: Case) -> list[Candidate]:

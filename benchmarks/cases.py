@@ -1,7 +1,8 @@
 """What is measured: every case with its sizes and its inputs. The tests share them.
 
 Inputs are those of a freshly initialised layer: normal maps, uniform weights of scale 1/sqrt(fan-in),
-`A = -(1, ..., n)` and biases whose steps are log-uniform in [1e-3, 1e-1]. They depend on the sizes alone.
+`A = -(1, ..., n)` and biases whose steps are log-uniform in [1e-3, 1e-1]. They depend on the sizes alone. A KANLinear
+is fresh too and its input standard normal, so that of a grid on [-1, 1] a third of the input lies outside.
 """
 
 import math
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from kan_mamba_layers import SS2D, create_model
+from kan_mamba_layers import SS2D, KANLinear, create_model
 
 DIRECTIONS = 4
-SUITES = ("ops", "ops-b8", "blocks", "models", "scaling")  # the ops at batch 1 and at batch 8
+SUITES = ("ops", "ops-b8", "blocks", "models", "scaling", "kan")  # the ops at batch 1 and at batch 8
+KAN_SHAPES = ((1024, 160), (2048, 320), (4096, 256), (16384, 128), (65536, 64))  # rows, features
+GRID_SAMPLES = 4096  # that an adaptive grid is fitted to
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,34 @@ class Case:
 
     name: str
     suite: str  # one of SUITES
-    op: str  # "cross_selective_scan", "selective_scan", "ss2d" or a name that create_model takes
-    sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | b h w c n | b h w
+    op: str  # "cross_selective_scan", "selective_scan", "kan_linear", "ss2d" or a name that create_model takes
+    sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | rows in out g s adaptive | b h w c n | b h w
     axis: str = ""
     threads: int = 0  # 0: as many as the run uses
+    device: str = ""  # the only one that measures it
+    dtype: str = ""  # instead of that of the run
 
     @property
     def length(self) -> int:
-        """Steps of each scan."""
+        """Steps of each scan, or rows of a linear layer."""
+        if self.op == "kan_linear":
+            return self.sizes["rows"]
         return self.sizes["l"] if "l" in self.sizes else self.sizes["h"] * self.sizes["w"]
 
     @property
     def elements(self) -> int:
-        """Updates of a state, b k l d n; a block and a model count their pixels."""
+        """Updates of a state, b k l d n, or bases and activations, rows i 1+g+s; others count their pixels."""
+        if self.op == "kan_linear":
+            return self.length * self.sizes["in"] * (1 + self.sizes["g"] + self.sizes["s"])
         if self.op not in ("cross_selective_scan", "selective_scan"):
             return self.sizes["b"] * self.length
         directions = DIRECTIONS if self.op == "cross_selective_scan" else 1
         return directions * self.sizes["b"] * self.length * self.sizes["d"] * self.sizes["n"]
 
     def limited(self, batch: int, length: int) -> "Case":
-        """The same case with at most so many images and steps."""
+        """The same case with at most so many images and steps, or rows."""
+        if self.op == "kan_linear":
+            return replace(self, sizes={**self.sizes, "rows": min(self.length, length)})
         sizes = {**self.sizes, "b": min(self.sizes["b"], batch)}
         if "l" in sizes:
             sizes["l"] = min(sizes["l"], length)
@@ -111,6 +122,18 @@ def make_module(case: Case, backend: str = "auto", use_ss2d: bool = True) -> tup
     return module, x
 
 
+def make_kan(case: Case) -> tuple[KANLinear, Tensor]:
+    """A fresh KANLinear and its input; an adaptive grid has followed the quantiles of such an input."""
+    sizes = case.sizes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = KANLinear(sizes["in"], sizes["out"], grid_size=sizes["g"], spline_order=sizes["s"])
+        if sizes["adaptive"]:
+            layer.grid_mode = "adaptive"
+            layer.update_grid(torch.randn(GRID_SAMPLES, sizes["in"]))
+        return layer, torch.randn(sizes["rows"], sizes["in"])
+
+
 def cross(b: int, h: int, w: int, d: int, n: int, r: int, suite: str = "ops", axis: str = "", threads: int = 0) -> Case:
     """A case of `cross_selective_scan`."""
     parts = [f"scaling-{axis}" if axis else "cross", f"b{b}", f"d{d}", f"{h}x{w}", f"n{n}", f"r{r}"]
@@ -133,6 +156,13 @@ def model(name: str, b: int = 1, side: int = 256) -> Case:
     return Case(f"model-{name}-b{b}-{side}x{side}", "models", name, {"b": b, "h": side, "w": side})
 
 
+def kan(rows: int, i: int, o: int, g: int = 5, adaptive: bool = False, device: str = "", dtype: str = "") -> Case:
+    """A case of KANLinear with cubic splines."""
+    parts = ["kan", f"{rows}x{i}", str(o), f"g{g}", *(["adaptive"] if adaptive else []), *([dtype] if dtype else [])]
+    sizes = {"rows": rows, "in": i, "out": o, "g": g, "s": 3, "adaptive": int(adaptive)}
+    return Case("-".join(parts), "kan", "kan_linear", sizes, device=device, dtype=dtype)
+
+
 def _cases() -> Iterator[Case]:
     # The three levels of a base KMUNet and its neighbours, then the first stage of VMamba with n = 16 and n = 1.
     for b, suite in ((1, "ops"), (8, "ops-b8")):
@@ -148,6 +178,14 @@ def _cases() -> Iterator[Case]:
     yield block(1, 56, 56, 96, 16)
     yield from (model(name) for name in ("km_unet_base", "km_unet_tiny", "km_unet_pp_tiny"))
     yield from (model("km_unet_base", side=side) for side in (512, 1024))
+    # From the tokens of a deep level to the pixels of a wide one; the width of the product is 9 times the features.
+    for rows, width in KAN_SHAPES:
+        yield kan(rows, width, width)
+    yield kan(16384, 128, 128, g=32)
+    yield kan(16384, 128, 128, adaptive=True)
+    yield kan(1048576, 64, 64, device="cuda")
+    for rows, width in (*KAN_SHAPES, (1048576, 64)):
+        yield kan(rows, width, width, device="cuda", dtype="bfloat16")
 
 
 def scaling_cases(max_side: int = 1024, max_threads: int = 1) -> Iterator[Case]:
@@ -171,5 +209,7 @@ QUICK: tuple[Case, ...] = (
     cross(1, 56, 56, 192, 1, 6),
     scan(1, 192, 1024, 16),
     block(1, 32, 32, 16, 16),
+    kan(1024, 64, 64),
+    kan(1024, 64, 64, adaptive=True),
     model("km_unet_tiny", side=128),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from candidates import Bound, Candidate, Mode, oracle_of
+from candidates import Bound, Candidate, Mode
 from cases import Case
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Checker:
 
     def errors(self, candidate: Candidate, mode: Mode) -> tuple[dict[str, float], float]:
         """Relative L2 error of the output and of every gradient, and how long the candidate took."""
-        oracle = oracle_of(candidate, self.case)
+        oracle = candidate.oracle(self.case)
         key = f"{oracle.name} {oracle.module} {mode}"
         if key not in self._expected:
             self._expected[key] = _results(oracle.bind(self.case, self.device, self.dtype, exact=True), mode)
@@ -152,8 +153,9 @@ def synchronize(device: str) -> None:
 
 def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype: torch.dtype) -> int:
     """Memory that one call takes above its inputs; to be asked once, in a process of its own."""
-    _call(candidate.bind(case.limited(1, 64), device, dtype), mode)()  # load and compile everything
     bound = candidate.bind(case, device, dtype)
+    # Load and compile everything; what torch.compile makes is for this size alone.
+    _call(bound if candidate.compiled else candidate.bind(case.limited(1, 64), device, dtype), mode)()
     bound.train(mode == "training")
     gc.collect()
     if device == "cuda":
@@ -168,6 +170,25 @@ def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype:
     return max(0, _peak() - before)
 
 
+def saved_bytes(bound: Bound) -> int:
+    """What the graph of one call holds for its backward pass, beyond the inputs and parameters; each storage once."""
+    given = {t.untyped_storage().data_ptr() for t in (*bound.leaves.values(), *bound.held)}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:  # the graph keeps it, and so its address, until all is counted
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    bound.train(True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = bound.run()
+    total = sum(saved.values())
+    del out
+    return total
+
+
 def _once(bound: Bound, mode: Mode) -> None:
     if mode == "forward":
         bound.step(mode)
@@ -178,6 +199,8 @@ def _once(bound: Bound, mode: Mode) -> None:
 
 def _reset_peak() -> int:
     """Set the peak to what the process holds now, where the system can (Linux), and return it."""
+    if sys.platform == "linux":  # give back what is free, or the call would use it uncounted; glibc alone can
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")

@@ -1,7 +1,7 @@
 """Other implementations, called as their users call them, where they are installed or given by the path of a checkout.
 
-Nothing of theirs is kept here. A file that wants a compiled extension when it is imported gets an empty stand-in for
-it, for the time of that import only: the functions measured on a CPU do not use it.
+Nothing of theirs is kept here. A file that wants a compiled extension or another library when it is imported gets an
+empty stand-in for it, for the time of that import only: the functions measured do not use it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ FILES = {
     "vmamba": "classification/models/csms6s.py",
     "vmamba_cross": "classification/models/csm_triton.py",
     "mambapy": "mambapy/mamba.py",
+    "efficient_kan": "src/efficient_kan/kan.py",
+    "fast_kan": "fastkan/fastkan.py",
+    "pykan": "kan/KANLayer.py",
 }
-STAND_INS = ("causal_conv1d", "causal_conv1d.cpp_functions", "mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm")
+NAMES = ("mamba_ssm", "vmamba", "mambapy", "efficient_kan", "fast_kan", "pykan")  # of checkouts
+STAND_INS = (
+    *("causal_conv1d.cpp_functions", "mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm"),
+    *("sklearn.linear_model", "yaml"),
+)
 LAST: Layout = dict.fromkeys(("u", "delta", "B", "C", "z", "y"), (0, 2, 1))
 
 
@@ -62,7 +69,7 @@ def peers(case: Case, device: str, paths: Mapping[str, str]) -> list[Candidate]:
 
 
 def _mambapy(crossing: bool, paths: Mapping[str, str]) -> Candidate:
-    module = _import("mambapy.mamba", "mambapy", paths)
+    module = load("mambapy.mamba", "mambapy", paths)
     if crossing:
         scan = partial(_with_pscan, module.pscan)
         return Candidate(MAMBAPY, partial(cross_scan_channels_last, scan), copies=12)
@@ -94,7 +101,7 @@ def _with_pscan(
 
 
 def _mamba_reference(crossing: bool, paths: Mapping[str, str]) -> Candidate:
-    function = _import("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths).selective_scan_ref
+    function = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths).selective_scan_ref
     return _steps(MAMBA_REF, function, crossing, grouped=False)
 
 
@@ -129,7 +136,7 @@ def _like_mamba(name: str, function: Callable[..., Tensor], crossing: bool, grou
 
 
 def _mamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
-    module = _import("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", {})
+    module = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", {})
     if getattr(module, "selective_scan_cuda", None) is None:
         raise PeerError("its CUDA extension is not built")
     return _like_mamba(MAMBA_CUDA, module.selective_scan_fn, crossing, grouped=False)
@@ -161,7 +168,7 @@ def _vmamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
     return Candidate(VMAMBA_CUDA, run, layout=CHANNELS_FIRST)
 
 
-def _import(module: str, name: str, paths: Mapping[str, str]) -> Any:
+def load(module: str, name: str, paths: Mapping[str, str]) -> Any:
     """An installed module, or the same file of a checkout."""
     if name in paths:
         return _from_file(name, paths)
@@ -182,17 +189,19 @@ def _from_file(name: str, paths: Mapping[str, str]) -> Any:
     alias = f"_peer_{name}"
     if alias in sys.modules:
         return sys.modules[alias]
-    spec = importlib.util.spec_from_file_location(alias, file)
+    # As a package, it finds the files beside it by relative imports.
+    spec = importlib.util.spec_from_file_location(alias, file, submodule_search_locations=[str(file.parent)])
     if spec is None or spec.loader is None:
         raise PeerError(f"{FILES[name]} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module
     try:
         with _stand_ins(), _on_path(root), redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec.loader.exec_module(module)
     except Exception as error:  # whatever a stranger's file raises, it cannot be measured
+        del sys.modules[alias]
         raise PeerError(f"its file cannot be loaded: {type(error).__name__}") from None
-    sys.modules[alias] = module
     return module
 
 

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from cases import CASES
 
 Row = dict[str, Any]
 
 SCHEMA = 1
 MODES = {"forward": "Forward", "training": "Forward and backward"}
 AXES = {"pixels": "pixels, h w", "d": "channels, d", "n": "states, n", "b": "batch, b", "threads": "threads"}
+BASES = {"gemm": "of gemm", "efficient-kan": "of efficient-kan"}  # what layers are compared with, and the columns
 SHORT = {"not run": "–", "not measured": "–", "wrong": "wrong", "failed": "failed"}  # noqa: RUF001
-COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000", "#F0E442")
+COLOURS = (
+    *("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#000000", "#F0E442"),
+    *("#882255", "#44AA99", "#332288", "#DDCC77"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    for file in args.files:
-        result = load(file)
+    results = {file: load(file) for file in args.files}
+    on_gpu = {row["case"] for result in results.values() for row in result["rows"] if row["device"] == "cuda"}
+    for file, result in results.items():
         images = plot(result, file.stem, args.out) if args.plots else []
-        (args.out / f"{file.stem}.md").write_text(render(result, images), encoding="utf-8")
+        (args.out / f"{file.stem}.md").write_text(render(result, images, on_gpu), encoding="utf-8")
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -42,8 +50,8 @@ def load(file: Path) -> dict[str, Any]:
     return result
 
 
-def render(result: dict[str, Any], images: Iterable[str] = ()) -> str:
-    """The whole page: with what, times, limit, memory, errors."""
+def render(result: dict[str, Any], images: Iterable[str] = (), on_gpu: Iterable[str] = ()) -> str:
+    """The whole page: with what, times, limit, memory, errors; `on_gpu` are the cases measured there in any file."""
     parts = [environment(result)]
     for suite, title in (
         ("ops", "Ops"),
@@ -68,6 +76,7 @@ def render(result: dict[str, Any], images: Iterable[str] = ()) -> str:
                 if any(row.get("peak_bytes") is not None for row in rows):
                     parts += ["Peak memory above the inputs, MiB:", memory_table(rows)]
         parts += [f"![{suite} of this run]({image})" for image in images if f"-{suite}-" in image]
+    parts += layers([row for row in result["rows"] if row["suite"] == "kan"], images, set(on_gpu))
     parts += [
         "## Errors",
         "Largest relative L2 error against float64 over all cases that were checked.",
@@ -84,7 +93,7 @@ def environment(result: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit")
     text = f"Measured on {result['date'][:10]}: {where}; {libraries}; commit {versions['commit'] or 'unknown'}; "
     text += f"maps in {result['settings']['dtype']}."
-    if rates["elements_per_second"]:
+    if rates["elements_per_second"] and any(row["suite"] != "kan" for row in result["rows"]):
         what = "exponentials" if result["settings"]["device"] == "cuda" else "elements of a scan on one core"
         text += f" Limit: {rates['elements_per_second'] / 1e9:.1f} G {what} per second;"
         text += f" a copy moves {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written."
@@ -135,6 +144,63 @@ def _table(rows: list[Row], cell: Any, extra: tuple[str, Any] | None = None) -> 
     return "\n".join(lines)
 
 
+def layers(rows: list[Row], images: Iterable[str], on_gpu: set[str]) -> list[str]:
+    """A table of candidates for each case of KANLinear, with the ratios to the bare product and to a peer."""
+    if not rows:
+        return []
+    parts = [
+        "## KANLinear",
+        "Median milliseconds and their ratios; memory in MiB: the peak above the inputs, and what is saved for the "
+        "backward pass beyond the input and the parameters; relative L2 errors against float64. `gemm` is the product "
+        "alone, its matrix of bases being the input: the limit of any layer that computes bases and one dense product.",
+    ]
+    for case, threads in dict.fromkeys((row["case"], row["threads"]) for row in rows):
+        of_case = [row for row in rows if row["case"] == case and row["threads"] == threads]
+        where = "" if of_case[0]["device"] == "cuda" else f", {_threads(threads)}"
+        parts += [f"### `{case}`, {of_case[0]['dtype']}{where}", layer_table(of_case), *notes(of_case)]
+    parts += [f"![KANLinear of this run]({image})" for image in images if "-kan-" in image]
+    missing = [case.name for case in CASES if case.suite == "kan" and case.name not in on_gpu]
+    if missing:
+        head = "| case on a GPU | forward | forward and backward |\n|---|---:|---:|\n"
+        parts.append(head + "\n".join(f"| `{name}` | not measured | not measured |" for name in missing))
+    return parts
+
+
+def layer_table(rows: list[Row]) -> str:
+    """Candidates by what was measured of them, in one case."""
+    head = ["candidate"]
+    for mode in MODES.values():
+        head += [f"{mode.lower()}, ms", *BASES.values()]
+    head += ["peak, forward", "peak, both", "saved", "error, output", "error, gradients"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for name in _names(row for row in rows if row["status"] != "not measured"):
+        forward, training = (_only(rows, name, mode) for mode in MODES)
+        cells = [name]
+        for row in (forward, training):
+            cells.append(_figure(1e3 * row["median_s"]) if row["status"] == "ok" else SHORT[row["status"]])
+            cells += [_times(row, _only(rows, base, row["mode"])) for base in BASES]
+        cells += [_mebibytes(forward.get("peak_bytes")), _mebibytes(training.get("peak_bytes"))]
+        cells.append(_mebibytes(training.get("saved_bytes")))
+        found = training.get("errors") or forward.get("errors") or {}
+        gradients = [error for of, error in found.items() if of != "output"]
+        cells += [f"{found['output']:.1e}" if found else "", f"{max(gradients):.1e}" if gradients else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _only(rows: list[Row], name: str, mode: str) -> Row:
+    absent = {"status": "not measured", "mode": mode}
+    return next((row for row in rows if row["candidate"] == name and row["mode"] == mode), absent)
+
+
+def _times(row: Row, base: Row) -> str:
+    return f"{_figure(row['median_s'] / base['median_s'])}x" if row["status"] == base["status"] == "ok" else ""
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f}"
+
+
 def notes(rows: list[Row]) -> list[str]:
     """Why candidates have no time, each reason once."""
     reasons: dict[str, dict[str, None]] = {}
@@ -182,7 +248,15 @@ def plot(result: dict[str, Any], stem: str, out: Path) -> list[str]:
     for suite in ("ops", "ops-b8"):
         for threads in sorted({row["threads"] for row in timed if row["suite"] == suite}):
             rows = [row for row in timed if row["suite"] == suite and row["threads"] == threads]
-            written.append(_bars(rows, out / f"{stem}-{suite}-t{threads}.svg"))
+            milliseconds = [(row, 1e3 * row["median_s"]) for row in rows]
+            written.append(_bars(milliseconds, "median, ms", out / f"{stem}-{suite}-t{threads}.svg"))
+    for threads in sorted({row["threads"] for row in timed if row["suite"] == "kan"}):
+        rows = [row for row in timed if row["suite"] == "kan" and row["threads"] == threads]
+        products = {(row["case"], row["mode"]): row["median_s"] for row in rows if row["candidate"] == "gemm"}
+        rows = [row for row in rows if row["candidate"] != "gemm" and (row["case"], row["mode"]) in products]
+        if rows:
+            ratios = [(row, row["median_s"] / products[row["case"], row["mode"]]) for row in rows]
+            written.append(_bars(ratios, "median, in medians of gemm", out / f"{stem}-kan-t{threads}.svg"))
     for axis in AXES:
         rows = [row for row in timed if row["axis"] == axis]
         if rows:
@@ -190,18 +264,19 @@ def plot(result: dict[str, Any], stem: str, out: Path) -> list[str]:
     return written
 
 
-def _bars(rows: list[Row], file: Path) -> str:
+def _bars(values: list[tuple[Row, float]], label: str, file: Path) -> str:
     import matplotlib.pyplot as plt
 
+    rows = [row for row, _ in values]
     cases, names = list(dict.fromkeys(row["case"] for row in rows)), _names(rows)
     figure, panels = plt.subplots(1, 2, figsize=(11, 1 + 0.11 * len(cases) * (len(names) + 2)), sharey=True)
     for panel, (mode, title) in zip(panels, MODES.items(), strict=True):
         for i, name in enumerate(names):
-            found = {r["case"]: 1e3 * r["median_s"] for r in rows if r["candidate"] == name and r["mode"] == mode}
+            found = {r["case"]: value for r, value in values if r["candidate"] == name and r["mode"] == mode}
             places = [j + (i + 0.5) / (len(names) + 1) for j, case in enumerate(cases) if case in found]
             panel.barh(places, list(found.values()), 0.9 / (len(names) + 1), label=name, color=_colour(i))
-        fastest = min((1e3 * row["median_s"] for row in rows if row["mode"] == mode), default=1)
-        panel.set(xscale="log", title=title, xlabel="median, ms", xlim=(fastest / 2, None))
+        fastest = min((value for row, value in values if row["mode"] == mode), default=1)
+        panel.set(xscale="log", title=title, xlabel=label, xlim=(fastest / 2, None))
     panels[0].set_yticks([j + 0.5 for j in range(len(cases))], cases)
     panels[0].invert_yaxis()
     return _finish(figure, panels[0], file)
@@ -246,7 +321,7 @@ def _finish(figure: Any, panel: Any, file: Path) -> str:
 
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
-    figure.tight_layout(rect=(0, 0.04 + 0.03 * (len(labels) > 4), 1, 1))
+    figure.tight_layout(rect=(0, 0.01 + 0.03 * math.ceil(len(labels) / 4), 1, 1))
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return file.name

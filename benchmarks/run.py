@@ -4,6 +4,7 @@ python benchmarks/run.py                             # ops at batch 1, blocks an
 python benchmarks/run.py --quick                     # few small cases: less than a minute
 python benchmarks/run.py ops-b8 scaling --out FILE.json
 python benchmarks/run.py ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
+python benchmarks/run.py kan --peers-path efficient_kan=PATH fast_kan=PATH pykan=PATH
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import kan
 import limit
 import machine
 import torch
 from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
 from cases import CASES, QUICK, SUITES, Case, scaling_cases
-from measure import Checker, error_limit, peak_bytes, time_in_rounds
-from peers import peers
+from measure import Checker, error_limit, peak_bytes, saved_bytes, time_in_rounds
+from peers import NAMES, peers
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,20 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.peak:
         print(json.dumps(_peak_here(*args.peak, options, args.threads[0])))
         return
-    cases = select(args.suites, args.cases, args.quick, args.max_side)
+    cases = select(args.suites, args.cases, args.quick, args.max_side, args.device)
     if not cases:
-        raise SystemExit(f"no case matches --cases {args.cases!r}; see --list")
+        raise SystemExit(f"no case for {args.device!r} matches --cases {args.cases!r}; see --list")
     if args.list:
         print("\n".join(case.name for case in cases))
         return
     measure(cases, args.threads, options, args.out)
 
 
-def select(suites: Iterable[str], pattern: str = "*", quick: bool = False, max_side: int = 1024) -> list[Case]:
-    """The cases of the suites whose names match."""
+def select(
+    suites: Iterable[str], pattern: str = "*", quick: bool = False, max_side: int = 1024, device: str = "cpu"
+) -> list[Case]:
+    """The cases of the suites whose names match, and that are for the device."""
     every = list(QUICK) if quick else [*CASES, *scaling_cases(max_side, machine.usable_cores())]
     wanted = set(suites) or {"ops", "blocks", "models"}
-    return [case for case in every if case.suite in wanted and fnmatch.fnmatch(case.name, pattern)]
+    found = [case for case in every if case.suite in wanted and fnmatch.fnmatch(case.name, pattern)]
+    return [case for case in found if case.device in ("", device)]
 
 
 def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out: Path | None = None) -> dict[str, Any]:
@@ -104,7 +109,8 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
             if case.threads and count != threads[0]:
                 continue  # it names its own number of threads: once is enough
             torch.set_num_threads(case.threads or count)
-            rows += measure_case(case, candidates_of(case, options), options)
+            of_case = replace(options, dtype=case.dtype or options.dtype)
+            rows += measure_case(case, candidates_of(case, of_case), of_case)
             result["limit"] = limit.faster(result["limit"], limit.measure(options.device))
             _set_limits(rows, {case.name: case for case in cases}, result["limit"])
             for row in rows:
@@ -118,9 +124,12 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
 
 def candidates_of(case: Case, options: Options) -> list[Candidate]:
     """Our backends, the fastest first, then the textbook forms and the peers."""
-    found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
-    if case.suite != "scaling":
-        found += peers(case, options.device, dict(options.peers))
+    if case.op == "kan_linear":
+        found = kan.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
+    else:
+        found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
+        if case.suite != "scaling":
+            found += peers(case, options.device, dict(options.peers))
     return [c for c in found if fnmatch.fnmatch(c.name, options.candidates)]
 
 
@@ -143,6 +152,9 @@ def measure_case(case: Case, candidates: Sequence[Candidate], options: Options) 
         good = [c for c in candidates if of_mode[c.name]["status"] == "ok"]
         bounds = {c.name: c.bind(case, options.device, dtype) for c in good}
         timings = time_in_rounds(bounds, mode, options.device, options.rounds, options.budget)
+        if mode == "training":
+            for name, bound in bounds.items():
+                of_mode[name]["saved_bytes"] = saved_bytes(bound)
         del bounds
         base = statistics.median(timings[good[0].name].wall) if good else 0.0
         for candidate in good:
@@ -211,6 +223,8 @@ def line(row: dict[str, Any]) -> str:
         text += f"  {100 * row['limit_fraction']:.1f} % of the limit"
     if row.get("peak_bytes") is not None:
         text += f"  {row['peak_bytes'] / 2**20:.0f} MiB"
+    if "saved_bytes" in row:
+        text += f"  saved {row['saved_bytes'] / 2**20:.1f} MiB"
     return text
 
 
@@ -258,8 +272,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _peer(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
-    if name not in ("mamba_ssm", "vmamba", "mambapy") or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with mamba_ssm, vmamba or mambapy as NAME")
+    if name not in NAMES or not path:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PATH with {', '.join(NAMES[:-1])} or {NAMES[-1]} as NAME"
+        )
     return name, path
 
 
