@@ -1,6 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANLayer, KANLinear
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
@@ -17,6 +17,7 @@ __all__ = [
     "EMA",
     "SS2D",
     "KANBlock",
+    "KANConv2d",
     "KANLayer",
     "KANLinear",
     "KMUNet",

@@ -54,7 +54,7 @@ def test_inventory() -> None:
 def test_names_of_the_contract() -> None:
     assert set(kan_mamba_layers.__all__) - {"__version__"} == {
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
-        *("KANLinear", "KANLayer", "KANBlock", "SS2D", "EMA"),
+        *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "EMA"),
         *("KMUNet", "KMUNetPP", "create_model", "list_models", "from_pretrained", "convert_state_dict"),
     }
     for name in ("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"):
@@ -84,6 +84,7 @@ def test_arguments_after_the_sizes_are_keyword_only() -> None:
     """The order of options is no promise; sizes and the options that other libraries pass by position are."""
     positional = {
         "KANLinear": ["in_features", "out_features"],
+        "KANConv2d": ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"],
         "KANLayer": ["in_features", "hidden_features", "out_features"],
         "KANBlock": ["dim"],
         "SS2D": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],

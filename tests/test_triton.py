@@ -20,10 +20,11 @@ def release(package: str) -> tuple[int, ...]:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("name", "least"), [("test_interpreter", 40), ("test_kan_interpreter", 80)])
+def test_kernels_in_the_interpreter(name: str, least: int) -> None:
     if release("triton") < (3, 7) and release("numpy") >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 turns arrays into numbers as NumPy 2.4 no longer allows")
-    file = TESTS / "triton_kernels" / "test_interpreter.py"
+    file = TESTS / "triton_kernels" / f"{name}.py"
     paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
@@ -31,5 +32,5 @@ def test_kernels_in_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     summary = result.stdout.splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
-    assert passed and int(passed.group(1)) >= 40, summary
+    assert passed and int(passed.group(1)) >= least, summary
     assert not re.search(r"skipped|failed|xfailed|error", summary), summary

@@ -2,7 +2,8 @@
 
 from kan_mamba_layers.layers.ema import EMA
 from kan_mamba_layers.layers.kan import KANBlock, KANLayer
+from kan_mamba_layers.layers.kan_conv import KANConv2d
 from kan_mamba_layers.layers.kan_linear import KANLinear
 from kan_mamba_layers.layers.ss2d import SS2D
 
-__all__ = ["EMA", "SS2D", "KANBlock", "KANLayer", "KANLinear"]
+__all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear"]

@@ -50,8 +50,9 @@ def cox_de_boor_slope(x: Tensor, grid: Tensor, spline_order: int) -> Tensor:  # 
 def end_slopes(grid: Tensor, spline_order: int) -> Tensor:  # i m -> 2 i m-1-s
     """Derivatives of the bases at both ends of the interval."""
     low, high = grid[:, spline_order], grid[:, -spline_order - 1]
-    # Intervals are open on the right, so step inside.
-    return cox_de_boor_slope(torch.stack([low, torch.nextafter(high, low)]), grid, spline_order)
+    # Intervals are open on the right: there the slope from inside is that of the mirrored knots at their left end.
+    above = -cox_de_boor_slope(-high, -grid.flip(1), spline_order).flip(1)
+    return torch.stack([cox_de_boor_slope(low, grid, spline_order), above])
 
 
 def reciprocal(width: Tensor) -> Tensor:

@@ -1,0 +1,296 @@
+"""The KAN linear map on GPUs: launches the Triton kernels of ``_triton_forward`` and ``_triton_backward``.
+
+One kernel makes y, one the gradient of x, one those of the weights, and all of them make the bases in registers:
+nothing of the size of x times its bases is ever in memory. Nothing is added atomically and every sum has one order, so
+results repeat bit for bit.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kan_mamba_layers.ops.kan_linear import _triton_backward, _triton_forward
+from kan_mamba_layers.ops.kan_linear._triton_forward import unit
+from kan_mamba_layers.ops.kan_linear.basis import end_slopes, reciprocal
+
+_MAX_ORDER = 5
+_INTERPRETED = not isinstance(_triton_forward.kan_forward, triton.JITFunction)
+
+
+class Gpu(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    architecture: int  # 90 for sm_90; 0 for AMD
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a program may have
+
+
+class Job(NamedTuple):
+    """Sizes and kind of a call: rows of x, inputs, outputs, bases, spline order."""
+
+    rows: int
+    i: int
+    o: int
+    bases: int
+    s: int
+    uniform: bool
+    half: bool  # operands of products in half precision
+    full: bool  # operands in float32 that are not rounded to TF32
+
+
+class Tiles(NamedTuple):
+    """What a program takes at a time."""
+
+    rows: int
+    ins: int
+    outs: int
+    warps: int
+    stages: int
+    slots: int = 1  # of the packed weight, side by side
+    parts: int = 1  # into which grad_weights cuts the rows
+
+
+# Tiles are chosen by registers and shared memory, not by timing. Products of float32 at full precision run outside the
+# tensor cores, where large tiles spill. AMD (and what is older than sm_80) has little shared memory. Knots that are not
+# equally spaced take more registers.
+
+
+def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
+    """Few, large tiles where they fill the GPU; all slots unrolled, so that the bases go to the products in registers.
+
+    Not unrolled are many slots, and all of them on sm_100, where every unrolled product would take tensor memory of its
+    own, and on AMD.
+    """
+    if job.full:
+        return Tiles(32, 16, 32, warps=4, stages=2)
+    if gpu.architecture < 80:
+        return Tiles(64 if job.uniform else 32, 16, _width(job.o, 64), warps=4, stages=2)
+    outs = _width(job.o, 128)
+
+    def fills(rows: int) -> bool:
+        return triton.cdiv(job.rows, rows) * triton.cdiv(job.o, outs) >= 0.9 * gpu.multiprocessors
+
+    slots, stages = 1 + job.bases, 3 if job.half else 2
+    fitting = int(0.9 * gpu.shared) // (slots * 16 * outs * (2 if job.half else 4))  # stages of the whole weight
+    if not job.uniform or gpu.architecture >= 100 or slots > 16 or fitting < 2:
+        slots, fitting = 1, stages
+    stages = min(stages, fitting)
+    if outs <= 64 and job.half and fills(256):
+        return Tiles(256 if job.uniform else 128, 16, outs, 8, stages, slots)
+    if fills(128):
+        return Tiles(128, 16, outs, 8 if outs > 64 or not job.uniform else 4, stages, slots)
+    return Tiles(64, 16, outs, 4, stages, slots)
+
+
+def grad_input_tiles(job: Job, gpu: Gpu) -> Tiles:
+    """All outputs at once where shared memory holds them."""
+    if job.full:
+        return Tiles(32, 16, 32, warps=4, stages=2)
+    if gpu.architecture < 80:
+        if not job.uniform:
+            return Tiles(32, 16, _width(job.o, 64), warps=4, stages=2)
+        return Tiles(64, _width(job.i, 32), _width(job.o, 64), warps=8, stages=2)
+    most = 64 if not job.half else 256 if 128 < job.o <= 256 and gpu.shared >= 160 * 1024 else 128
+    outs = _width(job.o, most)
+    many = job.rows >= 4096
+    rows = 128 if many and job.uniform else 64
+    return Tiles(rows, _width(job.i, 32), outs, 8 if many else 4, stages=3 if job.half and outs <= 128 else 2)
+
+
+def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
+    """A group of slots side by side, and the rows in so many parts that a multiprocessor has two programs."""
+    if job.full:
+        tiles = Tiles(16, 32, 32, warps=4, stages=2, slots=3)
+    elif gpu.architecture < 80:
+        tiles = Tiles(16, 64, _width(job.o, 32), warps=4, stages=2, slots=2)
+    else:
+        wide = job.half and job.o > 64
+        tiles = Tiles(32, 64, _width(job.o, 128 if wide else 64), warps=4, stages=3, slots=2 if wide else 3)
+    tiles = tiles._replace(slots=tiles.slots if job.uniform else 1)
+    programs = triton.cdiv(job.i, tiles.ins) * triton.cdiv(job.o, tiles.outs) * triton.cdiv(1 + job.bases, tiles.slots)
+    parts = min(2 * gpu.multiprocessors // programs, triton.cdiv(job.rows, 8 * tiles.rows))
+    return tiles._replace(parts=max(1, parts))
+
+
+def forward(
+    x: Tensor,  # rows i
+    activated: Tensor | None,  # rows i
+    base_weight: Tensor,  # o i
+    spline_weight: Tensor,  # o i c
+    grid: Tensor,  # i m
+    bias: Tensor | None,  # o
+    extrapolation: str,
+    uniform: bool,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:  # rows o
+    """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o``."""
+    launch = _Launch(x, activated, base_weight, spline_weight, grid, extrapolation, uniform)
+    job = launch.job
+    y = _empty(x, job.rows, job.o, dtype=base_weight.dtype)
+    t = tiles or forward_tiles(job, _gpu(x.device))
+    inputs = (x, launch.activated, launch.packed(), y if bias is None else bias, *launch.knots())
+    with torch.cuda.device_of(x):
+        launch(
+            _triton_forward.kan_forward,
+            (triton.cdiv(job.rows, t.rows), triton.cdiv(job.o, t.outs)),
+            t,
+            (*inputs, y, job.rows, job.i, job.o),
+            UNIT=launch.unit,
+            TURN=launch.turn,
+            BIAS=bias is not None,
+            UNROLL=t.slots > 1,
+        )
+    return y
+
+
+def backward(
+    grad_y: Tensor,  # rows o
+    x: Tensor,  # rows i
+    activated: Tensor | None,  # rows i
+    base_weight: Tensor,  # o i
+    spline_weight: Tensor,  # o i c
+    grid: Tensor,  # i m
+    extrapolation: str,
+    uniform: bool,
+    input_grad: bool,
+    weight_grad: bool,
+    *,
+    tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, activated, base_weight and spline_weight; empty where not asked for."""
+    launch = _Launch(x, activated, base_weight, spline_weight, grid, extrapolation, uniform)
+    job, dtype = launch.job, base_weight.dtype
+    grad_x, grad_activated = _empty(x, 0, dtype=x.dtype), _empty(x, 0, dtype=x.dtype)
+    grad_base, grad_spline = _empty(x, 0, dtype=dtype), _empty(x, 0, dtype=dtype)
+    with torch.cuda.device_of(x):
+        knots = launch.knots()
+        if input_grad:
+            grad_x = _empty(x, job.rows, job.i, dtype=x.dtype)
+            if activated is not None:
+                grad_activated = _empty(x, job.rows, job.i, dtype=x.dtype)
+            t = tiles[0] or grad_input_tiles(job, _gpu(x.device))
+            launch(
+                _triton_backward.grad_input,
+                (triton.cdiv(job.rows, t.rows), triton.cdiv(job.i, t.ins)),
+                t,
+                (grad_y, x, launch.packed(), *knots, grad_x, grad_activated, job.rows, job.i, job.o),
+                LOWER_UNIT=unit(job.s - 1),
+                ONCE=job.o <= t.outs,
+            )
+        if weight_grad:
+            t = tiles[1] or grad_weights_tiles(job, _gpu(x.device))
+            groups = triton.cdiv(1 + job.bases, t.slots)
+            rows_a_part = triton.cdiv(max(1, triton.cdiv(job.rows, t.parts)), t.rows) * t.rows
+            parts = _empty(x, triton.cdiv(job.rows, rows_a_part), job.o, 1 + job.bases, job.i)
+            launch(
+                _triton_backward.grad_weights,
+                (triton.cdiv(job.i, t.ins) * groups, triton.cdiv(job.o, t.outs), len(parts)),
+                t,
+                (grad_y, x, launch.activated, *knots, parts, job.rows, rows_a_part, job.i, job.o),
+                UNIT=launch.unit,
+                TURN=launch.turn,
+                SLOTS=t.slots,
+            )
+            packed = parts.sum(0)  # o 1+c i
+            grad_base = _empty(x, job.o, job.i, dtype=dtype).copy_(packed[:, 0])
+            grad_spline = _empty(x, job.o, job.i, job.bases, dtype=dtype).copy_(packed[:, 1:].mT)
+    return grad_x, grad_activated, grad_base, grad_spline
+
+
+class _Launch:
+    """What the kernels of one call have in common."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        activated: Tensor | None,
+        base_weight: Tensor,
+        spline_weight: Tensor,
+        grid: Tensor,
+        extrapolation: str,
+        uniform: bool,
+    ) -> None:
+        outputs, inputs, bases = spline_weight.shape
+        order = grid.shape[1] - 1 - bases
+        if order > _MAX_ORDER:
+            raise ValueError(
+                f"grid and spline_weight have spline order {order}; the triton backend has orders 1 to {_MAX_ORDER}: "
+                "use backend='reference'"
+            )
+        half, precision = base_weight.dtype != torch.float32, _precision(base_weight.dtype)
+        full = precision == "ieee" and not half
+        self.job = Job(len(x), inputs, outputs, bases, order, uniform, half, full)
+        self.grid = grid
+        self.base_weight, self.spline_weight = base_weight, spline_weight
+        self.activated = x if activated is None else activated
+        self.unit = unit(order)
+        self.turn = unit(order - 1) * (order + 1) / (2 * self.unit)
+        self.constants = {
+            "S": order,
+            "BASES": bases,
+            "UNIFORM": uniform,
+            "EXTRAPOLATION": extrapolation,
+            "SILU": activated is None,
+            "PRECISION": precision,
+            "INTERPRETED": _INTERPRETED,
+        }
+
+    def __call__(
+        self, kernel: Any, programs: tuple[int, ...], t: Tiles, arguments: tuple[Any, ...], **more: Any
+    ) -> None:
+        if 0 not in programs:
+            sizes = {"ROWS": t.rows, "INS": t.ins, "OUTS": t.outs, "num_warps": t.warps, "num_stages": t.stages}
+            kernel[programs](*arguments, **self.constants, **sizes, **more)
+
+    def packed(self) -> Tensor:  # o 1+c i
+        """Base and spline weights as one, inputs side by side."""
+        return torch.cat([self.base_weight[:, None], self.spline_weight.mT], 1)
+
+    def knots(self) -> tuple[Tensor, Tensor]:
+        """The knots, m i, with the reciprocals that they need if they are not equally spaced; slopes at the ends."""
+        grid, s, uniform = self.grid, self.job.s, self.job.uniform
+        knots = grid.mT.contiguous()  # m i
+        if uniform:
+            return knots, knots
+        table = torch.zeros(s + 1, *knots.shape, dtype=knots.dtype, device=knots.device)
+        table[0] = knots
+        for p in range(1, s + 1):
+            table[p, :-p] = reciprocal(knots[p:] - knots[:-p])
+        if self.constants["EXTRAPOLATION"] != "linear":
+            return table, knots
+        return table, end_slopes(grid, s).mT.contiguous()  # 2 c i
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _width(size: int, most: int) -> int:
+    """The next power of two, at least 16, which products need."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Whether products of float32 are rounded to TF32 first, by torch's own setting; AMD knows no such products."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # since torch 2.9
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return "tf32" if settings.allow_tf32 else "ieee"
+
+
+@cache
+def _gpu(device: torch.device) -> Gpu:
+    """Tensors on the CPU, which only the interpreter can serve, are shared out as on an H200."""
+    if device.type == "cpu":
+        return Gpu(90, 132, 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Gpu(0, properties.multi_processor_count, 64 * 1024)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
