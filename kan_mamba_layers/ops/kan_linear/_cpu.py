@@ -4,8 +4,6 @@ The kernels see features and outputs in whole vectors of 16, padded with zeros, 
 at a time: a row of a few vectors for every slot of every feature.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +11,9 @@ from torch import Tensor
 from kan_mamba_layers.ops._simd import LANES
 from kan_mamba_layers.ops._simd_kernel import Entry, c_function, run_kernel
 from kan_mamba_layers.ops._simd_wide import vector_registers
-from kan_mamba_layers.ops.kan_linear import _cpu_backward, _cpu_call, _cpu_forward
+from kan_mamba_layers.ops.kan_linear import _cpu_backward, _cpu_call, _cpu_forward, _cpu_weights
 
-_KERNELS = (_cpu_call, _cpu_forward, _cpu_backward)
+_KERNELS = (_cpu_call, _cpu_forward, _cpu_backward, _cpu_weights)
 _MODES = {"zero": _cpu_call.ZERO, "clamp": _cpu_call.CLAMP, "linear": _cpu_call.LINEAR}
 _BLOCK = 128  # rows that a kernel takes at a time
 
@@ -39,7 +37,7 @@ def forward(
     start = grid.new_zeros(call.outputs) if bias is None else bias
     fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds)}
     fields |= {"BIAS": call.pad(start, call.padded_outputs), "Y": y}
-    call.run(_cpu_forward.entry, call.blocks, bounds, fields)
+    call.run(_cpu_forward.entry, call.blocks, bounds, fields, call.degree)
     return y[:, : call.outputs].to(base_weight.dtype).contiguous()
 
 
@@ -63,16 +61,17 @@ def backward(
         bounds = call.bounds(5)
         dx = x.new_empty(call.rows, call.padded_features, dtype=call.dtype)
         fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds), "GRAD_Y": grad}
-        call.run(_cpu_backward.input_entry, call.blocks, bounds, fields | {"DX": dx})
+        call.run(_cpu_backward.input_entry, call.blocks, bounds, fields | {"DX": dx}, call.degree)
         dx = dx[:, : call.features].to(x.dtype).contiguous()
         if activated is not None:
             dactivated = (grad_y @ base_weight).to(x.dtype)
     if weight_grad:
         bounds = call.bounds(call.degree + 3)
         teams, splits = call.shares(len(bounds) - 1)
-        dweight = grad.new_zeros(splits, call.slots * call.padded_features * call.padded_outputs)
+        dweight = grad.new_empty(splits, call.packed_size)
         fields = {"TEAMS": teams, "SPLITS": splits, "GRAD_Y": grad, "DWEIGHT": dweight}
-        call.run(_cpu_backward.weight_entry, call.padded_features // LANES * teams * splits, bounds, fields)
+        tasks = call.padded_features // LANES * teams * splits
+        call.run(_cpu_backward.weight_entry, tasks, bounds, fields, call.degree)
         total = dweight[0]
         for share in dweight[1:]:
             total += share
@@ -97,8 +96,9 @@ class _Call:
         self.outputs, _, self.bases = spline_weight.shape
         self.degree = grid.shape[1] - 1 - self.bases
         self.intervals = self.bases - self.degree
-        self.slots = 1 + self.bases + 2 * self.degree
         self.padded_features, self.padded_outputs = (-(-n // LANES) * LANES for n in (self.features, self.outputs))
+        slots = 1 + self.bases + 2 * self.degree
+        self.packed_size = slots * self.padded_features * self.padded_outputs
         self.block = _BLOCK
         self.blocks = -(-self.rows // self.block)
         pad = self.padded_features
@@ -139,36 +139,26 @@ class _Call:
             bounds.append(bounds[-1] + next(n for n in (4, 2, 1) if n <= min(widest, end - bounds[-1])))
         return torch.tensor(bounds)
 
-    def views(self, packed: Tensor, bounds: Tensor) -> list[tuple[slice, Tensor]]:
-        """The outputs of each part, and its slots (i' slots o)."""
-        row = self.slots * self.padded_features
-        ends = (bounds * LANES).tolist()
-        return [
-            (slice(a, min(b, self.outputs)), packed[a * row : b * row].view(self.padded_features, self.slots, b - a))
-            for a, b in pairwise(ends)
-        ]
-
     def pack(self, base_weight: Tensor, spline_weight: Tensor, bounds: Tensor) -> Tensor:
-        """The weights by parts, features and slots; zero where there is no feature, basis or output."""
-        packed = torch.zeros(self.slots * self.padded_features * self.padded_outputs, dtype=self.dtype)
-        base = base_weight.T  # i o
-        splines = spline_weight.flatten(1).T.contiguous().view(self.features, self.bases, -1)  # i g+s o
-        for outputs, view in self.views(packed, bounds):
-            count = outputs.stop - outputs.start
-            view[: self.features, 0, :count] = base[:, outputs]
-            view[: self.features, 1 + self.degree : -self.degree, :count] = splines[:, :, outputs]
+        """The weights in the order of the kernels; zero where there is no feature, basis or output."""
+        packed = torch.empty(self.packed_size, dtype=self.dtype)
+        base_weight, spline_weight = base_weight.to(self.dtype), spline_weight.to(self.dtype)
+        features, outputs = self.padded_features - self.features, self.padded_outputs - self.outputs
+        if features or outputs:
+            base_weight = F.pad(base_weight, (0, features, 0, outputs))
+            spline_weight = F.pad(spline_weight, (0, 0, 0, features, 0, outputs))
+        fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
+        self.run(_cpu_weights.pack_entry, self.padded_outputs // LANES, bounds, fields)
         return packed
 
     def unpack(self, packed: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:  # o i, o i g+s
         """Undo `pack`."""
-        base = packed.new_empty(self.features, self.outputs)
-        splines = packed.new_empty(self.features, self.bases, self.outputs)
-        for outputs, view in self.views(packed, bounds):
-            count = outputs.stop - outputs.start
-            base[:, outputs] = view[: self.features, 0, :count]
-            splines[:, :, outputs] = view[: self.features, 1 + self.degree : -self.degree, :count]
-        shape = (self.outputs, self.features, self.bases)
-        return base.T.contiguous(), splines.flatten(0, 1).T.contiguous().view(shape)
+        base_weight = packed.new_empty(self.padded_outputs, self.padded_features)
+        spline_weight = packed.new_empty(*base_weight.shape, self.bases)
+        fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
+        self.run(_cpu_weights.unpack_entry, self.padded_outputs // LANES, bounds, fields)
+        edges = slice(self.outputs), slice(self.features)
+        return base_weight[edges].contiguous(), spline_weight[edges].contiguous()
 
     def shares(self, parts: int) -> tuple[int, int]:
         """Into how many teams the parts and into how many splits the rows are cut, to give every thread work."""
@@ -176,13 +166,11 @@ class _Call:
         teams = min(parts, wanted)
         return teams, max(1, min(-(-wanted // teams), self.blocks))
 
-    def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: _Fields) -> None:
+    def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: _Fields, *constants: int) -> None:
         """Let a kernel do its tasks."""
-        if self.rows == 0:
-            return
         fields |= {"BOUNDS": bounds, "PARTS": len(bounds) - 1}
         fields |= self.inputs | {"ROWS": self.rows, "FEATURES": self.padded_features, "OUTPUTS": self.padded_outputs}
         fields |= {"INTERVALS": self.intervals, "DEGREE": self.degree, "BLOCK": self.block}
-        kernel = c_function(entry, self.dtype, _KERNELS, self.degree)
+        kernel = c_function(entry, self.dtype, _KERNELS, *constants)
         scratch = _cpu_call.scratch_elements(self.block, self.degree, self.intervals)
         run_kernel(kernel, _cpu_call, fields, tasks, scratch, self.dtype)

@@ -135,6 +135,7 @@ def weight_gradient(call, splines):
     while task < size(call, TASKS):
         split, team, feature = task % splits, task // splits % teams, task // splits // teams * LANES
         blocks = (size(call, ROWS) + block - 1) // block
+        _clear(call, split, parts * team // teams, parts * (team + 1) // teams, feature)
         for b in range(blocks * split // splits, blocks * (split + 1) // splits):
             rows = min(block, size(call, ROWS) - b * block)
             write_factors(call, b * block, rows, feature, scratch, False)
@@ -144,6 +145,18 @@ def weight_gradient(call, splines):
                     vector, vectors = part_of(call, part)
                     for_width(_collect, call, vectors, splines, scratch, b * block, split, feature + f, vector)
         task = next_task(call)
+
+
+@inlined
+def _clear(call, split, first_part, end_part, first_feature):
+    """Begin with zeros."""
+    dweight = array(call, DWEIGHT)
+    for part in range(first_part, end_part):
+        vector, vectors = part_of(call, part)
+        row = vectors * LANES * slots(call)
+        base = (split * size(call, OUTPUTS) + vector * LANES) * size(call, FEATURES) * slots(call)
+        for k in range(first_feature * row, (first_feature + LANES) * row, LANES):
+            store(dweight, base + k, splat(0.0, dweight))
 
 
 @inlined
