@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kan_mamba_layers._check import check_divisible, check_int, check_shape
 from kan_mamba_layers.layers.blocks import ContextBlock, DConvLayer, DownLayer, KANStage, PatchEmbed, upsample
-from kan_mamba_layers.ops.backend import Backend, check_backend, has_backend
+from kan_mamba_layers.ops.backend import Backend, check_backend
 
 # The first levels are convolutional; deeper ones are small enough for tokens and a KAN block.
 CONV_LEVELS = 3
@@ -86,9 +86,8 @@ class SegmentationModel(nn.Module):
         return nn.Sequential(PatchEmbed(above, width), self._kan_stage(level))
 
     def _kan_stage(self, level: int) -> KANStage:
-        names = ("drop_path", "use_kan", "grid_size", "spline_order")
-        backend = self.config["backend"] if has_backend("kan_linear", self.config["backend"]) else "auto"
-        return KANStage(self.widths[level], backend=backend, **{name: self.config[name] for name in names})
+        names = ("drop_path", "use_kan", "grid_size", "spline_order", "backend")
+        return KANStage(self.widths[level], **{name: self.config[name] for name in names})
 
     def _context(self, level: int) -> ContextBlock:
         names = ("use_ss2d", "use_ema", "ema_factor")

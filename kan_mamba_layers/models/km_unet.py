@@ -40,7 +40,7 @@ class KMUNet(SegmentationModel):
         expand: expansion of SS2D.
         ema_factor: groups of EMA.
         drop_path: rate of stochastic depth in KAN blocks.
-        backend: backend of the scans, and of the splines if they have one of that name (else theirs is ``"auto"``).
+        backend: backend of the scans and of the splines.
 
     Shape:
         Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)``.

@@ -69,11 +69,6 @@ def check_backend(op: str, backend: str) -> None:
         raise ValueError(f"backend={backend!r} cannot run {op}; choose one of {', '.join(map(repr, available))}")
 
 
-def has_backend(op: str, backend: str) -> bool:
-    """Whether ``op`` has a backend of that name."""
-    return backend == "auto" or backend in _BACKENDS[op]
-
-
 def _reason_against(backend: str, x: Tensor) -> str:
     """Why a backend cannot serve a call; empty if it can."""
     device = x.device.type
