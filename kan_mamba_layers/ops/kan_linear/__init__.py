@@ -17,6 +17,7 @@ __all__ = ["Extrapolation", "bspline_basis", "kan_linear"]
 
 Extrapolation = Literal["zero", "clamp", "linear"]
 _EXTRAPOLATIONS = ("zero", "clamp", "linear")
+_TRITON_ORDERS = 5  # the highest degree that its kernels are written out for
 
 
 def bspline_basis(
@@ -148,15 +149,21 @@ def kan_linear(
     _check_features("x", x, in_features)
     if x.dtype != base_weight.dtype and not autocast_is_on(x):
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
-    engine = resolve("kan_linear", backend, x)
-    if grid.requires_grad and engine != "reference":
-        if backend != "auto":
-            raise ValueError(f"grid requires a gradient, which backend={backend!r} has not; use backend='reference'")
-        engine = "reference"
+    engine = _engine(backend, x, grid, spline_order)
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
     if engine == "reference":
         return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
     return _fused(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform, engine)
+
+
+def _engine(backend: Backend, x: Tensor, grid: Tensor, spline_order: int) -> str:
+    """The backend that runs: of `resolve`, unless ``auto`` has to leave one that cannot serve these knots."""
+    engine = resolve("kan_linear", backend, x)
+    if grid.requires_grad and engine != "reference":
+        if backend != "auto":
+            raise ValueError(f"grid requires a gradient, which backend={backend!r} has not; use backend='reference'")
+        return "reference"
+    return "chunked" if backend == "auto" and engine == "triton" and spline_order > _TRITON_ORDERS else engine
 
 
 def _fused(
