@@ -151,7 +151,7 @@ def kan_linear(
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
     engine = _engine(backend, x, grid, spline_order)
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
-    if engine == "reference":
+    if engine == "reference" or 0 in base_weight.shape:  # of an empty sum nothing is left to gain
         return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
     return _fused(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform, engine)
 
@@ -181,8 +181,10 @@ def _fused(
     casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     rows = x.reshape(-1, x.shape[-1])  # rows i
-    is_silu = base_activation is F.silu or type(base_activation) is torch.nn.SiLU
-    activated = None if is_silu else base_activation(rows).to(rows.dtype)
+    activated = None
+    if not reference.is_silu(base_activation):
+        wide = rows.to(torch.promote_types(x.dtype, torch.float32))
+        activated = reference.activate(wide, base_activation).to(rows.dtype)
     grid = grid.to(torch.promote_types(x.dtype, torch.float32))
     parameters = (base_weight.to(dtype), spline_weight.to(dtype), grid, None if bias is None else bias.to(dtype))
     y = fused_kan_linear(rows, activated, *parameters, extrapolation, uniform, engine)  # rows o

@@ -54,23 +54,23 @@ def backward(
     exact = grid.dtype
     dx = x.new_empty(x.shape if input_grad else 0)
     dactivated = x.new_empty(x.shape if input_grad and activated is not None else 0)
-    dweight = torch.zeros_like(weight, dtype=exact) if weight_grad else x.new_empty(0)
+    dweight = torch.zeros(weight.shape[::-1] if weight_grad else 0, dtype=exact, device=x.device)  # o slots*i
     splines = (_EvenSplines if uniform else _FreeSplines)(grid, spline_weight.shape[2], extrapolation)
     for rows, features, slopes in _tiles(x, activated, splines, weight, slopes=input_grad):
         if weight_grad:
             if exact == weight.dtype:
-                dweight.addmm_(features.T, grad_y[rows])
+                dweight.addmm_(grad_y[rows].T, features)
             else:
-                dweight += features.T @ grad_y[rows]
+                dweight += grad_y[rows].T @ features
         if input_grad:
             dfeatures = (grad_y[rows] @ weight.T).view(slopes.shape)  # rows slots i
             if activated is not None:
                 dactivated[rows] = dfeatures[:, 0]
             dx[rows] = slopes.mul_(dfeatures).sum(1)
     if not weight_grad:
-        return dx, dactivated, dweight, dweight
-    dweight = dweight.to(weight.dtype).view(-1, *base_weight.T.shape)  # slots i o
-    return dx, dactivated, dweight[0].T.contiguous(), dweight[1:].permute(2, 1, 0).contiguous()
+        return dx, dactivated, weight.new_empty(0), weight.new_empty(0)
+    dweight = dweight.to(weight.dtype).view(len(base_weight), -1, x.shape[1])  # o slots i
+    return dx, dactivated, dweight[:, 0].contiguous(), dweight[:, 1:].mT.contiguous()
 
 
 def _pack(base_weight: Tensor, spline_weight: Tensor) -> Tensor:  # slots*i o
@@ -176,7 +176,12 @@ class _FreeSplines(_Splines):
 
     def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
         x = x[:, None]  # rows 1 i
-        bases = ((x >= self.knots[:-1]) & (x < self.knots[1:])).to(x.dtype)  # rows m-1 i
+        cells = (x >= self.knots[:-1]) & (x < self.knots[1:])  # rows m-1 i
+        if self.extrapolation != "zero":  # the end of the interval belongs to its last cell
+            last = cells.shape[1] - self.degree - 1
+            cells[:, last] = (x >= self.knots[last])[:, 0]
+            cells[:, last + 1 :] = False
+        bases = cells.to(x.dtype)
         for p, per_width in enumerate(self.per_width, 1):
             shares = bases * per_width  # rows m-p i
             bases = (x - self.knots[: -p - 1]) * shares[:, :-1] + (self.knots[p + 1 :] - x) * shares[:, 1:]

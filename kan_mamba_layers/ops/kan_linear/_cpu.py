@@ -56,7 +56,7 @@ def backward(
     """The gradients of x, activated, base_weight and spline_weight; empty where they are not wanted."""
     call = _Call(x, activated, spline_weight, grid, extrapolation, uniform)
     grad = call.pad(grad_y, call.padded_outputs)
-    dx = dactivated = dbase_weight = dspline_weight = x.new_empty(0)
+    dx, dactivated, dbase_weight, dspline_weight = (t.new_empty(0) for t in (x, x, base_weight, spline_weight))
     if input_grad:
         bounds = call.bounds(5)
         dx = x.new_empty(call.rows, call.padded_features, dtype=call.dtype)

@@ -175,6 +175,8 @@ def _place_freely(call, feature, at, scratch):
             where_less(x, one, zero, where_less(zero, x, zero, x)),
         )
         counts = where_less(cell, end, where_less(cell, zero, zero, one), outside)
+        start = broadcast(knots, first)
+        held = where_less(cell, end, where_less(cell, zero, start, x), start)
         cell, distance = where_less(cell, end, where_less(cell, zero, zero, cell), zero), zero
     else:
         last = splat(float(degree + intervals - 1), knots)
@@ -244,5 +246,5 @@ def _write_splines(call, feature, scratch, into, slopes):
         if mode == LINEAR:
             basis = fma(distance, derivative, basis)
         elif mode == CLAMP:
-            derivative = where_less(zero, distance * distance, zero, derivative)
+            derivative = where_less(zero, distance, zero, where_less(distance, zero, zero, derivative))
         store(scratch, into + LANES * k, derivative if slopes else basis)

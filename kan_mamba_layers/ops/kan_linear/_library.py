@@ -19,6 +19,9 @@ from kan_mamba_layers.ops._flops import register_flops
 _LIBRARY = torch.library.Library("kan_mamba_layers", "FRAGMENT")
 _ARGUMENTS = "Tensor x, Tensor? activated, Tensor base_weight, Tensor spline_weight, Tensor grid"
 _OPTIONS = "str extrapolation, bool uniform"
+_NO_VMAP = (
+    "the fused kan_linear has no vmap; put the mapped dimension into the batch, or call it with backend='reference'"
+)
 _LIBRARY.define(f"kan({_ARGUMENTS}, Tensor? bias, {_OPTIONS}, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define(
     f"kan_backward(Tensor grad_y, {_ARGUMENTS}, {_OPTIONS}, bool input_grad, bool weight_grad, str backend)"
@@ -146,10 +149,7 @@ class _KANLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        raise RuntimeError(
-            "the fused kan_linear has no vmap; put the mapped dimension into the batch, or call it with "
-            "backend='reference'"
-        )
+        raise RuntimeError(_NO_VMAP)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,6 +173,10 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise RuntimeError(_NO_VMAP)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:

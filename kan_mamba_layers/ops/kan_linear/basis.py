@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 
-def cox_de_boor(x: Tensor, grid: Tensor, spline_order: int) -> Tensor:  # ... i, i m -> ... i m-1-s
-    """Bases of degree ``spline_order`` on the knots ``grid`` by the Cox-de Boor recursion; 0/0 counts as 0."""
+def cox_de_boor(
+    x: Tensor, grid: Tensor, spline_order: int, last: int | None = None
+) -> Tensor:  # ... i, i m -> ... i m-1-s
+    """Bases of degree ``spline_order`` on the knots ``grid`` by the Cox-de Boor recursion; 0/0 counts as 0.
+
+    Cells are open on the right. With ``last``, nothing lies beyond the end of that cell, which then belongs to it.
+    """
     x = x[..., None]
-    bases = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)  # ... i m-1
+    cells = (x >= grid[:, :-1]) & (x < grid[:, 1:])  # ... i m-1
+    if last is not None:
+        cells = torch.cat([cells[..., :last], x >= grid[:, last : last + 1], cells[..., last + 1 :] & False], -1)
+    bases = cells.to(x.dtype)
     for p in range(1, spline_order + 1):
         rising = (x - grid[:, : -p - 1]) * reciprocal(grid[:, p:-1] - grid[:, : -p - 1])
         falling = (grid[:, p + 1 :] - x) * reciprocal(grid[:, p + 1 :] - grid[:, 1:-p])
