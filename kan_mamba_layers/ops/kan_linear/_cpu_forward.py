@@ -64,10 +64,7 @@ def _multiply(call, zero, splines, scratch, first, rows, first_feature, vector):
             other = min(row + 1, rows - 1)
             at_a = (first + row) * outputs + vector * LANES
             at_b = (first + other) * outputs + vector * LANES
-            if first_feature + feature > 0:
-                a, b = load_as(zero, y, at_a), load_as(zero, y, at_b)
-            else:
-                a = b = load_as(zero, bias, vector * LANES)
+            a = b = zero  # sums of their own, which keep what one long sum would lose
             for f in range(feature, feature + HALF):
                 base = part + (first_feature + f) * edge
                 factor_a, factor_b = factor_at(call, f, row), factor_at(call, f, other)
@@ -77,5 +74,9 @@ def _multiply(call, zero, splines, scratch, first, rows, first_feature, vector):
                 cell_a, cell_b = cell_of(call, scratch, f, row), cell_of(call, scratch, f, other)
                 a = add_rows(a, weight, base + (1 + cell_a) * lanes, scratch, factor_a + LANES, splines)
                 b = add_rows(b, weight, base + (1 + cell_b) * lanes, scratch, factor_b + LANES, splines)
+            if first_feature + feature > 0:
+                a, b = load_as(zero, y, at_a) + a, load_as(zero, y, at_b) + b
+            else:
+                a, b = load_as(zero, bias, vector * LANES) + a, load_as(zero, bias, vector * LANES) + b
             store(y, at_a, a)
             store(y, at_b, b)
