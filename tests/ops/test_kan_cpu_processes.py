@@ -221,19 +221,10 @@ class TestCache:
     )
 
     def test_code_is_kept_on_disk(self, tmp_path: Path) -> None:
-        code = self.CODE + "print(agree(2, False), agree(1, True), hits(), len({*map(id, calls)}) >= 4)\n"
-        assert fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True True {0} True"
+        code = self.CODE + "print(agree(1, True), hits(), len({*map(id, calls)}) >= 4)\n"
+        assert fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True {0} True"
         assert list(tmp_path.rglob("*.nbc"))
-        assert fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True True {1} True"
-
-    def test_no_folder_to_keep_it_in(self) -> None:
-        nowhere = (
-            "import numba.core.caching as caching\n"
-            "def refuse(self):\n"
-            "    raise PermissionError('read-only')\n"
-            "caching._CacheLocator.ensure_cache_path = refuse\n"
-        )
-        assert fresh_process(nowhere + self.CODE + "print(agree(1, False), hits())\n") == "True {0}"
+        assert fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True {1} True"
 
 
 def test_in_a_process_that_cannot_import_numba() -> None:

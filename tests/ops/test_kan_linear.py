@@ -106,7 +106,9 @@ class TestAgainstTheFormula:
         slope = (case["g"] + 2 * case["s"]) * case["s"]
         reach = slope * (1 + largest(inputs["x"]) if extrapolation == "linear" else 1)
         weight = largest(positive["spline_weight"]) * (largest(positive["spline_scaler"]) if case["scaler"] else 1)
-        for backend in BACKENDS:
+        # The CPU engine is compiled for each degree and dtype, which takes time: float64 sees all degrees.
+        compiled = dtype == WIDE or case["s"] == 3
+        for backend in BACKENDS if compiled else BACKENDS[:2]:
             out, grads = gradients(run(grid, backend), inputs)
             assert out.dtype == dtype and out.shape == expected.shape
             size, exact = largest(terms) + reach * weight, torch.as_tensor(expected)
