@@ -60,26 +60,18 @@ def best_fit_error(target: KANLinear, layer: KANLinear, x: Tensor) -> float:
 
 
 class OnnxModel:
-    """A module exported to ONNX, run by onnxruntime or by the slow evaluator that comes with onnx."""
+    """A module exported to ONNX and run by onnxruntime."""
 
-    def __init__(
-        self, module: nn.Module, example: Tensor, dynamic: dict[int, torch.export.Dim], folder: Path, runtime: str
-    ) -> None:
+    def __init__(self, module: nn.Module, example: Tensor, dynamic: dict[int, torch.export.Dim], folder: Path) -> None:
         onnx = pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
-        package = pytest.importorskip(runtime)
+        runtime = pytest.importorskip("onnxruntime")
         path = folder / "layer.onnx"
         torch.onnx.export(module, (example,), path, dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
         model = onnx.load(path)
         assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}, "operators that every runtime has"
         self.name = model.graph.input[0].name
-        if runtime == "onnxruntime":
-            self.session = package.InferenceSession(path, providers=["CPUExecutionProvider"])
-        else:
-            self.session = package.ReferenceEvaluator(model)
+        self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {self.name: x.numpy()})[0])
-
-
-ONNX_RUNTIMES = ("onnxruntime", "onnx.reference")
