@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from kan_calls import FUSED, case, fused, kan, kan_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,38 +19,10 @@ from kan_mamba_layers.ops.kan_linear import _library
 pytest.importorskip("numba")
 
 OPS = torch.ops.kan_mamba_layers
-FUSED = ("cpu", "chunked")
-ALL = ("auto", "reference", *FUSED)
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
 FLAGS = [(True, True), (True, False), (False, True), (False, False)]
 # The operators carry no gradient; the function around them does, and PyTorch says so.
 no_kernel = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-fused = pytest.mark.parametrize("backend", FUSED)
-
-
-def kan_inputs(
-    rows: int = 20, i: int = 3, o: int = 4, g: int = 5, s: int = 3, dtype: torch.dtype = torch.float32
-) -> dict:
-    """Everything that a gradient may be asked for, and the grid."""
-    knots = -1 + 2 / g * torch.arange(-s, g + s + 1)
-    return {
-        "x": 1.5 * torch.randn(rows, i, dtype=dtype),
-        "base_weight": torch.randn(o, i, dtype=dtype),
-        "spline_weight": torch.randn(o, i, g + s, dtype=dtype),
-        "spline_scaler": torch.randn(o, i, dtype=dtype),
-        "bias": torch.randn(o, dtype=dtype),
-        "grid": knots.to(torch.promote_types(dtype, torch.float32)).repeat(i, 1),
-    }
-
-
-def kan(backend: str, grid: Tensor, **options: object) -> Callable[..., Tensor]:
-    """A function of all inputs but the grid."""
-    return lambda **x: kan_linear(**x, grid=grid, backend=backend, **options)
-
-
-def case(backend: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[Callable[..., Tensor], dict]:
-    inputs = kan_inputs(dtype=dtype)
-    return kan(backend, inputs.pop("grid"), **options), inputs
 
 
 def operands(dtype: torch.dtype, layout: str, activated: bool, weights: torch.dtype | None = None) -> list:
