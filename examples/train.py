@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from segmentation import report
-from segmentation.callbacks import EpochSeed, History, Patience
+from segmentation import report, splits
+from segmentation.callbacks import AveragedWeights, EpochSeed, History, Patience, WholeFiles
+from segmentation.checkpoints import latest_checkpoint
 from segmentation.data import SegmentationData
 from segmentation.module import Segmentation
 from segmentation.networks import build_network
@@ -34,7 +35,7 @@ from segmentation.tasks import TASKS, get_task
 console = Console(quiet=rank_zero_only.rank != 0)
 
 # What a resumed run may change: how long and where it trains, not what is trained on which images.
-FREE_ON_RESUME = {"config", "out", "resume", "epochs", "patience", "num_workers", "trainer"}
+FREE_ON_RESUME = {"config", "out", "resume", "epochs", "patience", "num_workers", "trainer", "split"}
 # Trainer arguments that this script sets itself, and those that would skip the validation after every epoch.
 OWNED = {"callbacks", "logger", "max_epochs", "default_root_dir", "enable_checkpointing", "fast_dev_run", "barebones"}
 OWNED |= {"check_val_every_n_epoch", "val_check_interval", "limit_val_batches", "overfit_batches"}
@@ -61,17 +62,20 @@ def build_parser() -> ArgumentParser:
     add("--task", choices=list(TASKS), required=True)
     add("--model", default="km_unet_pp_tiny", help="a model of kan_mamba_layers, or unet, unet_pp (MONAI)")
     add("--model-args", type=dict[str, Any], default={}, help="""ablations, e.g. '{"use_kan": false}'""")
-    add("--data-dir", type=Path | None, help="folder of images/, masks/, items.csv (default: the synthetic demo)")
+    add("--data-dir", type=Path | None, help="folder of images and masks, see examples/README.md (default: the demo)")
     add("--out", type=Path | None, help="run folder (default: runs/TASK-MODEL)")
     add("--resume", action="store_true", help="go on from the last checkpoint in the run folder, if there is one")
     add("--epochs", type=int, default=40)
     add("--patience", type=int | None, help="stop after so many epochs without a better validation Dice")
     add("--lr", type=float, default=4e-3, help="peak learning rate; 4e-3 suits the tiny models, larger ones want less")
     add("--weight-decay", type=float, default=1e-2)
+    add("--ema-decay", type=float | None, default=0.99, help="of the averaged weights; null for none")
     add("--batch-size", type=int, default=8, help="per process")
     add("--image-size", type=int, default=128, help="images are squashed to a square of this side")
     add("--limit", type=int | None, help="use at most so many images (whole subjects)")
-    add("--val-fraction", type=float, default=0.2, help="part of the subjects kept for validation")
+    add("--split", type=Path | None, help="split.json of another run, to train and validate on the same subjects")
+    add("--val-fraction", type=float, default=0.15, help="part of the subjects that choose the best epoch")
+    add("--test-fraction", type=float, default=0.2, help="part of the subjects that training never sees")
     add("--split-seed", type=int, default=0, help="which subjects those are")
     add("--seed", type=int, default=0, help="initial weights, order of the images, augmentation")
     add("--num-workers", type=int, default=0, help="data processes; images are in memory, so 0 is usually best")
@@ -101,6 +105,16 @@ def prepare_folder(parser: ArgumentParser, settings: Namespace, out: Path) -> No
     parser.save(settings, config, overwrite=True)
 
 
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named, and if no other is left the run cannot go on."""
+    newest, refused = latest_checkpoint(folder)
+    for sentence in refused:
+        console.print(f"[yellow]{sentence}", soft_wrap=True)
+    if refused and newest is None:
+        raise ValueError(f"{refused[0]}: no whole checkpoint is left in {str(folder)!r}; train anew in another --out")
+    return newest
+
+
 def quieten() -> None:
     """Lightning's remarks on its set-up say nothing new here; warnings about the run itself stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -119,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     lightning.seed_everything(settings.seed, verbose=False)
     task = get_task(settings.task)
+    split = settings.split
+    if split is None and settings.resume and (out / "split.json").exists():
+        split = out / "split.json"  # so that files added since cannot move a subject to another side
     network = build_network(settings.model, task.in_channels, task.num_classes, **settings.model_args)
     data = SegmentationData(
         task,
@@ -126,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         image_size=settings.image_size,
         batch_size=settings.batch_size,
         val_fraction=settings.val_fraction,
+        test_fraction=settings.test_fraction,
+        split=split,
         limit=settings.limit,
         split_seed=settings.split_seed,
         seed=settings.seed,
@@ -133,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     module = Segmentation(task, network, lr=settings.lr, weight_decay=settings.weight_decay)
     prepare_folder(parser, settings, out)
+    continued = find_checkpoint(out / "checkpoints") if settings.resume else None
+    if rank_zero_only.rank == 0:
+        splits.write_split(out / "split.json", data.split)
 
     history = History(out / "history.csv")
     best, last = out / "checkpoints" / "best.ckpt", out / "checkpoints" / "last.ckpt"
@@ -143,19 +165,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ModelCheckpoint(filename=best.stem, monitor="val/dice", mode="max", **keep),
         ModelCheckpoint(filename=last.stem, **keep),  # after the best one, so that it knows of it
     ]
+    if settings.ema_decay is not None:
+        callbacks.insert(0, AveragedWeights(settings.ema_decay))
     if settings.patience is not None:
         callbacks.append(Patience(settings.patience))
     options = parser.instantiate(settings).trainer.as_dict()
     if options["enable_progress_bar"] is not False:
         callbacks.append(RichProgressBar())
     logger = TensorBoardLogger(out, name="tensorboard", version="")
+    options["plugins"] = [WholeFiles(), *(options["plugins"] or ())]
     trainer = lightning.Trainer(
         **options, max_epochs=settings.epochs, callbacks=callbacks, logger=logger, default_root_dir=out
     )
-    continued = last if settings.resume and last.exists() else None
     console.print(
         f"{task.title}: {settings.model}, {report.count_parameters(network) / 1e6:.2f} M parameters, "
-        f"{len(data.train_set)} training and {len(data.val_set)} validation images, "
+        f"{len(data.train_set)} training, {len(data.val_set)} validation and {len(data.test_items)} test images, "
         + (f"resuming from {continued}" if continued else f"run folder {out}"),
         soft_wrap=True,
     )
@@ -171,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise SystemExit(130) from None
         raise
 
-    facts = report.collect_facts(settings.as_dict(), module, data, history.rows)
+    command = shlex.join(["python", os.path.relpath(__file__), *argv])
+    facts = report.collect_facts(settings.as_dict(), command, trainer.strategy.root_device, module, data, history.rows)
     if trainer.is_global_zero:
         report.write_run(out, task, network, data.val_set, history.rows, facts)
         console.print(f"report in {out}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What lets a run be continued exactly: random numbers that depend on the epoch, and curves in the checkpoint."""
+"""Averaged weights, and what lets a run be continued exactly: seeds by epoch, curves in the checkpoint, whole files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 import lightning
 import numpy as np
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class EpochSeed(Callback):
@@ -66,3 +69,41 @@ class Patience(EarlyStopping):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average of the weights, with which the network is validated and kept as the best one.
+
+    The decay grows from 2/11 to `decay` as (1 + n) / (10 + n) over the steps n, so that short runs are not held back by
+    their first weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema-decay {decay} must lie between 0 and 1, e.g. 0.99; leave it empty for no averaging")
+
+        def average(mean: Tensor, value: Tensor, number: Tensor) -> Tensor:
+            if not value.is_floating_point():  # counters
+                return value
+            return mean.lerp(value, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+
+        super().__init__(avg_fn=average)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that a kill cannot cut off: written beside their place, flushed to the disk, then moved there.
+
+    The last checkpoint but one stays as `previous.ckpt`, in case the disk damages the last.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".part")
+        with draft.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if path.stem == "last" and path.exists():
+            os.replace(path, path.with_name("previous.ckpt"))
+        os.replace(draft, path)

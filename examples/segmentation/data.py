@@ -1,183 +1,107 @@
-"""Images and masks from a folder or from the demo, split by subject, as a LightningDataModule.
+"""Images in memory, split by subject, as a LightningDataModule.
 
-A data folder holds `images/`, `masks/<id>.png` (same size as the image) and `items.csv` with the columns `id`, `file`
-(name in `images/`) and `group` (the subject), and if wanted `split` (`train` or `val`). Everything is read, checked and
-resized once, before training starts; epochs then run from memory.
+Everything is read, checked and resized once, before training starts; epochs then run from memory. Which folders are
+understood is said in `sources`.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from segmentation import demo
+from segmentation import demo, splits
+from segmentation.items import Item, Pixels
+from segmentation.sources import find_items
 from segmentation.tasks import Task
 
 DEMO_IMAGES = 120
 
 
-class Item(NamedTuple):
-    """One image with its mask, not read yet: `read()` gives the image and its mask of class numbers."""
-
-    id: str
-    group: str
-    split: str
-    read: Callable[[], tuple[Image.Image, NDArray[np.uint8]]]
-
-
 def demo_items(task: Task, size: int, number: int = DEMO_IMAGES, seed: int = 0) -> list[Item]:
     """The synthetic demo of `task`: `number` square images of `size` pixels."""
     return [
-        Item(f"demo_{k:04d}", demo.subject_of(k), "", partial(demo.draw, task.name, seed, k, (size, size)))
-        for k in range(number)
+        Item(f"demo_{k:04d}", demo.subject_of(k), partial(_drawn, task, seed, k, size)) for k in range(number)
     ]
 
 
-def folder_items(task: Task, folder: Path) -> list[Item]:
-    """The items of a data folder; every file that `items.csv` names must be there."""
-    table = folder / "items.csv"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data-dir {str(folder)!r} is not a folder: give the folder with images/, masks/, items.csv"
-        )
-    if not table.is_file():
-        raise FileNotFoundError(
-            f"data-dir {str(folder)!r} has no items.csv: write one with the columns id, file, group"
-        )
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        rows = list(reader)
-    if missing := {"id", "file", "group"} - set(reader.fieldnames or ()):
-        raise ValueError(f"{table} lacks the column(s) {', '.join(sorted(missing))}: it needs id, file, group")
-    if not rows:
-        raise ValueError(f"{table} lists no images: the data folder {str(folder)!r} is empty")
-
-    items = []
-    for line, row in enumerate(rows, start=2):
-        if empty := [column for column in ("id", "file", "group") if not row[column]]:
-            raise ValueError(f"{table} line {line}: {empty[0]} is empty; every image needs an id, a file and a group")
-        image, mask = folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"
-        for path in (image, mask):
-            if not path.is_file():
-                raise FileNotFoundError(f"{table} line {line}: {path} does not exist; add the file or remove the line")
-        items.append(Item(row["id"], row["group"], row.get("split") or "", partial(read_pair, task, image, mask)))
-    return items
+def _drawn(task: Task, seed: int, index: int, size: int) -> tuple[Pixels, NDArray[np.uint8]]:
+    image, mask = demo.draw(task.name, seed, index, (size, size))
+    return np.atleast_3d(np.asarray(image)), mask  # h w c, h w
 
 
-def read_pair(task: Task, image_path: Path, mask_path: Path) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """An image (RGB or grey, as the task wants) and its mask, pixel values turned into classes 1, 2, ..."""
-    image = _open(image_path).convert("RGB" if task.in_channels == 3 else "L")
-    mask_image = _open(mask_path)
-    if mask_image.size != image.size:
-        raise ValueError(
-            f"{mask_path} is {mask_image.width}x{mask_image.height} but its image {image_path} is "
-            f"{image.width}x{image.height}: save both in the same size"
-        )
-    values = np.asarray(mask_image if mask_image.mode == "P" else mask_image.convert("L"))  # P: labels, not colours
-    classes = np.full(256, 255, np.uint8)
-    classes[[0, *task.labels]] = range(1 + len(task.labels))
-    mask = classes[values]
-    if (mask == 255).any():
-        raise ValueError(
-            f"{mask_path} holds the value {values[mask == 255].min()}, which is no label of {task.name}: "
-            f"allowed are 0 (background), " + ", ".join(f"{value} ({name})" for value, name in task.labels.items())
-        )
-    return image, mask
+def to_input(image: Pixels, size: int) -> Tensor:
+    """Values (c size size) of an image (h w c), squashed to a square; bytes become 0 ... 1, deeper pixels are
+    stretched from their least to their greatest value."""
+    values = image.astype(np.float32)
+    low, high = (0.0, 255.0) if image.dtype == np.uint8 else (values.min(), values.max())
+    values = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    channels = [
+        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
+        for plane in np.moveaxis(values, 2, 0)
+    ]
+    return torch.from_numpy(np.stack(channels))
 
 
-def _open(path: Path) -> Image.Image:
+def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
+    """Class numbers (1 size size) of a mask (h w), squashed to a square."""
+    return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]
+
+
+class Loaded:
+    """All items in memory at the size of training, with what tells near-duplicates and changed files.
+
+    Attributes:
+        images: n c size size, half precision, which keeps 8 and 11 bits exactly.
+        masks: n 1 size size, class numbers.
+        hashes: n 256, see `splits.difference_hash`.
+        digests: SHA-256 of every item.
+    """
+
+    def __init__(self, items: Sequence[Item], size: int) -> None:
+        with ThreadPoolExecutor() as pool:
+            read = list(pool.map(partial(_load, size=size), items))
+        if broken := [str(result) for result in read if isinstance(result, Exception)]:
+            shown = "".join(f"\n  {message}" for message in broken[:20])
+            raise ValueError(f"{len(broken)} of {len(items)} images or masks cannot be used:{shown}")
+        images, masks, hashes, digests = zip(*read, strict=True)
+        self.images, self.masks = torch.stack(images), torch.stack(masks)
+        self.hashes, self.digests = np.stack(hashes), list(digests)
+
+
+def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], str] | Exception:
     try:
-        image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises each of these for broken files
-        raise ValueError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
-    if image.mode.startswith(("I", "F")):  # conversion to bytes would clip its values
-        raise ValueError(f"{path} has more than 8 bits a pixel (mode {image.mode}): save it with values 0 to 255")
-    return image
-
-
-def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    """At most `limit` images, as whole subjects drawn at random."""
-    if limit < 2:
-        raise ValueError(f"limit {limit} leaves nothing to split: give at least 2 images")
-    chosen: list[Item] = []
-    for group in _shuffled_groups(items, seed):
-        members = [item for item in items if item.group == group]
-        if len(chosen) + len(members) <= limit:
-            chosen += members
-    return chosen
-
-
-def split_items(items: Sequence[Item], val_fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(train, val), no subject on both sides: by the column `split` if filled, else a fraction of the subjects."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val-fraction {val_fraction} must lie between 0 and 1, e.g. 0.2")
-    if any(item.split for item in items):
-        if odd := next((item for item in items if item.split not in ("train", "val")), None):
-            raise ValueError(
-                f"item {odd.id!r} has the split {odd.split!r}: use train or val for every image, or for none"
-            )
-        val_groups = None
-    else:
-        groups = _shuffled_groups(items, seed)
-        val_groups = set(groups[: max(1, round(val_fraction * len(groups)))])
-    val = [item for item in items if (item.split == "val" if val_groups is None else item.group in val_groups)]
-    chosen = {item.id for item in val}
-    train = [item for item in items if item.id not in chosen]
-    for side, name in ((train, "training"), (val, "validation")):
-        if not side:
-            raise ValueError(
-                f"no {name} subject: {len(items)} images of {len(_groups(items))} subject(s) need two or more"
-            )
-    check_no_leak(train, val)
-    return train, val
-
-
-def check_no_leak(train: Sequence[Item], val: Sequence[Item]) -> None:
-    """Refuse a subject that stands on both sides of a split."""
-    if both := sorted(_groups(train) & _groups(val)):
-        raise ValueError(
-            f"group {both[0]!r} is in training and in validation ({len(both)} such): put each subject on one side"
-        )
-
-
-def _groups(items: Sequence[Item]) -> set[str]:
-    return {item.group for item in items}
-
-
-def _shuffled_groups(items: Sequence[Item], seed: int) -> list[str]:
-    return np.random.default_rng(seed).permutation(sorted(_groups(items))).tolist()
+        image, mask = item.read()
+        return to_input(image, size).half(), to_target(mask, size), splits.difference_hash(image), splits.file_hash(item)
+    except (ValueError, OSError) as error:
+        return error
 
 
 class ImageSet(Dataset):
-    """One side of the split in memory, as bytes; augmentation is a pure function of (seed, epoch, index)."""
+    """One side of the split; augmentation is a pure function of (seed, epoch, index)."""
 
-    def __init__(self, task: Task, items: Sequence[Item], size: int, training: bool, seed: int) -> None:
-        self.items, self.seed, self.training = list(items), seed, training
-        self.transform = task.transform(size, training)
-        with ThreadPoolExecutor() as pool:
-            pairs = list(pool.map(lambda item: _resize(*item.read(), size), self.items))
-        self.images = torch.stack([image for image, _ in pairs])  # n c h w, bytes
-        self.masks = torch.stack([mask for _, mask in pairs])  # n 1 h w, class numbers
+    def __init__(
+        self, task: Task, items: Sequence[Item], images: Tensor, masks: Tensor, training: bool, seed: int = 0
+    ) -> None:
+        self.items, self.images, self.masks = list(items), images, masks
+        self.training, self.seed = training, seed
+        self.transform = task.transform(images.shape[-1], training)
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def num_subjects(self) -> int:
-        return len(_groups(self.items))
+        return len({item.group for item in self.items})
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
         epoch, index = key if self.training else (0, key)
@@ -185,15 +109,8 @@ class ImageSet(Dataset):
             self.transform.set_random_state(
                 seed=int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
             )
-        pair = self.transform({"image": self.images[index] / 255, "mask": self.masks[index].float()})
+        pair = self.transform({"image": self.images[index].float(), "mask": self.masks[index].float()})
         return {**pair, "index": index}
-
-
-def _resize(image: Image.Image, mask: NDArray[np.uint8], size: int) -> tuple[Tensor, Tensor]:
-    """Bytes of an image (c h w) and of its mask (1 h w), squashed to a square of `size` pixels."""
-    pixels = np.atleast_3d(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))  # h w c
-    labels = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-    return torch.tensor(pixels).permute(2, 0, 1).contiguous(), torch.tensor(labels)[None]
 
 
 class EpochSampler(DistributedSampler):
@@ -204,7 +121,13 @@ class EpochSampler(DistributedSampler):
 
 
 class SegmentationData(lightning.LightningDataModule):
-    """The data of one run. No `data_dir`: the synthetic demo of the task."""
+    """The data of one run. No `data_dir`: the synthetic demo of the task.
+
+    Attributes:
+        items: every item with its side; `test_items` are those that training never touches.
+        train_set, val_set: the two sides that training uses, in memory.
+        split: the table that `splits.write_split` writes.
+    """
 
     def __init__(
         self,
@@ -213,9 +136,12 @@ class SegmentationData(lightning.LightningDataModule):
         *,
         image_size: int = 128,
         batch_size: int = 8,
-        val_fraction: float = 0.2,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.2,
         limit: int | None = None,
+        split: Path | None = None,
         split_seed: int = 0,
+        duplicate_bits: int = 8,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -226,12 +152,25 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"batch-size {batch_size} must be at least 1")
         self.task, self.seed = task, seed
         self.batch_size, self.num_workers = batch_size, num_workers
-        items = demo_items(task, image_size) if data_dir is None else folder_items(task, data_dir)
+        found = demo_items(task, image_size) if data_dir is None else find_items(task, data_dir)
+        if len({item.id for item in found}) < len(found):
+            raise ValueError(f"data-dir {str(data_dir)!r} holds two images of one id: rename one of them")
         if limit is not None:
-            items = limit_items(items, limit, split_seed)
-        train, val = split_items(items, val_fraction, split_seed)
-        self.train_set = ImageSet(task, train, image_size, training=True, seed=seed)
-        self.val_set = ImageSet(task, val, image_size, training=False, seed=seed)
+            found = splits.limit_items(found, limit, split_seed)
+        table = None if split is None else splits.read_split(split)
+        if table is not None:
+            found = splits.follow_split(found, table)
+        loaded = Loaded(found, image_size)
+        if table is None:
+            grouped = splits.join_duplicates(found, loaded.hashes, duplicate_bits)
+            self.items = splits.split_items(grouped, val_fraction, test_fraction, split_seed)
+            table = splits.split_table(self.items, loaded.digests)
+        else:
+            self.items = found
+            splits.check_unchanged(found, loaded.digests, table)
+        self.split = table
+        self.train_set, self.val_set = (self._side(loaded, side) for side in ("train", "val"))
+        self.test_items = [item for item in self.items if item.split == "test"]
 
     def train_dataloader(self) -> DataLoader:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -241,6 +180,11 @@ class SegmentationData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set)
+
+    def _side(self, loaded: Loaded, side: str) -> ImageSet:
+        chosen = [index for index, item in enumerate(self.items) if item.split == side]
+        images, masks = loaded.images[chosen], loaded.masks[chosen]
+        return ImageSet(self.task, [self.items[k] for k in chosen], images, masks, side == "train", self.seed)
 
     def _loader(self, dataset: ImageSet, **kwargs: object) -> DataLoader:
         return DataLoader(

@@ -1,4 +1,4 @@
-"""Synthetic images of the three tasks: drawn with NumPy and Pillow, so everything runs with no download.
+"""Synthetic images of three tasks: drawn with NumPy and Pillow, so everything runs with no download.
 
 `draw(task, seed, index, size)` is a pure function of its arguments. Three consecutive indices show one subject: they
 share what belongs to the person (skin tone, size of the head, shape of the spine) and differ in what belongs to the
@@ -22,7 +22,7 @@ IMAGES_PER_SUBJECT = 3
 def draw(task: str, seed: int, index: int, size: tuple[int, int]) -> tuple[Image.Image, NDArray[np.uint8]]:
     """Image number `index` of the demo of `task` and its mask of class numbers, both of `size` = (height, width)."""
     if task not in _PAINTERS:
-        raise ValueError(f"task {task!r} has no demo: choose one of {', '.join(_PAINTERS)}")
+        raise ValueError(f"task {task!r} has no demo: choose one of {', '.join(DEMOS)}, or give a folder of images")
     if index < 0 or min(size) < 16:
         raise ValueError(f"index {index}, size {size}: the demo needs index >= 0 and at least 16 x 16 pixels")
     kind = list(_PAINTERS).index(task)
@@ -221,3 +221,5 @@ _PAINTERS: dict[str, Callable[[Rng, Rng, tuple[int, int]], tuple[Array, NDArray]
     "fetal_head": _head,
     "lumbar_spine": _spine,
 }
+
+DEMOS = tuple(_PAINTERS)  # the tasks that have a demo

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,29 +26,40 @@ import kan_mamba_layers
 from segmentation.data import ImageSet, SegmentationData
 from segmentation.metrics import predicted_classes
 from segmentation.module import Segmentation
+from segmentation.splits import SIDES, split_hash
 from segmentation.tasks import Task
 
 COLOURS = ("#00c2a8", "#ffb000", "#fe6100", "#dc267f", "#785ef0")
 PACKAGES = ("torch", "lightning", "monai", "numpy")
 
-Shown = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]  # image (h w 3), truth (h w), prediction (h w)
+Shown = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8]]  # image (h w 3), truth (h w), prediction (h w)
 
 
 def collect_facts(
-    settings: dict[str, Any], module: Segmentation, data: SegmentationData, rows: Sequence[dict[str, float]]
+    settings: dict[str, Any],
+    command: str,
+    device: torch.device,
+    module: Segmentation,
+    data: SegmentationData,
+    rows: Sequence[dict[str, float]],
 ) -> dict[str, Any]:
     """What metrics.json tells of a run: what was trained on what, for how long, and the scores of the best epoch."""
     folder = settings["data_dir"]
+    sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
     return {
         **{name: settings[name] for name in ("task", "model", "model_args", "image_size", "seed")},
         "parameters": count_parameters(module.network),
         "data": "demo" if folder is None else Path(folder).resolve().name,
-        "images": {"train": len(data.train_set), "val": len(data.val_set)},
-        "subjects": {"train": data.train_set.num_subjects, "val": data.val_set.num_subjects},
+        "images": {side: len(items) for side, items in sides.items()},
+        "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
+        "split_sha256": split_hash(data.split),
         "epochs": len(rows),
         "best_epoch": max(rows, key=lambda row: row["val/dice"])["epoch"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "metrics": module.scores,
+        "command": command,
+        "device": _device_name(device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
@@ -84,6 +97,10 @@ def write_metrics(path: Path, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps({**facts, "versions": versions, "commit": _commit()}, indent=2) + "\n", encoding="utf-8")
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+
+
 def _commit() -> str | None:
     """The commit of the checkout that holds this file, or None outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -101,7 +118,7 @@ def predict(network: nn.Module, images: ImageSet, number: int) -> list[Shown]:
     for index in np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int):
         with torch.no_grad():
             logits = network(images[int(index)]["image"][None].to(device))
-        picture = images.images[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
+        picture = images.images[index].float().expand(3, -1, -1).permute(1, 2, 0).numpy()  # h w 3
         shown.append((picture, images.masks[index, 0].numpy(), predicted_classes(logits)[0, 0].cpu().numpy()))
     return shown
 

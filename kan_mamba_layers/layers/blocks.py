@@ -73,19 +73,34 @@ class KANStage(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """SS2D for the context of the whole image, then EMA for attention; either may be left out."""
+    """SS2D for the context of the whole image, then EMA for attention; either may be left out.
+
+    With ``residual`` the block adds its result to its input, and SS2D sees the input after LayerNorm.
+    """
 
     def __init__(
-        self, channels: int, *, use_ss2d: bool = True, use_ema: bool = True, ema_factor: int = 8, **ss2d: Any
+        self,
+        channels: int,
+        *,
+        use_ss2d: bool = True,
+        use_ema: bool = True,
+        ema_factor: int = 8,
+        residual: bool = False,
+        **ss2d: Any,
     ) -> None:
         super().__init__()
+        self.residual = residual and use_ss2d
+        self.norm = nn.LayerNorm(channels) if self.residual else nn.Identity()
         self.ss2d = SS2D(channels, **ss2d) if use_ss2d else None
         self.ema = EMA(channels, ema_factor) if use_ema else None
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
+        y = x
         if self.ss2d is not None:
-            x = rearrange(self.ss2d(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
-        return x if self.ema is None else self.ema(x)
+            y = rearrange(self.ss2d(self.norm(rearrange(x, "b c h w -> b h w c"))), "b h w c -> b c h w")
+        if self.ema is not None:
+            y = self.ema(y)
+        return x + y if self.residual else y
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c h' w'

@@ -37,6 +37,7 @@ class SegmentationModel(nn.Module):
         widths: Sequence[int],
         trunk_context: bool,
         decoder_kan: bool,
+        context_residual: bool,
         use_kan: bool,
         use_ss2d: bool,
         use_ema: bool,
@@ -65,6 +66,7 @@ class SegmentationModel(nn.Module):
             "widths": self.widths,
             "trunk_context": trunk_context,
             "decoder_kan": decoder_kan,
+            "context_residual": context_residual,
             "use_kan": use_kan,
             "use_ss2d": use_ss2d,
             "use_ema": use_ema,
@@ -94,7 +96,7 @@ class SegmentationModel(nn.Module):
         options = {name: self.config[name] for name in names}
         if self.config["use_ss2d"]:
             options |= {name: self.config[name] for name in ("d_state", "expand", "backend")}
-        return ContextBlock(self.widths[level], **options)
+        return ContextBlock(self.widths[level], residual=self.config["context_residual"], **options)
 
     def _run_context(self, block: nn.Module, x: Tensor) -> Tensor:
         """Run a context block, the only kind worth recomputing: it holds nearly all activations, and no BatchNorm."""

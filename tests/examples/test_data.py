@@ -6,30 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 
-from segmentation.data import (
-    EpochSampler,
-    ImageSet,
-    Item,
-    SegmentationData,
-    check_no_leak,
-    demo_items,
-    folder_items,
-    limit_items,
-    split_items,
-)
-from segmentation.tasks import TASKS, get_task
+from segmentation.data import EpochSampler, ImageSet, Loaded, SegmentationData, demo_items, to_input, to_target
+from segmentation.demo import DEMOS
+from segmentation.items import read_image, read_values, to_classes
+from segmentation.sources import find_items
+from segmentation.splits import read_split, split_hash, write_split
+from segmentation.tasks import Task, get_task
 
 SPINE = get_task("lumbar_spine")
 
 
-def items(*groups: str, splits: str = "") -> list[Item]:
-    words = splits.split() or [""] * len(groups)
-    return [
-        Item(str(k), group, split, lambda: None) for k, (group, split) in enumerate(zip(groups, words, strict=True))
-    ]
+def demo_set(task: Task, size: int, number: int, training: bool, seed: int = 0) -> ImageSet:
+    items = demo_items(task, size, number)
+    loaded = Loaded(items, size)
+    return ImageSet(task, items, loaded.images, loaded.masks, training, seed)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -38,7 +32,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DEMOS)
 def test_folder_round_trip(folder, name):
     task = get_task(name)
     data = SegmentationData(task, folder(name), image_size=40, batch_size=3)
@@ -47,8 +41,7 @@ def test_folder_round_trip(folder, name):
     assert batch["mask"].shape == (3, 1, 40, 40)
     assert set(batch["mask"].unique().tolist()) <= set(range(1 + len(task.labels)))
     assert type(batch["image"]) is torch.Tensor
-    assert len(data.train_set) + len(data.val_set) == 9
-    assert (data.train_set.num_subjects, data.val_set.num_subjects) == (2, 1)
+    assert len(data.train_set) == len(data.val_set) == len(data.test_items) == 3
 
 
 def _no_folder(root):
@@ -92,10 +85,6 @@ def _other_size(root):
     Image.new("L", (20, 10)).save(root / "masks" / "6.png")
 
 
-def _sixteen_bits(root):
-    Image.fromarray(np.full((40, 33), 4000, np.uint16)).save(root / "images" / "6.png")
-
-
 def _other_value(root):
     Image.new("L", (33, 40), 77).save(root / "masks" / "7.png")
 
@@ -124,14 +113,9 @@ def _leak(root):
         (_text_as_image, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
         (_truncated, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
         (_other_size, ValueError, "masks.6.png is 20x10 but its image .*6.png is 33x40: save both in the same size"),
-        (
-            _sixteen_bits,
-            ValueError,
-            r"images.6.png has more than 8 bits a pixel \(mode I;16\): save it with values 0 to",
-        ),
         (_other_value, ValueError, r"masks.7.png holds the value 77, .* allowed are 0 \(background\), 1 \(L1\)"),
-        (_one_subject, ValueError, r"no training subject: 3 images of 1 subject\(s\) need two or more"),
-        (_leak, ValueError, "group 'subject_000' is in training and in validation .*put each subject on one side"),
+        (_one_subject, ValueError, r"no train subject: 3 images of 1 subject\(s\) need three or more subjects"),
+        (_leak, ValueError, "group 'subject_000' is in 'train' and in 'val' .*put each subject on one side"),
     ],
 )
 def test_bad_folders(folder, damage, error, message):
@@ -159,6 +143,7 @@ def test_palette_masks_hold_labels_not_colours(folder):
         ({"batch_size": 0}, "batch-size 0 must be at least 1"),
         ({"val_fraction": 1.0}, "val-fraction 1.0 must lie between 0 and 1"),
         ({"limit": 1}, "limit 1 leaves nothing to split"),
+        ({"split": Path("nowhere.json")}, "split 'nowhere.json' cannot be read"),
     ],
 )
 def test_bad_options(options, message):
@@ -166,42 +151,56 @@ def test_bad_options(options, message):
         SegmentationData(SPINE, **options)
 
 
-def test_split_keeps_subjects_together_and_is_reproducible():
-    everything = demo_items(SPINE, 32, number=60)
-    train, val = split_items(everything, 0.2, seed=1)
-    assert sorted(item.id for item in train + val) == [item.id for item in everything]
-    assert not {item.group for item in train} & {item.group for item in val}
-    assert len({item.group for item in val}) == 4
-    assert split_items(everything[::-1], 0.2, seed=1)[1] == val[::-1]
-    assert split_items(everything, 0.2, seed=2)[1] != val
+def test_all_broken_images_are_named_at_once(folder):
+    root = folder()
+    for number in (2, 5):
+        (root / "images" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 9 images or masks cannot be used:\n  .*2.png .*\n  .*5.png"):
+        SegmentationData(SPINE, root, image_size=32)
 
 
-def test_split_column_is_followed():
-    train, val = split_items(items("a", "b", "a", splits="train val train"), 0.5, seed=0)
-    assert ([item.id for item in train], [item.id for item in val]) == (["0", "2"], ["1"])
-    with pytest.raises(ValueError, match="item '1' has the split 'test': use train or val"):
-        split_items(items("a", "b", splits="train test"), 0.5, seed=0)
+def test_a_split_file_is_followed_whatever_the_seed(folder, tmp_path):
+    root = folder(number=30)
+    first = SegmentationData(SPINE, root, image_size=32, limit=24)
+    path = tmp_path / "split.json"
+    write_split(path, first.split)
+    again = SegmentationData(SPINE, root, image_size=32, split=path, split_seed=5)
+    assert again.items == first.items
+    assert split_hash(again.split) == split_hash(read_split(path)) == split_hash(first.split)
+    other = SegmentationData(SPINE, root, image_size=32, limit=24, split_seed=5)
+    assert split_hash(other.split) != split_hash(first.split)
+    (root / "masks" / f"{first.test_items[0].id}.png").write_bytes((root / "masks" / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="changed since the split was written"):
+        SegmentationData(SPINE, root, image_size=32, split=path)
 
 
-def test_leak_is_refused():
-    check_no_leak(items("a", "b"), items("c"))
-    with pytest.raises(ValueError, match=r"group 'b' is in training and in validation \(1 such\)"):
-        check_no_leak(items("a", "b"), items("b", "c"))
+def test_copies_of_an_image_stay_on_one_side(folder):
+    root = folder(number=30)
+    copies = [1, 7, 13, 19]
+    for number in copies[1:]:
+        (root / "images" / f"{number}.png").write_bytes((root / "images" / "1.png").read_bytes())
+    data = SegmentationData(SPINE, root, image_size=32)
+    assert len({item.split for item in data.items if int(item.id) in copies}) == 1
+    assert len({item.group for item in data.items}) == 7
 
 
-def test_limit_takes_whole_subjects():
-    everything = demo_items(SPINE, 32, number=60)
-    chosen = limit_items(everything, 20, seed=0)
-    assert len(chosen) == 18
-    assert all(sum(item.group == member.group for member in chosen) == 3 for item in chosen)
-    assert limit_items(everything, 100, seed=0) != everything
-    assert sorted(limit_items(everything, 100, seed=0)) == sorted(everything)
+def test_values_of_every_depth_reach_the_network():
+    for dtype, low, high in ((np.uint8, 0, 255), (np.uint16, 100, 4100), (np.float32, -3, 5)):
+        image = np.linspace(low, high, 40 * 40).reshape(40, 40, 1).astype(dtype)
+        values = to_input(image, 40)
+        assert values.shape == (1, 40, 40)
+        assert torch.allclose(values.flatten(), torch.linspace(0, 1, 1600), atol=0.003)
+        assert len(values.half().unique()) == len(np.unique(image)) if dtype == np.uint8 else 1000
+    assert to_input(np.full((9, 9, 3), 7, np.uint16), 32).abs().max() == 0
+    target = to_target(np.repeat(np.arange(6, dtype=np.uint8), 10)[None].repeat(30, 0), 64)
+    assert target.shape == (1, 64, 64)
+    assert target.unique().tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DEMOS)
 def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(name):
     task = get_task(name)
-    images = ImageSet(task, demo_items(task, 40, number=3), 40, training=True, seed=7)
+    images = demo_set(task, 40, 3, training=True, seed=7)
     first = images[2, 1]
     images[0, 0]
     assert torch.equal(images[2, 1]["image"], first["image"])
@@ -209,11 +208,11 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(name):
     assert not torch.equal(images[3, 1]["image"], first["image"])
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DEMOS)
 def test_augmented_masks_keep_their_labels_and_follow_the_image(name):
     task = get_task(name)
-    images = ImageSet(task, demo_items(task, 64, number=3), 64, training=True, seed=0)
-    images.images = (images.masks * 50).expand(-1, task.in_channels, -1, -1).contiguous()
+    images = demo_set(task, 64, 3, training=True)
+    images.images = (images.masks / 5).expand(-1, task.in_channels, -1, -1).contiguous()
     for epoch in range(8):
         sample = images[epoch, 0]
         assert set(sample["mask"].unique().tolist()) <= set(range(1 + len(task.labels)))
@@ -224,7 +223,7 @@ def test_augmented_masks_keep_their_labels_and_follow_the_image(name):
 
 def test_images_are_normalised_one_by_one():
     task = get_task("isic2017")
-    image = ImageSet(task, demo_items(task, 48, number=1), 48, training=False, seed=0)[0]["image"]
+    image = demo_set(task, 48, 1, training=False)[0]["image"]
     assert torch.allclose(image.mean((1, 2)), torch.zeros(3), atol=1e-4)
     assert torch.allclose(image.std((1, 2)), torch.ones(3), atol=1e-2)
 
@@ -246,5 +245,55 @@ def test_masks_of_one_bit_are_read(folder):
     path = root / "masks" / "0.png"
     before = np.asarray(Image.open(path))
     Image.open(path).convert("1").save(path)
-    mask = folder_items(get_task("fetal_head"), root)[0].read()[1]
+    mask = find_items(get_task("fetal_head"), root)[0].read()[1]
     assert np.array_equal(mask, before // 255)
+
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+
+
+@pytest.mark.parametrize(
+    ("picture", "channels", "expected"),
+    [
+        (Image.fromarray(GREY), 1, GREY[..., None]),
+        (Image.fromarray(GREY), 3, GREY[..., None].repeat(3, 2)),
+        (Image.fromarray(GREY.astype(np.uint16) * 200), 1, GREY[..., None].astype(np.uint16) * 200),
+        (Image.fromarray(GREY).convert("RGB"), 1, GREY[..., None]),
+        (Image.fromarray(GREY).convert("LA"), 1, GREY[..., None]),
+        (Image.fromarray(GREY).convert("RGBA"), 3, GREY[..., None].repeat(3, 2)),
+        (Image.fromarray(GREY).convert("P"), 3, GREY[..., None].repeat(3, 2)),
+        (Image.fromarray(GREY).convert("1", dither=0), 1, np.where(GREY[..., None] > 127, 255, 0).astype(np.uint8)),
+    ],
+    ids=["grey", "grey-as-colour", "16-bit", "colour-as-grey", "grey-alpha", "colour-alpha", "palette", "1-bit"],
+)
+def test_images_keep_their_depth(tmp_path, picture, channels, expected):
+    path = tmp_path / "image.png"
+    picture.save(path)
+    pixels = read_image(path, channels)
+    assert pixels.dtype == expected.dtype
+    assert np.array_equal(pixels, expected)
+
+
+def test_colours_of_sixteen_bits_are_not_cut_to_eight(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 4, 3)).astype(np.uint16)
+    path = tmp_path / "image.png"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(path))
+    assert np.array_equal(read_image(path, 3), pixels)
+    assert read_image(path, 1).dtype == np.uint16
+
+
+def test_masks_in_colours_are_refused_and_grey_ones_in_colour_files_read(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.fromarray(GREY).convert("RGB").save(path)
+    assert np.array_equal(read_values(path), GREY)
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
+    with pytest.raises(ValueError, match="mask.png is a mask in colours: save it as grey values"):
+        read_values(path)
+
+
+def test_a_mask_of_one_class_may_use_one_or_255():
+    for value in (1, 255):
+        classes = to_classes(np.array([[0, value]]), {255: "lesion"}, Path("mask.png"))
+        assert classes.tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"):
+        to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))

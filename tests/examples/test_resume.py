@@ -1,4 +1,4 @@
-"""A training that is interrupted and then killed, and each time resumed, equals an unbroken one bit for bit."""
+"""A training that is interrupted or killed, and resumed, equals an unbroken one bit for bit; damaged files are named."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ train.main(argv)
 
 
 def start(examples: Path, out: Path, *flags: str, stop_after: int = 0, by: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", DRIVER, str(stop_after), str(int(by)), f"--out={out}", *FLAGS, *flags]
+    return python(examples, DRIVER, str(stop_after), str(int(by)), f"--out={out}", *FLAGS, *flags)
+
+
+def python(examples: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(examples), str(examples.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
 
 
@@ -59,9 +63,77 @@ def test_resumed_equals_uninterrupted(examples, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming from {broken}" in resumed.stdout
 
+    assert_same_run(unbroken, broken)
+
+
+# One process imports everything; its children train, and are killed at moments drawn at random.
+KILLER = """
+import os, random, signal, sys, time
+import torch, train
+torch.set_num_threads(1)
+kills, history, *argv = sys.argv[1:]
+draw = random.Random(0)
+def rows():
+    return len(open(history).readlines()) if os.path.exists(history) else 0
+def start():
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        train.main(argv)
+        status = 0
+    finally:
+        os._exit(status)
+for kill in range(int(kills)):
+    goal, delay = rows() + draw.randint(1, 2), draw.uniform(0, 0.5)
+    child = start()
+    while rows() < goal:
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the training ended before it was killed"
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes")
+def test_killed_ten_times_at_random_moments(examples, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for out, kills in ((unbroken, 0), (broken, 10)):
+        flags = [f"--out={out}", *FLAGS, "--epochs=32", "--resume"]
+        done = python(examples, KILLER, str(kills), str(out / "history.csv"), *flags)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(unbroken, broken)
+    assert not list(broken.rglob("*.part"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(examples, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert start(examples, unbroken).returncode == 0
+    start(examples, broken, stop_after=4, by=signal.SIGKILL)
+    last = broken / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-5000])
+
+    resumed = start(examples, broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "last.ckpt is truncated or damaged" in resumed.stdout
+    assert "previous.ckpt" in resumed.stdout
+    assert_same_run(unbroken, broken)
+
+    for path in last.parent.glob("*.ckpt"):
+        path.write_bytes(b"")
+    refused = start(examples, broken, "--resume")
+    assert refused.returncode == 1
+    assert "no whole checkpoint is left in" in refused.stderr
+
+
+def assert_same_run(unbroken: Path, broken: Path) -> None:
+    """The same scores, the same weights to the last bit, the same curves."""
     facts = [json.loads((out / "metrics.json").read_text()) for out in (unbroken, broken)]
     for fact in facts:
-        del fact["seconds"], fact["commit"]  # of the clock, and of whoever commits meanwhile
+        for name in ("seconds", "commit", "command", "date"):  # of the clock, and of whoever commits meanwhile
+            del fact[name]
     assert facts[0] == facts[1]
     for name in ("best", "last"):
         states = [torch.load(out / "checkpoints" / f"{name}.ckpt", weights_only=True) for out in (unbroken, broken)]
@@ -73,4 +145,4 @@ def test_resumed_equals_uninterrupted(examples, tmp_path):
         for out in (unbroken, broken)
     ]
     assert curves[0] == curves[1]
-    assert len(curves[0]) == 5
+    assert len(curves[0]) == 1 + facts[0]["epochs"]

@@ -17,6 +17,7 @@ import train
 from kan_mamba_layers import from_pretrained
 from segmentation.module import Segmentation
 from segmentation.networks import build_network
+from segmentation.splits import read_split, split_hash
 from segmentation.tasks import get_task
 
 QUIET = ["--image-size=32", "--limit=30", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
@@ -35,8 +36,9 @@ def test_a_run_leaves_every_file(tmp_path):
     assert saved | facts == saved
     assert facts["model_args"] == {"use_kan": False}
     assert facts["epochs"] == 2
-    assert facts["images"] == {"train": 24, "val": 6}
-    assert facts["subjects"] == {"train": 8, "val": 2}
+    assert facts["images"] == {"train": 18, "val": 6, "test": 6}
+    assert facts["subjects"] == {"train": 6, "val": 2, "test": 2}
+    assert facts["split_sha256"] == split_hash(read_split(out / "split.json"))
     assert set(saved["metrics"]) == {"per_image", "pooled", "classes"}
     assert list(saved["metrics"]["classes"]) == ["L1", "L2", "L3", "L4", "L5"]
     assert set(saved["metrics"]["per_image"]) == set(saved["metrics"]["classes"]["L3"]["pooled"]) == SCORES

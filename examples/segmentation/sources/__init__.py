@@ -1,0 +1,51 @@
+"""Data sets as people download them: one module a layout, and `find_items`, which tells them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from segmentation.items import Item
+from segmentation.sources import busi, folders, hc18, isic2017, matlab, nnunet, table, volumes
+from segmentation.sources.files import subfolders
+from segmentation.tasks import Task
+
+# A module has `fits(folder)`, `items(task, folder)` and a DESCRIPTION. The first that fits is taken.
+LAYOUTS = (table, isic2017, hc18, busi, nnunet, volumes, matlab, folders)
+DEPTH = 5  # how far below the given folder the data set may lie
+
+
+def find_items(task: Task, folder: Path) -> list[Item]:
+    """The items of a data folder, sorted by id: images are found and paired with their masks, and read when used.
+
+    `folder` may also be one that holds exactly one data set, such as what an archive was unpacked into.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data-dir {str(folder)!r} is not a folder: give the folder with images/, masks/, items.csv, "
+            "or a data set as it was downloaded"
+        )
+    layout, place = _recognise(folder)
+    found = sorted(layout.items(task, place), key=lambda item: item.id)
+    if not found:
+        raise ValueError(f"data-dir {str(place)!r} holds no image with a label of task {task.name!r}")
+    return found
+
+
+def _recognise(folder: Path) -> tuple[ModuleType, Path]:
+    """The layout of a folder, or of the only data set below it, and where that lies."""
+    places = [folder]
+    for _ in range(1 + DEPTH):
+        hits = [(layout, place) for place in places if (layout := _layout(place))]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            names = ", ".join(str(place) for _, place in hits)
+            raise ValueError(f"data-dir {str(folder)!r} holds {len(hits)} data sets: give one of {names}")
+        places = [inner for place in places for inner in subfolders(place)]
+    known = "".join(f"\n  {layout.DESCRIPTION}" for layout in LAYOUTS)
+    raise ValueError(f"data-dir {str(folder)!r} holds nothing that is understood. Understood are:{known}")
+
+
+def _layout(folder: Path) -> ModuleType | None:
+    return next((layout for layout in LAYOUTS if layout.fits(folder)), None)

@@ -1,0 +1,56 @@
+"""`images/`, `masks/<id>.png` and `items.csv`: a row an image, with the columns id, file, group."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from segmentation.items import Item, read_pair
+from segmentation.sources.files import positive, read_rows
+from segmentation.tasks import Task
+
+DESCRIPTION = "images/, masks/<id>.png and items.csv with the columns id, file, group (and split, pixel_size_mm, hc_mm)"
+COLUMNS = ("id", "file", "group")
+
+
+def fits(folder: Path) -> bool:
+    return (folder / "items.csv").is_file()
+
+
+def items(task: Task, folder: Path) -> list[Item]:
+    """The items that `items.csv` lists; every file it names must be there.
+
+    `split` (train, val, test), `pixel_size_mm` and `hc_mm` are read where they stand. `resized_pixel_size_mm` goes
+    before `pixel_size_mm`: it belongs to the file in `images/`, the other to the file it was made from.
+    """
+    table = folder / "items.csv"
+    columns, rows = read_rows(table)
+    if missing := set(COLUMNS) - set(columns):
+        raise ValueError(f"{table} lacks the column(s) {', '.join(sorted(missing))}: it needs id, file, group")
+    if not rows:
+        raise ValueError(f"{table} lists no images: the data folder {str(folder)!r} is empty")
+    return [_item(task, folder, row, f"{table} line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def _item(task: Task, folder: Path, row: dict[str, str], place: str) -> Item:
+    if empty := [column for column in COLUMNS if not row.get(column)]:
+        raise ValueError(f"{place}: {empty[0]} is empty; every image needs an id, a file and a group")
+    image, mask = folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"
+    for path in (image, mask):
+        if not path.is_file():
+            raise FileNotFoundError(f"{place}: {path} does not exist; add the file or remove the line")
+    lengths = {
+        column: positive(row[column], column, place)
+        for column in ("pixel_size_mm", "resized_pixel_size_mm", "hc_mm")
+        if row.get(column)
+    }
+    pixel = lengths.get("resized_pixel_size_mm", lengths.get("pixel_size_mm"))
+    return Item(
+        row["id"],
+        row["group"],
+        partial(read_pair, task, image, mask),
+        split=row.get("split", ""),
+        files=(image, mask),
+        pixel_size=None if pixel is None else (pixel, pixel),
+        circumference=lengths.get("hc_mm"),
+    )

@@ -1,0 +1,257 @@
+"""From images of any size to probabilities at that size, against plain loops; and checkpoints, whole and damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from segmentation.checkpoints import RESUMABLE, latest_checkpoint, load_run, read_checkpoint
+from segmentation.data import ImageSet, demo_items, to_input, to_target
+from segmentation.inference import flip_axes, probabilities, to_classes_map
+from segmentation.networks import build_network
+from segmentation.tasks import get_task
+
+ODD = (37, 53)
+GREY, SKIN, SPINE = get_task("fetal_head"), get_task("isic2017"), get_task("lumbar_spine")
+
+
+class Known(nn.Module):
+    """Always answers with the same logits (k s s)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), -1, -1, -1)
+
+
+def picture(size: tuple[int, int] = ODD, channels: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, channels)).astype(np.uint8)
+
+
+def pointwise(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 1), nn.Tanh(), nn.Conv2d(4, classes, 1)).eval()
+
+
+def normalised(image: np.ndarray) -> Tensor:
+    """1 c h w, mean 0 and deviation 1 in each channel."""
+    values = image.astype(np.float64)
+    values = (values - values.mean((0, 1))) / values.std((0, 1))
+    return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)[None]
+
+
+def enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear values (h w) between pixel centres, pixel by pixel."""
+    (h, w), (height, width) = values.shape, size
+    done = np.empty(size)
+    for i in range(height):
+        for j in range(width):
+            y, x = max((i + 0.5) * h / height - 0.5, 0.0), max((j + 0.5) * w / width - 0.5, 0.0)
+            top, left = int(y), int(x)
+            low, right = min(top + 1, h - 1), min(left + 1, w - 1)
+            above = values[top, left] * (1 - (x - left)) + values[top, right] * (x - left)
+            below = values[low, left] * (1 - (x - left)) + values[low, right] * (x - left)
+            done[i, j] = above * (1 - (y - top)) + below * (y - top)
+    return done
+
+
+@pytest.mark.parametrize("size", [(32, 32), ODD, (19, 70), (90, 21)])
+def test_a_known_map_comes_back_at_the_size_of_the_image(size):
+    logits = torch.randn(6, 32, 32)
+    found = probabilities(Known(logits).eval(), SPINE, picture(size), 32)
+    expected = np.stack([enlarge(plane.double().numpy(), size) for plane in logits])  # 6 h w
+    torch.testing.assert_close(found, torch.tensor(expected).softmax(dim=0).float(), rtol=1e-4, atol=1e-6)
+    if size == (32, 32):
+        torch.testing.assert_close(found, logits.softmax(dim=0), rtol=0, atol=0)
+    assert (to_classes_map(found) == expected.argmax(axis=0)).mean() > 0.999
+
+
+def test_a_straight_contour_stays_where_it_is_at_any_size():
+    """Logits that rise along the row are 0 at 0.3 of the width; interpolated probabilities would be 0.5 elsewhere."""
+    x = (torch.arange(32) + 0.5) / 32
+    found = probabilities(Known(40 * (x - 0.3).expand(1, 32, 32)).eval(), GREY, picture((45, 201)), 32)
+    centres = (np.arange(201) + 0.5) / 201
+    assert (to_classes_map(found) == (centres > 0.3)).all()
+
+
+@pytest.mark.parametrize("size", [ODD, (20, 70), (100, 64), (15, 17)])
+@pytest.mark.parametrize("task", [GREY, SKIN, SPINE], ids=lambda task: task.name)
+def test_windows_of_a_pointwise_network_equal_its_whole_image(task, size):
+    image, network = picture(size, task.in_channels), pointwise(task.in_channels, task.num_classes)
+    logits = network(normalised(image))[0].detach()
+    expected = logits.sigmoid() if task.num_classes == 1 else logits.softmax(dim=0)
+    torch.testing.assert_close(probabilities(network, task, image, 32, window=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_see_the_image_at_its_own_resolution():
+    """The mean over 3 x 3 pixels, which a squashed image does not have."""
+    network = nn.Conv2d(1, 1, 3, padding=1, bias=False).eval()
+    nn.init.constant_(network.weight, 1 / 9)
+    image = picture((50, 90))
+    inner = probabilities(network, GREY, image, 64, window=True)[:, 1:-1, 1:-1].logit()
+    expected = network(normalised(image))[0, :, 1:-1, 1:-1]
+    assert (inner - expected).abs().mean() < 0.02  # but at the borders of the windows, where the blend is faint
+    squashed = probabilities(network, GREY, image, 64)[:, 1:-1, 1:-1].logit()
+    assert (squashed - expected).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("task", [GREY, SKIN], ids=lambda task: task.name)
+def test_flips_change_nothing_for_a_network_without_direction(task, window):
+    image, network = picture((40, 48), task.in_channels), pointwise(task.in_channels, 1)
+    plain, averaged = (probabilities(network, task, image, 32, window=window, flips=flips) for flips in (False, True))
+    torch.testing.assert_close(averaged, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_flips_average_the_probabilities_of_the_flips_that_training_knows():
+    logits = 3 * torch.randn(1, 32, 32)
+    p = logits.sigmoid()
+    assert (flip_axes(SKIN, 32), flip_axes(GREY, 32)) == ((-2, -1), (-1,))
+    skin = probabilities(Known(logits).eval(), SKIN, picture((32, 32), 3), 32, flips=True)
+    torch.testing.assert_close(skin, (p + p.flip(1) + p.flip(2) + p.flip(1, 2)) / 4)
+    head = probabilities(Known(logits).eval(), GREY, picture((32, 32)), 32, flips=True)
+    torch.testing.assert_close(head, (p + p.flip(2)) / 2)
+
+
+def test_flips_are_refused_where_training_never_flips():
+    network = pointwise(1, 6)
+    with pytest.raises(ValueError, match=r"flips cannot be averaged for lumbar_spine.* leave flips out"):
+        probabilities(network, SPINE, picture(), 32, flips=True)
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_depth_scale_and_offset_of_the_file_do_not_matter(window):
+    image, network = picture(), pointwise(1, 1)
+    expected = probabilities(network, GREY, image, 32, window=window)
+    for other in (image.astype(np.uint16) * 257, image.astype(np.float32) * 0.01 - 3):
+        found = probabilities(network, GREY, other, 32, window=window)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_sees_what_it_saw_in_training():
+    item = demo_items(SKIN, 48)[0]
+    image, mask = item.read()
+    seen = []
+    network = pointwise(3, 1)
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    probabilities(network, SKIN, image, 32)
+    trained_on = ImageSet(SKIN, [item], to_input(image, 32).half()[None], to_target(mask, 32)[None], training=False)
+    torch.testing.assert_close(seen[0][0], trained_on[0]["image"], rtol=0, atol=0.01)  # half precision
+
+
+def test_misuse_is_explained():
+    with pytest.raises(ValueError, match=r"shape \(37, 53, 3\): fetal_head needs \(h, w, 1\)"):
+        probabilities(pointwise(1, 1), GREY, picture(channels=3), 32)
+    with pytest.raises(ValueError, match=r"training mode: call network.eval\(\) first"):
+        probabilities(pointwise(1, 1).train(), GREY, picture(), 32)
+
+
+def write_run(out: Path, task: str = "isic2017", model: str = "km_unet_tiny", **settings: object) -> nn.Module:
+    """A run folder as train.py leaves it, with the weights of a fresh network."""
+    (out / "checkpoints").mkdir(parents=True)
+    config = {"task": task, "model": model, "model_args": {}, "image_size": 32, "data_dir": None, **settings}
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    network = build_network(model, get_task(task).in_channels, get_task(task).num_classes, **config["model_args"])
+    save(out / "checkpoints" / "best.ckpt", network)
+    return network.eval()
+
+
+def save(path: Path, network: nn.Module, epoch: int = 0) -> None:
+    torch.save({"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}, "epoch": epoch}, path)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"), [("km_unet_tiny", {"use_kan": False}), ("km_unet_pp_tiny", {}), ("unet", {})]
+)
+def test_a_run_is_loaded_as_it_was_saved(tmp_path, model, arguments):
+    network = write_run(tmp_path / "run", "lumbar_spine", model, model_args=arguments)
+    trained = load_run(tmp_path / "run")
+    assert (trained.task.name, trained.image_size, trained.name) == ("lumbar_spine", 32, model)
+    assert not trained.network.training
+    image = picture()
+    found, expected = (probabilities(net, SPINE, image, 32) for net in (trained.network, network))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_a_run_is_loaded_by_its_own_path(tmp_path):
+    write_run(tmp_path)
+    other = build_network("km_unet_tiny", 3, 1)
+    save(tmp_path / "checkpoints" / "last.ckpt", other)
+    weights = load_run(tmp_path / "checkpoints" / "last.ckpt").network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(tmp_path, part):
+    write_run(tmp_path)
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"best\.ckpt' is truncated or damaged \("):
+        load_run(tmp_path)
+
+
+def test_one_changed_byte_of_a_weight_is_refused(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    content = bytearray(path.read_bytes())
+    name, weight = next((k, v) for k, v in read_checkpoint(path)["state_dict"].items() if v.numel() > 100)
+    place = content.find(weight.numpy().tobytes())
+    assert place > 0, name
+    content[place + 40] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # which notices nothing
+    with pytest.raises(ValueError, match=r"best\.ckpt' is truncated or damaged \(wrong checksum of "):
+        load_run(tmp_path)
+
+
+def test_what_is_no_run_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml: give the folder that train\.py wrote"):
+        load_run(tmp_path)
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("task: isic2017")
+    with pytest.raises(ValueError, match=r"config\.yaml lacks 'model'"):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.yaml is no YAML"):
+        load_run(tmp_path / "run")
+    write_run(tmp_path / "other", model_args={"use_kan": False})
+    save(tmp_path / "other" / "checkpoints" / "best.ckpt", build_network("unet", 3, 1))
+    with pytest.raises(ValueError, match=r"best\.ckpt' does not fit the model .*km_unet_tiny, {'use_kan': False}"):
+        load_run(tmp_path / "other")
+    torch.save({"weights": 1}, tmp_path / "other" / "checkpoints" / "best.ckpt")
+    with pytest.raises(ValueError, match=r"truncated or damaged \(no state_dict in it"):
+        load_run(tmp_path / "other")
+    (tmp_path / "other" / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"best\.ckpt' is missing"):
+        load_run(tmp_path / "other")
+    save(tmp_path / "alone.ckpt", build_network("unet", 3, 1))
+    with pytest.raises(FileNotFoundError, match=r"alone\.ckpt' is in no run folder"):
+        load_run(tmp_path / "alone.ckpt")
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path) == (None, [])
+    last, previous = (tmp_path / name for name in RESUMABLE)
+    network = nn.Linear(50, 50)
+    save(last, network, epoch=2)
+    assert latest_checkpoint(tmp_path) == (last, [])
+    save(previous, network, epoch=1)
+    assert latest_checkpoint(tmp_path) == (last, [])
+
+    last.write_bytes(last.read_bytes()[:-100])
+    found, (sentence,) = latest_checkpoint(tmp_path)
+    assert found == previous
+    assert "last.ckpt' is truncated or damaged (" in sentence
+    assert sentence.endswith("): using previous.ckpt instead")
+
+    torch.save({"state_dict": {}}, previous)
+    found, sentences = latest_checkpoint(tmp_path)
+    assert found is None
+    assert ["last.ckpt" in sentences[0], "no epoch in it" in sentences[1]] == [True, True]

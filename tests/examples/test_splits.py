@@ -1,0 +1,172 @@
+"""Splits by subject: reproducible, without leaks, near-duplicates together, kept in files that notice every change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from segmentation.items import Item
+from segmentation.splits import (
+    check_no_leak,
+    check_unchanged,
+    difference_hash,
+    file_hash,
+    follow_split,
+    join_duplicates,
+    limit_items,
+    ranked_groups,
+    read_split,
+    split_items,
+    split_table,
+    write_split,
+)
+
+
+def items(*groups: str, splits: str = "") -> list[Item]:
+    words = splits.split() or [""] * len(groups)
+    return [
+        Item(f"{k:02d}", group, lambda: None, split) for k, (group, split) in enumerate(zip(groups, words, strict=True))
+    ]
+
+
+def people(number: int, images: int = 3) -> list[Item]:
+    return items(*(f"subject{k // images}" for k in range(number * images)))
+
+
+def sides(found: list[Item]) -> dict[str, set[str]]:
+    return {side: {item.group for item in found if item.split == side} for side in ("train", "val", "test")}
+
+
+def test_sides_are_disjoint_complete_and_of_the_wanted_size():
+    found = split_items(people(20), 0.15, 0.2, seed=1)
+    assert [item.id for item in found] == [item.id for item in people(20)]
+    parts = sides(found)
+    assert {side: len(groups) for side, groups in parts.items()} == {"train": 13, "val": 3, "test": 4}
+    assert len(set.union(*parts.values())) == 20
+
+
+def test_a_split_depends_on_the_seed_and_on_names_alone():
+    assert sides(split_items(people(20)[::-1], 0.15, 0.2, 1)) == sides(split_items(people(20), 0.15, 0.2, 1))
+    assert sides(split_items(people(20), 0.15, 0.2, 2)) != sides(split_items(people(20), 0.15, 0.2, 1))
+    order = ranked_groups(people(20), 3)
+    assert [group for group in ranked_groups(people(30), 3) if group in set(order)] == order
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("train val test train", {"train": {"a", "d"}, "val": {"b"}, "test": {"c"}}),
+        ("train val train train", None),
+        ("train train train train", None),
+        ("train train test train", None),
+    ],
+)
+def test_sides_that_the_data_set_names_are_followed_and_the_others_drawn(given, expected):
+    found = split_items(items("a", "b", "c", "d", splits=given), 0.25, 0.25, seed=0)
+    assert expected is None or sides(found) == expected
+    for item, side in zip(found, given.split(), strict=True):
+        assert side == "train" or item.split == side
+    assert all(sides(found).values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "given", "message"),
+    [
+        ("a b", "", r"no train subject: 2 images of 2 subject\(s\) need three or more subjects"),
+        ("a b c", "train fold1 val", "item '01' has the split 'fold1': use train, val or test for every image, or for"),
+        ("a b a", "train train val", "group 'a' is in 'train' and in 'val' .*put each subject on one side"),
+        ("a b c", "train train ", "split"),
+    ],
+)
+def test_bad_splits(groups, given, message):
+    names = groups.split()
+    splits = " ".join(given.split()) if len(given.split()) == len(names) else ""
+    found = items(*names, splits=splits)
+    if given.endswith(" "):
+        found[:2] = [replace(item, split="train") for item in found[:2]]
+    with pytest.raises(ValueError, match=message):
+        split_items(found, 0.2, 0.2, seed=0)
+
+
+@pytest.mark.parametrize(("val", "test"), [(0, 0.2), (0.2, 1.0), (0.6, 0.5)])
+def test_bad_fractions(val, test):
+    with pytest.raises(ValueError, match="must lie between 0 and 1, and both together below 1"):
+        split_items(people(9), val, test, seed=0)
+
+
+def test_leaks_are_refused():
+    check_no_leak(items("a", "a", "b", splits="train train test"))
+    with pytest.raises(ValueError, match=r"group 'b' is in 'test' and in 'train' \(1 such\)"):
+        check_no_leak(items("a", "b", "b", splits="train train test"))
+
+
+def test_limit_takes_whole_subjects():
+    chosen = limit_items(people(20), 20, seed=0)
+    assert len(chosen) == 18
+    assert all(sum(item.group == member.group for member in chosen) == 3 for item in chosen)
+    with pytest.raises(ValueError, match="limit 2 leaves nothing to split: give at least 3 images"):
+        limit_items(people(20), 2, seed=0)
+
+
+def test_hashes_find_copies_and_tell_images_apart():
+    rng = np.random.default_rng(0)
+    smooth = rng.random((6, 30, 40, 1)).cumsum(1).cumsum(2)
+    images = [(255 * image / image.max()).astype(np.uint8) for image in smooth]
+    first = difference_hash(images[0])
+    assert first.shape == (256,)
+    brighter = (0.7 * images[0] + 60).astype(np.uint8)
+    assert (difference_hash(brighter) != first).sum() <= 8
+    assert all((difference_hash(image) != first).sum() > 30 for image in images[1:])
+
+
+def test_near_duplicates_come_into_one_group_also_through_a_third():
+    hashes = np.zeros((5, 256), bool)
+    hashes[1, :6] = True  # near 0
+    hashes[2, :12] = True  # near 1, not near 0
+    hashes[3:, 100:200] = True
+    joined = join_duplicates(items("d", "c", "b", "a", "z"), hashes, bits=6)
+    assert [item.group for item in joined] == ["b", "b", "b", "a", "a"]
+    assert [item.group for item in join_duplicates(items("d", "c"), hashes[:2], bits=5)] == ["d", "c"]
+
+
+def test_files_of_a_split_are_followed_and_changes_noticed(tmp_path):
+    found = split_items(people(5), 0.2, 0.2, seed=0)
+    digests = [f"digest{k}" for k in range(len(found))]
+    path = tmp_path / "split.json"
+    table = split_table(found, digests)
+    write_split(path, table)
+    assert read_split(path) == table
+    assert not list(tmp_path.glob("*.part"))
+    assert follow_split([replace(item, split="", group="?") for item in found], table) == [
+        replace(item, group=item.group) for item in found
+    ]
+    check_unchanged(found, digests, table)
+    with pytest.raises(ValueError, match=r"image or mask of '00' \(1 such\) changed since the split was written"):
+        check_unchanged(found, ["other", *digests[1:]], table)
+    with pytest.raises(ValueError, match=r"the split lists '00' \(1 such\), which the data folder lacks"):
+        follow_split(found[1:], table)
+
+    content = json.loads(path.read_text())
+    content["items"]["00"]["split"] = "test" if content["items"]["00"]["split"] != "test" else "val"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"split.json' was changed after it was written"):
+        read_split(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"split.json' cannot be read .*: give the split.json of a run"):
+        read_split(path)
+
+
+def test_file_hashes_see_every_byte(tmp_path):
+    image, mask = tmp_path / "image", tmp_path / "mask"
+    image.write_bytes(b"ab")
+    mask.write_bytes(b"c")
+    item = Item("1", "1", lambda: None, files=(image, mask))
+    before = file_hash(item)
+    image.write_bytes(b"a")
+    mask.write_bytes(b"bc")  # the same bytes on end
+    assert file_hash(item) != before
+    drawn = Item("1", "1", lambda: (np.zeros((2, 2, 1), np.uint8), np.zeros((2, 2), np.uint8)))
+    assert file_hash(drawn) == file_hash(drawn)
