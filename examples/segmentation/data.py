@@ -29,9 +29,7 @@ DEMO_IMAGES = 120
 
 def demo_items(task: Task, size: int, number: int = DEMO_IMAGES, seed: int = 0) -> list[Item]:
     """The synthetic demo of `task`: `number` square images of `size` pixels."""
-    return [
-        Item(f"demo_{k:04d}", demo.subject_of(k), partial(_drawn, task, seed, k, size)) for k in range(number)
-    ]
+    return [Item(f"demo_{k:04d}", demo.subject_of(k), partial(_drawn, task, seed, k, size)) for k in range(number)]
 
 
 def _drawn(task: Task, seed: int, index: int, size: int) -> tuple[Pixels, NDArray[np.uint8]]:
@@ -81,7 +79,12 @@ class Loaded:
 def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], str] | Exception:
     try:
         image, mask = item.read()
-        return to_input(image, size).half(), to_target(mask, size), splits.difference_hash(image), splits.file_hash(item)
+        return (
+            to_input(image, size).half(),
+            to_target(mask, size),
+            splits.difference_hash(image),
+            splits.file_hash(item),
+        )
     except (ValueError, OSError) as error:
         return error
 

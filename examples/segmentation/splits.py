@@ -48,7 +48,9 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
     """
     for name, fraction in (("val-fraction", val_fraction), ("test-fraction", test_fraction)):
         if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
-            raise ValueError(f"{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2")
+            raise ValueError(
+                f"{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
+            )
     given = {item.split for item in items if item.split}
     if odd := next((item for item in items if given and item.split not in SIDES), None):
         raise ValueError(
@@ -62,11 +64,15 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
             number = max(1, round(fraction * len(free)))
             chosen = [group for group in free if group not in sides][:number]
             sides |= dict.fromkeys(chosen, side)
-    done = [item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items]
+    done = [
+        item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items
+    ]
     for side in SIDES:
         if not any(item.split == side for item in done):
             groups = len({item.group for item in items})
-            raise ValueError(f"no {side} subject: {len(items)} images of {groups} subject(s) need three or more subjects")
+            raise ValueError(
+                f"no {side} subject: {len(items)} images of {groups} subject(s) need three or more subjects"
+            )
     return done
 
 
@@ -150,7 +156,9 @@ def follow_split(items: Sequence[Item], table: Table) -> list[Item]:
     if missing := sorted(table.keys() - {item.id for item in items}):
         raise ValueError(f"the split lists {missing[0]!r} ({len(missing)} such), which the data folder lacks")
     chosen = [
-        replace(item, group=table[item.id]["group"], split=table[item.id]["split"]) for item in items if item.id in table
+        replace(item, group=table[item.id]["group"], split=table[item.id]["split"])
+        for item in items
+        if item.id in table
     ]
     check_no_leak(chosen)
     return chosen

@@ -287,7 +287,7 @@ def test_masks_in_colours_are_refused_and_grey_ones_in_colour_files_read(tmp_pat
     Image.fromarray(GREY).convert("RGB").save(path)
     assert np.array_equal(read_values(path), GREY)
     Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
-    with pytest.raises(ValueError, match="mask.png is a mask in colours: save it as grey values"):
+    with pytest.raises(ValueError, match=r"mask.png is a mask in colours: save it as grey values"):
         read_values(path)
 
 
@@ -295,5 +295,7 @@ def test_a_mask_of_one_class_may_use_one_or_255():
     for value in (1, 255):
         classes = to_classes(np.array([[0, value]]), {255: "lesion"}, Path("mask.png"))
         assert classes.tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match=r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"):
+    with pytest.raises(
+        ValueError, match=r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"
+    ):
         to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, MeanIoU, SurfaceDiceMetric
 from PIL import Image
+from test_inference import save, write_run
 from torch import Tensor, nn
 
 import evaluate as script
@@ -26,7 +27,6 @@ from segmentation.sources import find_items
 from segmentation.splits import file_hash, read_split, split_items, split_table, write_split
 from segmentation.surface import TOLERANCE, surface_scores
 from segmentation.tasks import Task, get_task
-from test_inference import save, write_run
 
 GREY, SPINE = get_task("fetal_head"), get_task("lumbar_spine")
 SIDE = 32

@@ -19,7 +19,9 @@ FLAGS = [
 def curves(examples: Path, out: Path, *flags: str) -> dict[str, list[float]]:
     """The columns of history.csv of a training in processes of its own."""
     command = [sys.executable, str(examples / "train.py"), f"--out={out}", *FLAGS, *flags]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader((out / "history.csv").open()))
     assert len(rows) == 3

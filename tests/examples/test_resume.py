@@ -1,4 +1,4 @@
-"""A training that is interrupted or killed, and resumed, equals an unbroken one bit for bit; damaged files are named."""
+"""A training that is stopped or killed, and resumed, equals an unbroken one bit for bit; damaged files are named."""
 
 from __future__ import annotations
 

@@ -36,6 +36,15 @@ class TestContextBlock:
         mixed = block.ss2d(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         assert torch.equal(block(x), block.ema(mixed))
 
+    def test_residual_adds_the_branch_to_the_input(self) -> None:
+        block, x = ContextBlock(8, d_state=2, residual=True), torch.randn(2, 8, 7, 5)
+        mixed = block.ss2d(block.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        assert torch.equal(block(x), x + block.ema(mixed))
+        torch.nn.init.zeros_(block.ss2d.out_proj.weight)
+        assert torch.equal(block(x), x)
+        only_ema = ContextBlock(8, use_ss2d=False, residual=True)
+        assert torch.equal(only_ema(x), only_ema.ema(x)) and not list(only_ema.norm.parameters())
+
     def test_either_may_be_left_out(self) -> None:
         x = torch.randn(2, 8, 7, 5)
         only_ema = ContextBlock(8, use_ss2d=False)

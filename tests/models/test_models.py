@@ -21,6 +21,7 @@ ABLATIONS = (
     {"use_ema": False},
     {"trunk_context": False},
     {"decoder_kan": False},
+    {"context_residual": True},
     {"use_ss2d": False, "use_ema": False},
     {"grid_size": 8, "spline_order": 2},
     {"d_state": 1, "expand": 2},

@@ -1,0 +1,147 @@
+"""Ellipses: exact fits, Ramanujan's formula against the integral, HC18's own circumferences, heads outside the frame."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import ellipe
+
+from segmentation.ellipse import Ellipse, fit_ellipse, head_circumference
+
+HC18 = Path("data", "native", "hc18")
+
+
+def outline(ellipse: Ellipse, number: int = 200, share: float = 1.0) -> np.ndarray:
+    """Points (n 2) on the first `share` of an ellipse."""
+    angle = np.linspace(0, 2 * np.pi * share, number, endpoint=False)
+    along, across = ellipse.a * np.cos(angle), ellipse.b * np.sin(angle)
+    down = ellipse.row + along * np.cos(ellipse.angle) - across * np.sin(ellipse.angle)
+    right = ellipse.column + along * np.sin(ellipse.angle) + across * np.cos(ellipse.angle)
+    return np.stack([down, right], axis=1)
+
+
+def random_ellipse(seed: int) -> Ellipse:
+    """As a fetal head lies in an image of 540x800 pixels."""
+    rng = np.random.default_rng(seed)
+    a = rng.uniform(60, 160)
+    row, column = rng.uniform([249, 299], [251, 301])
+    return Ellipse(row, column, a, a * rng.uniform(0.65, 0.95), rng.uniform(0, np.pi))
+
+
+def published(shared: Path) -> dict[str, tuple[float, float, np.ndarray]]:
+    """Pixel size, head circumference and outline of HC18's images."""
+    root = shared / HC18
+    if not root.is_dir():
+        pytest.skip(f"no HC18 files at {root}")
+    with (root / "training_set_pixel_size_and_HC.csv").open() as stream:
+        rows = [(Path(name).stem, float(pixel), float(length)) for name, pixel, length in list(csv.reader(stream))[1:]]
+    files = {name: root / "training_set" / f"{name}_Annotation.png" for name, _, _ in rows}
+    return {name: (pixel, length, np.asarray(Image.open(files[name]))) for name, pixel, length in rows}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.9, 0.7, 0.51])
+def test_circumference_is_that_of_the_elliptic_integral(ratio):
+    exact = 4 * 50 * ellipe(1 - ratio**2)
+    assert Ellipse(0, 0, 50, 50 * ratio, 0).circumference() == pytest.approx(exact, rel=1e-9)
+
+
+def test_circumference_of_a_flat_ellipse():
+    assert Ellipse(0, 0, 50, 1e-9, 0).circumference() == pytest.approx(200, rel=4.1e-4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("far", [0, 1e6])
+def test_fit_finds_the_ellipse_its_points_lie_on(seed, far):
+    truth = random_ellipse(seed)
+    found = fit_ellipse(outline(truth, 60, share=0.6) + far)
+    assert (found.row - far, found.column - far) == pytest.approx((truth.row, truth.column), abs=1e-4)
+    assert (found.a, found.b) == pytest.approx((truth.a, truth.b), abs=1e-4)
+    assert np.sin(found.angle - truth.angle) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_radii_are_one_on_the_ellipse_and_grow_in_proportion(seed):
+    ellipse = random_ellipse(seed)
+    points = outline(ellipse)
+    centre = np.array([ellipse.row, ellipse.column])
+    for factor in (0.0, 0.5, 1.0, 3.0):
+        assert np.allclose(ellipse.radii(*(centre + factor * (points - centre)).T), factor)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fill_has_the_area_of_the_ellipse(seed):
+    ellipse = random_ellipse(seed)
+    mask = ellipse.fill((540, 800))
+    assert mask.sum() == pytest.approx(np.pi * ellipse.a * ellipse.b, rel=2e-3)
+    assert np.argwhere(mask).mean(0) == pytest.approx([ellipse.row, ellipse.column], abs=0.05)
+    assert np.array_equal(ellipse.fill((200, 310)), mask[:200, :310])
+
+
+def test_angle_turns_from_down_to_right():
+    steep = Ellipse(100, 100, 80, 30, 0).fill((200, 200))
+    assert (np.ptp(np.argwhere(steep), axis=0) == [160, 60]).all()
+    slanted = np.argwhere(Ellipse(100, 100, 80, 30, np.pi / 4).fill((200, 200))) - 100
+    assert (slanted[:, 0] * slanted[:, 1]).mean() > 0
+
+
+def test_published_circumferences_are_reproduced(shared):
+    """Of the outlines to 0.05 mm, and of the filled ellipses to 0.05 mm, also of the three that leave the frame."""
+    open_ones = 0
+    for name, (pixel, length, drawn) in published(shared).items():
+        ellipse = fit_ellipse(np.argwhere(drawn))
+        mask = ellipse.fill(drawn.shape)
+        assert ellipse.circumference() * pixel == pytest.approx(length, abs=0.05), name
+        assert head_circumference(mask, (pixel, pixel)) == pytest.approx(length, abs=0.05), name
+        open_ones += mask[[0, -1]].any() or mask[:, [0, -1]].any()
+    assert open_ones == 3
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1, 0.2, 0.33])
+def test_heads_that_leave_the_frame_keep_their_circumference(outside):
+    for seed in range(12):
+        truth = random_ellipse(seed)
+        top = round(np.quantile(outline(truth, 4000)[:, 0], outside))
+        mask = truth.fill((540, 800))[top if outside else 0 :]
+        for turned in (mask, mask[::-1], mask.T):
+            assert head_circumference(turned, (0.2, 0.2)) == pytest.approx(0.2 * truth.circumference(), rel=3e-3)
+
+
+def test_pixels_need_not_be_square():
+    """The same head seen with pixels half as high, or half as wide."""
+    head = Ellipse(100, 130, 80, 60, 0.7)
+    whole = np.argwhere(np.ones((400, 520)))
+    for rows, columns in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)):
+        seen = head.radii(whole[:, 0] * rows, whole[:, 1] * columns).reshape(400, 520) <= 1
+        assert head_circumference(seen, (rows, columns)) == pytest.approx(head.circumference(), rel=1e-3)
+
+
+def test_only_the_largest_part_counts_and_its_holes_do_not():
+    head = Ellipse(100, 130, 80, 60, 0.7)
+    mask = head.fill((220, 260))
+    alone = head_circumference(mask, (1, 1))
+    mask[90:110, 120:140] = False
+    mask[:12, :12] = True
+    assert head_circumference(mask, (1, 1)) == alone
+    assert head_circumference(mask.astype(np.uint8) * 255, (1, 1)) == alone
+
+
+@pytest.mark.parametrize("mask", [np.zeros((9, 9)), np.ones((9, 9)), np.eye(9)[:2], np.arange(81).reshape(9, 9) == 40])
+def test_no_ellipse(mask):
+    assert head_circumference(mask, (1, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.ones((5, 2)), "5 points determine no ellipse: it takes 6"),
+        (np.ones((40, 2)), "no ellipse fits the 40 points"),
+        (np.arange(40).repeat(2).reshape(40, 2), "no ellipse fits the 40 points"),
+    ],
+)
+def test_points_without_ellipse_are_refused(points, message):
+    with pytest.raises(ValueError, match=message):
+        fit_ellipse(points)
