@@ -15,7 +15,7 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "benchmarks/*"]  # the tables are included by benchmarks.md
+exclude_patterns = ["_build", "benchmarks/*", "results/*"]  # the tables are included by benchmarks.md
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -71,7 +71,7 @@ def read_image(path: Path, channels: int) -> Pixels:
 
 
 def read_values(path: Path) -> NDArray[np.integer]:
-    """Pixel values (h w) of a mask file: of a palette the indices, not the colours; of a grey picture in RGB its grey."""
+    """Pixel values (h w) of a mask: of a palette the indices, not the colours; of a grey picture in RGB its grey."""
     image = _open(path)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)

@@ -1,4 +1,4 @@
-"""Ellipses: exact fits, Ramanujan's formula against the integral, HC18's own circumferences, heads outside the frame."""
+"""Ellipses: exact fits, Ramanujan's formula against the integral, HC18's own circumferences, heads cut by the frame."""
 
 from __future__ import annotations
 

@@ -34,18 +34,18 @@ def find_items(task: Task, folder: Path) -> list[Item]:
 
 def _recognise(folder: Path) -> tuple[ModuleType, Path]:
     """The layout of a folder, or of the only data set below it, and where that lies."""
-    places = [folder]
-    for _ in range(1 + DEPTH):
-        hits = [(layout, place) for place in places if (layout := _layout(place))]
-        if len(hits) == 1:
-            return hits[0]
-        if hits:
-            names = ", ".join(str(place) for _, place in hits)
-            raise ValueError(f"data-dir {str(folder)!r} holds {len(hits)} data sets: give one of {names}")
-        places = [inner for place in places for inner in subfolders(place)]
-    known = "".join(f"\n  {layout.DESCRIPTION}" for layout in LAYOUTS)
-    raise ValueError(f"data-dir {str(folder)!r} holds nothing that is understood. Understood are:{known}")
+    hits = _search(folder, DEPTH)
+    if len(hits) > 1:
+        names = "".join(f"\n  {place}" for _, place in hits)
+        raise ValueError(f"data-dir {str(folder)!r} holds {len(hits)} data sets: give one of{names}")
+    if not hits:
+        known = "".join(f"\n  {layout.DESCRIPTION}" for layout in LAYOUTS)
+        raise ValueError(f"data-dir {str(folder)!r} holds nothing that is understood. Understood are:{known}")
+    return hits[0]
 
 
-def _layout(folder: Path) -> ModuleType | None:
-    return next((layout for layout in LAYOUTS if layout.fits(folder)), None)
+def _search(folder: Path, depth: int) -> list[tuple[ModuleType, Path]]:
+    """All data sets in a folder; inside of one no other is looked for."""
+    if layout := next((layout for layout in LAYOUTS if layout.fits(folder)), None):
+        return [(layout, folder)]
+    return [hit for inner in subfolders(folder) for hit in _search(inner, depth - 1)] if depth else []
