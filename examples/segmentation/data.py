@@ -153,6 +153,7 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"image-size {image_size} is too small: the networks halve it five times, use 32 or more")
         if batch_size < 1:
             raise ValueError(f"batch-size {batch_size} must be at least 1")
+        splits.check_fractions(val_fraction, test_fraction)
         self.task, self.seed = task, seed
         self.batch_size, self.num_workers = batch_size, num_workers
         found = demo_items(task, image_size) if data_dir is None else find_items(task, data_dir)

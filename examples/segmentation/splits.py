@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,12 @@ def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     """At most `limit` images, as whole subjects."""
     if limit < 3:
         raise ValueError(f"limit {limit} leaves nothing to split: give at least 3 images")
-    chosen: list[Item] = []
+    sizes = Counter(item.group for item in items)
+    chosen: set[str] = set()
     for group in ranked_groups(items, seed):
-        members = [item for item in items if item.group == group]
-        if len(chosen) + len(members) <= limit:
-            chosen += members
-    return chosen
+        if sum(sizes[known] for known in chosen) + sizes[group] <= limit:
+            chosen.add(group)
+    return [item for item in items if item.group in chosen]
 
 
 def ranked_groups(items: Iterable[Item], seed: int) -> list[str]:
@@ -46,11 +47,7 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
     A data set that names `train` alone is divided into all three; one that names `train` and `val`, or `train` and
     `test`, gives the missing side from the training subjects; one that names all three is followed.
     """
-    for name, fraction in (("val-fraction", val_fraction), ("test-fraction", test_fraction)):
-        if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
-            )
+    check_fractions(val_fraction, test_fraction)
     given = {item.split for item in items if item.split}
     if odd := next((item for item in items if given and item.split not in SIDES), None):
         raise ValueError(
@@ -74,6 +71,15 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
                 f"no {side} subject: {len(items)} images of {groups} subject(s) need three or more subjects"
             )
     return done
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Refuse fractions that leave a side empty."""
+    for name, fraction in (("val-fraction", val_fraction), ("test-fraction", test_fraction)):
+        if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
+            )
 
 
 def check_no_leak(items: Sequence[Item]) -> None:

@@ -16,12 +16,6 @@ from scipy.io import savemat
 from segmentation.ellipse import Ellipse
 
 SIZE = (30, 40)  # h w
-GEOMETRIES = {  # where the axes x, y, z of a volume point, in columns of (left, back, head)
-    "LPS": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "PIR": [[0, 0, -1], [1, 0, 0], [0, -1, 0]],
-    "RAS": [[-1, 0, 0], [0, -1, 0], [0, 0, 1]],
-    "SRP": [[0, -1, 0], [0, 0, 1], [1, 0, 0]],
-}
 
 
 @dataclass

@@ -8,30 +8,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import SimpleITK
-from layouts import (
-    GEOMETRIES,
-    LAYOUTS,
-    SIZE,
-    Truth,
-    blob,
-    grey,
-    lumbar,
-    save,
-    save_volume,
-    spine,
-    write_busi,
-    write_class_folders,
-    write_folders,
-    write_hc18,
-    write_isic2017,
-    write_matlab,
-    write_nnunet,
-    write_nnunet_volumes,
-    write_spider,
-)
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -41,11 +21,11 @@ from segmentation.items import Item
 from segmentation.sources import find_items, voxels
 from segmentation.tasks import SPIDER, TASKS, get_task
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)
 
 
-def write(layout: str, root: Path) -> tuple[str, dict[str, Truth]]:
-    task, writer = LAYOUTS[layout]
+def write(layout: str, root: Path) -> tuple[str, dict[str, layouts.Truth]]:
+    task, writer = layouts.LAYOUTS[layout]
     return task, writer(root)
 
 
@@ -53,7 +33,7 @@ def find(task: str, root: Path) -> dict[str, Item]:
     return {item.id: item for item in find_items(get_task(task), root)}
 
 
-def check(found: dict[str, Item], written: dict[str, Truth], exact: bool = True) -> None:
+def check(found: dict[str, Item], written: dict[str, layouts.Truth], exact: bool = True) -> None:
     assert list(found) == sorted(written)
     for key, truth in written.items():
         item = found[key]
@@ -113,8 +93,8 @@ def test_doubled_folders(layout, tmp_path):
 
 
 def test_two_data_sets_in_one_folder_are_refused(tmp_path):
-    write_folders(tmp_path / "one")
-    write_busi(tmp_path / "other")
+    layouts.write_folders(tmp_path / "one")
+    layouts.write_busi(tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds 2 data sets: give one of\n.*one\n.*Dataset_BUSI_with_GT"):
         find("breast_lesion", tmp_path)
     assert find("breast_lesion", tmp_path / "other")
@@ -155,68 +135,68 @@ def _save_deep(path: Path, pixels: np.ndarray) -> None:
 def test_images_of_every_depth(tmp_path, kind, ending, channels):
     """One image of equal channels in ten ways: grey and colour tasks both get its values in the file's own depth."""
     folder, path = tmp_path / "images", tmp_path / "images" / f"a.{ending}"
-    values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE)
-    values = {"one bit": values % 2 * 255, "grey": np.full(SIZE, 77)}.get(kind, values // 5)
-    save(tmp_path / "masks" / "a.png", blob(1))
+    values = np.arange(np.prod(layouts.SIZE)).reshape(layouts.SIZE)
+    values = {"one bit": values % 2 * 255, "grey": np.full(layouts.SIZE, 77)}.get(kind, values // 5)
+    layouts.save(tmp_path / "masks" / "a.png", layouts.blob(1))
     folder.mkdir()
     if "deep" in kind:
         values = values * 250
         _save_deep(path, (np.dstack([values] * 3) if "rgb" in kind else values).astype(np.uint16))
     elif kind == "float":
-        save(path, values.astype(np.float32) / 4)
+        layouts.save(path, values.astype(np.float32) / 4)
     else:
         mode = {"rgb": "RGB", "rgba": "RGBA", "palette": "P", "one bit": "1"}.get(kind)
-        save(path, values.astype(np.uint8), mode)
+        layouts.save(path, values.astype(np.uint8), mode)
     image, mask = find("isic2017" if channels == 3 else "breast_lesion", tmp_path)["a"].read()
-    assert image.shape == (*SIZE, channels)
+    assert image.shape == (*layouts.SIZE, channels)
     assert image.dtype == (np.float32 if kind == "float" else np.uint16 if "deep" in kind else np.uint8)
     assert np.array_equal(image, np.repeat(values[..., None] / (4 if kind == "float" else 1), channels, axis=2))
-    assert np.array_equal(mask, blob(1))
+    assert np.array_equal(mask, layouts.blob(1))
 
 
 def test_official_sides_are_followed_only_with_the_training_set(tmp_path):
-    write_isic2017(tmp_path)
+    layouts.write_isic2017(tmp_path)
     shutil.rmtree(tmp_path / "ISIC-2017_Training_Data")
     assert {item.split for item in find("isic2017", tmp_path).values()} == {""}
 
 
 def test_sides_of_data_sets_reach_the_split(tmp_path):
-    write_isic2017(tmp_path)
+    layouts.write_isic2017(tmp_path)
     data = SegmentationData(get_task("isic2017"), tmp_path, image_size=32, batch_size=2)
     assert [len(side) for side in (data.train_set, data.val_set, data.test_items)] == [2, 2, 2]
 
 
 def test_hc18_table_may_lie_with_the_images_and_the_folder_of_the_images_is_enough(tmp_path):
-    written = write_hc18(tmp_path)
+    written = layouts.write_hc18(tmp_path)
     check(find("fetal_head", tmp_path / "training_set"), written, exact=False)
     name = "training_set_pixel_size_and_HC.csv"
     (tmp_path / name).rename(tmp_path / "training_set" / name)
     check(find("fetal_head", tmp_path / "training_set"), written, exact=False)
 
 
-@pytest.mark.parametrize("geometry", [*GEOMETRIES, "PIL", "AIR", "LAS", "RSA", "ILP"])
+@pytest.mark.parametrize("geometry", ["LPS", "PIR", "RAS", "SRP", "PIL", "AIR", "LAS", "RSA", "ILP"])
 @pytest.mark.parametrize("ending", ["mha", "nii.gz", "nii"])
 def test_volumes_of_any_geometry_show_the_same_slices(tmp_path, geometry, ending):
-    image, labels = spine(1)
-    save_volume(tmp_path / "images" / f"1_t2.{ending}", image, geometry)
-    save_volume(tmp_path / "masks" / f"1_t2.{ending}", labels, geometry)
+    image, labels = layouts.spine(1)
+    layouts.save_volume(tmp_path / "images" / f"1_t2.{ending}", image, geometry)
+    layouts.save_volume(tmp_path / "masks" / f"1_t2.{ending}", labels, geometry)
     found = find("lumbar_spine", tmp_path)
     assert list(found) == ["1_t2_001", "1_t2_002", "1_t2_003"]
     order = (3, 2, 1) if "R" in geometry else (1, 2, 3)
     for item, index in zip(found.values(), order, strict=True):
         pixels, mask = item.read()
         assert np.array_equal(pixels[..., 0], image[index])
-        assert np.array_equal(mask, lumbar(labels[index]))
+        assert np.array_equal(mask, layouts.lumbar(labels[index]))
         assert item.pixel_size == pytest.approx((0.5, 0.8))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_oblique_volumes_are_laid_by_their_nearest_axes(tmp_path, seed):
-    image, labels = spine(1)
+    image, labels = layouts.spine(1)
     tilt = Rotation.from_rotvec(0.3 * np.random.default_rng(seed).normal(size=3)).as_matrix()
     for folder, values in (("images", image), ("masks", labels)):
         path = tmp_path / folder / "1_t2.mha"
-        save_volume(path, values, "LPS")
+        layouts.save_volume(path, values, "LPS")
         volume = SimpleITK.ReadImage(str(path))
         volume.SetDirection((tilt @ np.reshape(volume.GetDirection(), (3, 3))).ravel().tolist())
         SimpleITK.WriteImage(volume, str(path))
@@ -228,7 +208,7 @@ def test_oblique_volumes_are_laid_by_their_nearest_axes(tmp_path, seed):
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
 def test_without_direction_the_vertebrae_tell_where_up_is(tmp_path, order, flip):
     """As NumPy users write volumes: the axes in any order in which rows come before columns, maybe upside down."""
-    image, labels = spine(1)
+    image, labels = layouts.spine(1)
     for folder, values in (("images", image), ("masks", labels)):
         (tmp_path / folder).mkdir()
         stored = (values[:, ::-1] if flip else values).transpose(order)
@@ -240,13 +220,13 @@ def test_without_direction_the_vertebrae_tell_where_up_is(tmp_path, order, flip)
     for item, index in zip(found.values(), (1, 2, 3), strict=True):
         pixels, mask = item.read()
         assert np.array_equal(pixels[..., 0], image[index])
-        assert np.array_equal(mask, lumbar(labels[index]))
+        assert np.array_equal(mask, layouts.lumbar(labels[index]))
         assert item.pixel_size == (0.5, 0.8)
 
 
 def test_classes_of_spider(tmp_path):
-    write_spider(tmp_path, ("LPS",))
-    labels = spine(1)[1][2]
+    layouts.write_spider(tmp_path, ("LPS",))
+    labels = layouts.spine(1)[1][2]
     whole = ((labels > 0) & (labels < 26)) | ((labels > 100) & (labels < 126))
     assert np.array_equal(find("spine_vertebrae", tmp_path)["1_t2_002"].read()[1], whole)
     expected = whole + 2 * (labels == 100) + 3 * (labels > 200)
@@ -260,16 +240,16 @@ def test_classes_of_spider(tmp_path):
      (np.float64, -0.25, np.float32), (np.int32, 70000, np.float32)],
 )  # fmt: skip
 def test_voxels_keep_their_values(tmp_path, dtype, shift, expected):
-    image, labels = (values % 200 for values in spine(1))
-    save_volume(tmp_path / "images" / "1_t2.mha", (image.astype(np.float64) + shift).astype(dtype))
-    save_volume(tmp_path / "masks" / "1_t2.mha", labels.astype(np.float32))
+    image, labels = (values % 200 for values in layouts.spine(1))
+    layouts.save_volume(tmp_path / "images" / "1_t2.mha", (image.astype(np.float64) + shift).astype(dtype))
+    layouts.save_volume(tmp_path / "masks" / "1_t2.mha", labels.astype(np.float32))
     pixels, _ = find("lumbar_spine", tmp_path)["1_t2_002"].read()
     assert pixels.dtype == expected
     assert np.array_equal(pixels[..., 0], image[2].astype(np.float64) + shift)
 
 
 def test_a_volume_is_read_once_for_all_its_slices_and_threads(tmp_path, monkeypatch):
-    write_spider(tmp_path)
+    layouts.write_spider(tmp_path)
     found = find("lumbar_spine", tmp_path)
     opened = []
     read = voxels.read_header
@@ -280,42 +260,42 @@ def test_a_volume_is_read_once_for_all_its_slices_and_threads(tmp_path, monkeypa
 
 
 def test_all_vertebrae_of_matlab_volumes_as_one_class(tmp_path):
-    written = write_matlab(tmp_path)
+    written = layouts.write_matlab(tmp_path)
     found = find("spine_vertebrae", tmp_path)
     assert all(np.array_equal(found[key].read()[1], truth.mask > 0) for key, truth in written.items())
 
 
 def test_nnunet_colours_in_one_file_and_labels_the_other_way_round(tmp_path):
-    written = write_nnunet(tmp_path)
+    written = layouts.write_nnunet(tmp_path)
     for name, truth in written.items():
         for path in (tmp_path / "imagesTr").glob(f"{name}_000?.png"):
             path.unlink()
-        save(tmp_path / "imagesTr" / f"{name}_0000.png", truth.image)
+        layouts.save(tmp_path / "imagesTr" / f"{name}_0000.png", truth.image)
     (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "1": "lesion"}}')
     check(find("isic2017", tmp_path), written)
 
 
 def test_nnunet_labels_of_other_names_follow_their_numbers(tmp_path):
-    write_nnunet_volumes(tmp_path)
+    layouts.write_nnunet_volumes(tmp_path)
     (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "e": 5, "d": 4, "c": 3, "b": 2, "a": 1}}')
     stored = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "labelsTr" / "s1.nii.gz")))
     assert np.array_equal(find("lumbar_spine", tmp_path)["s1_002"].read()[1], stored[2])
 
 
 def test_one_class_folder_is_the_mask(tmp_path):
-    write_class_folders(tmp_path)
+    layouts.write_class_folders(tmp_path)
     for number in (1, 2):
         shutil.rmtree(tmp_path / "masks" / str(number))
-    assert np.array_equal(find("breast_lesion", tmp_path)["1"].read()[1], blob(10))
+    assert np.array_equal(find("breast_lesion", tmp_path)["1"].read()[1], layouts.blob(10))
 
 
 def test_an_image_may_be_called_like_a_mask(tmp_path):
     for name in ("a", "a_mask"):
-        save(tmp_path / "images" / f"{name}.png", grey(1))
-    save(tmp_path / "masks" / "a.png", blob(1))
-    save(tmp_path / "masks" / "a_mask.png", blob(2))
+        layouts.save(tmp_path / "images" / f"{name}.png", layouts.grey(1))
+    layouts.save(tmp_path / "masks" / "a.png", layouts.blob(1))
+    layouts.save(tmp_path / "masks" / "a_mask.png", layouts.blob(2))
     found = find("breast_lesion", tmp_path)
-    assert np.array_equal(found["a_mask"].read()[1], blob(2))
+    assert np.array_equal(found["a_mask"].read()[1], layouts.blob(2))
 
 
 # Files as they are downloaded.
@@ -374,7 +354,7 @@ def test_downloaded_volumes_in_both_orders(native):
         assert rows == sorted(rows)  # L1 above L5
     middle = found["3_t2_008"].read()
     labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(found["3_t2_008"].files[1])))[8]
-    assert np.array_equal(middle[1], lumbar(labels))
+    assert np.array_equal(middle[1], layouts.lumbar(labels))
     for key in ("1_t2_008", "2_t2_009", "3_t2_008"):  # behind the vertebrae lies the canal, bright in T2 images
         image, mask = found[key].read()
         behind, before = [], []

@@ -149,8 +149,8 @@ def _sides(path: Path, cases: dict[str, Any]) -> dict[str, str]:
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} has no fold 0 with train and val: remove it, and the subjects are divided") from error
     if odd := sorted(sides.keys() ^ cases.keys()):
-        where = "but not in imagesTr" if odd[0] in sides else "missing, but in imagesTr"
-        raise ValueError(f"{path}: case {odd[0]!r} is {where} ({len(odd)} such): make both list the same cases")
+        where = "listed, but not in imagesTr" if odd[0] in sides else "in imagesTr, but not listed"
+        raise ValueError(f"{path}: case {odd[0]!r} is {where} ({len(odd)} such): make both hold the same cases")
     return sides
 
 

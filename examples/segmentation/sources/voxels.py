@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import SimpleITK
@@ -75,6 +75,9 @@ def read_header(path: Path) -> SimpleITK.ImageFileReader:
             f"{path} has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} value(s) a voxel: "
             "save it as a volume of three dimensions with one value a voxel"
         )
+    spacing, direction = reader.GetSpacing(), np.reshape(reader.GetDirection(), (3, 3))
+    if not min(spacing) > 0 or not abs(np.linalg.det(direction)) > 0.1:
+        raise ValueError(f"{path} has the spacing {spacing} and the direction {direction.tolist()}: repair its header")
     return reader
 
 
@@ -145,7 +148,7 @@ def _check_nifti(path: Path, reader: SimpleITK.ImageFileReader) -> None:
     packed = path.name.lower().endswith(".gz")
     try:
         with gzip.open(path) if packed else path.open("rb") as stream:
-            length = sum(map(len, _chunks(stream)))
+            length = sum(map(len, iter(partial(stream.read, CHUNK), b"")))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}): replace or remove it") from error
     if length < start + voxels:
@@ -159,15 +162,13 @@ def _check_mha(path: Path, voxels: int) -> None:
         start = re.search(rb"ElementDataFile\s*=\s*LOCAL\s*?\n", head)
         if not start or not re.search(rb"CompressedData\s*=\s*True", head[: start.start()], re.IGNORECASE):
             return
+        size = re.search(rb"CompressedDataSize\s*=\s*(\d+)", head[: start.start()])
         stream.seek(start.end())
-        unpack = zlib.decompressobj()
-        try:
-            length = sum(len(unpack.decompress(chunk)) for chunk in _chunks(stream))
-        except zlib.error as error:
-            raise ValueError(f"{path} cannot be unpacked ({error}): replace or remove it") from error
+        packed = stream.read(int(size[1]) if size else -1)
+    unpack = zlib.decompressobj()
+    try:
+        length = len(unpack.decompress(packed))
+    except zlib.error as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}): replace or remove it") from error
     if not unpack.eof or length < voxels:
         raise ValueError(f"{path} unpacks to {length} of {voxels} bytes: replace or remove it")
-
-
-def _chunks(stream: BinaryIO) -> Any:
-    return iter(partial(stream.read, CHUNK), b"")
