@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from segmentation.tasks import Task
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in Pillow
+DEEP_COLOURS = re.compile("(RGB[AX]?|LA);16[BLN]")  # Pillow's words for 16 bits a channel, of which it keeps 8
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ def read_image(path: Path, channels: int) -> Pixels:
     Grey files give three equal channels where colour is wanted, and colour files their luma where grey is wanted.
     """
     image = _open(path)
-    if any(str(tile[3]).startswith("RGB") and "16" in str(tile[3]) for tile in _raw_modes(path)):
-        pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[..., :3]  # Pillow would keep 8 bits
-    elif image.mode.startswith("I"):
+    if image.mode.startswith("I"):
         pixels = _sixteen_bits(np.asarray(image), path)
+    elif any(DEEP_COLOURS.search(str(tile[3])) for tile in _raw_modes(path)):
+        pixels = _sixteen_bit_colours(path)
     elif image.mode == "F":
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
@@ -104,9 +106,12 @@ def to_classes(values: NDArray[np.integer], labels: dict[int, str], path: Path) 
 def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+    if pages > 1:
+        raise ValueError(f"{path} holds {pages} images: save each in a file of its own")
     return image
 
 
@@ -120,3 +125,13 @@ def _sixteen_bits(values: NDArray[np.integer], path: Path) -> NDArray[np.uint16]
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{path} holds values outside 0 ... 65535: save it with 16 bits a pixel")
     return values.astype(np.uint16)
+
+
+def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
+    """Pixels (h w c) of which Pillow would keep 8 bits: colours, or grey with alpha, which is dropped."""
+    try:
+        pixels = np.atleast_3d(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path} cannot be read as an image ({reason}): save it without alpha") from error
+    return pixels[..., : 3 if pixels.shape[2] > 2 else 1]

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +123,17 @@ def join_duplicates(items: Sequence[Item], hashes: NDArray[np.bool_], bits: int)
 def file_hash(item: Item) -> str:
     """SHA-256 of the item's files, or of its pixels where it has none (the demo)."""
     if item.files:
-        return _digest(*(path.read_bytes() for path in item.files))
+        stats = ((path, path.stat()) for path in item.files)
+        parts = [_bytes_hash(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
     image, mask = item.read()
     return _digest(image.tobytes(), mask.tobytes())
+
+
+@lru_cache(maxsize=16)
+def _bytes_hash(path: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a file, once for all slices of a volume."""
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def split_table(items: Sequence[Item], digests: Sequence[str]) -> Table:

@@ -107,7 +107,7 @@ def _read_table(table: Path) -> dict[str, tuple[float, float]]:
     lengths = {}
     for line, row in enumerate(rows, start=2):
         pixel, circumference = (positive(row.get(name, ""), name, f"{table} line {line}") for name in names[1:])
-        lengths[Path(row[names[0]]).stem] = (pixel, circumference)
+        lengths[Path(row.get(names[0], "")).stem] = (pixel, circumference)
     return lengths
 
 

@@ -76,7 +76,7 @@ class Mask(NamedTuple):
 def read_sagittal(image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w 1) and mask values (s h w) as in `Mask`."""
     mask = read_mask(image_path, mask_path)
-    voxels = SimpleITK.GetArrayFromImage(_sagittal(read_volume(image_path)))  # s h w
+    voxels = SimpleITK.GetArrayFromImage(sagittal(read_volume(image_path)))  # s h w
     pixels = to_pixels(voxels[:, ::-1] if mask.turned else voxels, image_path)
     return pixels[..., None], mask.values
 
@@ -96,7 +96,7 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
     mask.SetDirection(header.GetDirection())
     mask.SetOrigin(header.GetOrigin())
     mask.SetSpacing(header.GetSpacing())
-    laid = _sagittal(mask)
+    laid = sagittal(mask)
     values = to_values(SimpleITK.GetArrayFromImage(laid), mask_path)  # s h w
     numbers = np.unique(values)
     if odd := [value for value in numbers.tolist() if not any(value in part for part in KNOWN)]:
@@ -124,7 +124,7 @@ def _orientation(volume: SimpleITK.Image | SimpleITK.ImageFileReader) -> str:
     return SimpleITK.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
 
 
-def _sagittal(volume: SimpleITK.Image) -> SimpleITK.Image:
+def sagittal(volume: SimpleITK.Image) -> SimpleITK.Image:
     """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
     if _is_silent(volume):
         return as_stored(volume)
