@@ -24,7 +24,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
     lines += [_row(name, variant, results) for name, variant in results["variants"].items()]
     for title, rows in (
-        ("mean absolute error of the head circumference", _circumference),
+        ("head circumference", _circumference),
         ("Dice per image of", _classes),
     ):
         if found := rows(results):
@@ -49,7 +49,7 @@ def _circumference(results: dict[str, Any]) -> tuple[list[str], dict[str, list[s
         for name, variant in results["variants"].items()
         if (errors := variant.get("circumference"))
     }
-    return (["", "images without an ellipse"], rows) if rows else None
+    return (["mean absolute error", "images without an ellipse"], rows) if rows else None
 
 
 def _classes(results: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]] | None:

@@ -86,9 +86,10 @@ def start():
     finally:
         os._exit(status)
 for kill in range(int(kills)):
-    goal, delay = rows() + draw.randint(1, 2), draw.uniform(0, 0.5)
+    goal, delay = rows() + 1, draw.uniform(0, 0.3)
     child = start()
     while rows() < goal:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the training ended before it was killed"
         time.sleep(0.01)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
@@ -101,7 +102,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 def test_killed_ten_times_at_random_moments(examples, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for out, kills in ((unbroken, 0), (broken, 10)):
-        flags = [f"--out={out}", *FLAGS, "--epochs=32", "--resume"]
+        flags = [f"--out={out}", *FLAGS, "--epochs=40", "--limit=9", "--batch-size=3", "--resume"]
         done = python(examples, KILLER, str(kills), str(out / "history.csv"), *flags)
         assert done.returncode == 0, done.stderr
     assert_same_run(unbroken, broken)
