@@ -76,13 +76,20 @@ def read_unchanged(item: Item, digest: str) -> tuple[Pixels, NDArray[np.uint8]]:
 
 
 def refuse_seen(items: Sequence[Item], own_split: Path) -> None:
-    """Refuse items that the run was trained on or chosen by."""
-    seen = {row["sha256"] for row in splits.read_split(own_split).values() if row["split"] != "test"}
+    """Refuse items that the run was trained on or chosen by; where only their ids are those of such items, say so."""
+    table = {name: row for name, row in splits.read_split(own_split).items() if row["split"] != "test"}
+    seen = {row["sha256"] for row in table.values()}
     readable = [item for item in items if all(path.is_file() for path in item.files)]
     if known := [item.id for item in readable if splits.file_hash(item) in seen]:
         raise ValueError(
             f"{len(known)} of {len(items)} images, such as {known[0]!r}, are among those that the run was trained or "
             f"validated on: add --split {own_split} to score those that it has not seen"
+        )
+    if alike := [item.id for item in items if item.id in table]:
+        remarks.print(
+            f"[yellow]{len(alike)} of {len(items)} images, such as {escape(repr(alike[0]))}, are called as images that the "
+            "run was trained or validated on: if they show the same subjects, these scores are too good",
+            soft_wrap=True,
         )
 
 

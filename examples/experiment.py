@@ -88,6 +88,17 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def choose_variants(settings: Namespace) -> list[Variant]:
+    """One variant a model, with what is set for it alone."""
+    if unknown := sorted(settings.per_model.keys() - set(settings.models)):
+        raise ValueError(f"per-model names {unknown[0]!r}, which is not one of the models {settings.models}")
+    variants = []
+    for model in settings.models:
+        own = flatten(settings.per_model.get(model, {}))
+        variants.append(Variant(model, model, own.pop("model_args", {}), own))
+    return variants
+
+
 def make_plan(settings: Namespace, variants: Sequence[Variant], **more: Any) -> Plan:
     """The plan of these settings, with every name and value checked before anything is trained."""
     task = get_task(settings.task)
@@ -261,12 +272,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     settings = parser.parse_args(argv)
-    if unknown := sorted(settings.per_model.keys() - set(settings.models)):
-        raise ValueError(f"per-model names {unknown[0]!r}, which is not one of the models {settings.models}")
-    variants = []
-    for model in settings.models:
-        own = flatten(settings.per_model.get(model, {}))
-        variants.append(Variant(model, model, own.pop("model_args", {}), own))
+    variants = choose_variants(settings)
     baseline = "unet" if "unet" in settings.models else settings.models[0]
     return conduct(
         make_plan(settings, variants), parser, settings, command_line(__file__, argv), baseline, experiment_text

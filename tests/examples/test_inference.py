@@ -28,7 +28,7 @@ class Known(nn.Module):
         self.logits = nn.Parameter(logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits.expand(len(x), -1, -1, -1)
+        return self.logits.repeat(len(x), 1, 1, 1)
 
 
 def picture(size: tuple[int, int] = ODD, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -99,6 +99,30 @@ def test_windows_see_the_image_at_its_own_resolution():
     assert (inner - expected).abs().mean() < 0.02  # but at the borders of the windows, where the blend is faint
     squashed = probabilities(network, GREY, image, 64)[:, 1:-1, 1:-1].logit()
     assert (squashed - expected).abs().mean() > 0.1
+
+
+def test_windows_overlap_by_half_and_fade_towards_their_borders():
+    """A network that answers the same in every window, blended by hand: a Gaussian of an eighth of the window."""
+    logits = torch.randn(1, 32, 32)
+    x = np.arange(32) - 15.5
+    bell = np.exp(-(x**2) / (2 * 4**2))
+    weight = np.maximum(np.outer(bell, bell), 1e-3)
+    total, weights = np.zeros((40, 70)), np.zeros((40, 70))
+    for top in (0, 8):  # steps of 16, the last window at the border
+        for left in (0, 16, 32, 38):
+            total[top : top + 32, left : left + 32] += weight * logits[0].numpy()
+            weights[top : top + 32, left : left + 32] += weight
+    found = probabilities(Known(logits).eval(), GREY, picture((40, 70)), 32, window=True)
+    torch.testing.assert_close(found[0], torch.tensor(total / weights).sigmoid().float(), rtol=1e-4, atol=1e-5)
+
+
+def test_images_smaller_than_a_window_are_padded_with_their_mean():
+    seen, image, network = [], picture((15, 40)), pointwise(1, 1)
+    network.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0]))
+    assert probabilities(network, GREY, image, 32, window=True).shape == (1, 15, 40)
+    expected = torch.zeros(1, 32, 40)
+    expected[:, 8:23] = normalised(image)[0]
+    torch.testing.assert_close(torch.stack(seen), torch.stack([expected[..., :32], expected[..., 8:]]))
 
 
 @pytest.mark.parametrize("window", [False, True])
