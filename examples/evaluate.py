@@ -87,8 +87,8 @@ def refuse_seen(items: Sequence[Item], own_split: Path) -> None:
         )
     if alike := [item.id for item in items if item.id in table]:
         remarks.print(
-            f"[yellow]{len(alike)} of {len(items)} images, such as {escape(repr(alike[0]))}, are called as images that the "
-            "run was trained or validated on: if they show the same subjects, these scores are too good",
+            f"[yellow]{len(alike)} of {len(items)} images, such as {escape(repr(alike[0]))}, are called as images that "
+            "the run was trained or validated on: if they show the same subjects, these scores are too good",
             soft_wrap=True,
         )
 
