@@ -267,16 +267,18 @@ def command_line(script: str, argv: Sequence[str]) -> str:
     return shlex.join(["python", os.path.relpath(script), *(word for word in argv if word != "--report-only")])
 
 
+def read_plan(argv: Sequence[str]) -> tuple[Plan, Namespace]:
+    """The plan that the flags ask for, and the flags as parsed."""
+    settings = build_parser().parse_args(argv)
+    return make_plan(settings, choose_variants(settings)), settings
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, score and report; returns the content of results.json."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser()
-    settings = parser.parse_args(argv)
-    variants = choose_variants(settings)
+    plan, settings = read_plan(argv)
     baseline = "unet" if "unet" in settings.models else settings.models[0]
-    return conduct(
-        make_plan(settings, variants), parser, settings, command_line(__file__, argv), baseline, experiment_text
-    )
+    return conduct(plan, build_parser(), settings, command_line(__file__, argv), baseline, experiment_text)
 
 
 if __name__ == "__main__":

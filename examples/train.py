@@ -19,6 +19,7 @@ from typing import Any
 import lightning
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +29,7 @@ from segmentation import report, splits
 from segmentation.callbacks import AveragedWeights, EpochSeed, History, Patience, WholeFiles
 from segmentation.checkpoints import latest_checkpoint
 from segmentation.data import SegmentationData
-from segmentation.module import Segmentation
+from segmentation.module import LOSSES, Segmentation
 from segmentation.networks import build_network
 from segmentation.tasks import TASKS, get_task
 
@@ -68,7 +69,12 @@ def build_parser() -> ArgumentParser:
     add("--epochs", type=int, default=40)
     add("--patience", type=int | None, help="stop after so many epochs without a better validation Dice")
     add("--lr", type=float, default=4e-3, help="peak learning rate; 4e-3 suits the tiny models, larger ones want less")
+    add("--spline-lr", type=NonNegativeFloat, default=1.0, help="multiplies the learning rate in KANLinear")
+    add("--scan-lr", type=NonNegativeFloat, default=1.0, help="multiplies the learning rate in SS2D")
+    add("--warmup", type=ClosedUnitInterval, default=0.05, help="part of the steps in which the learning rate rises")
     add("--weight-decay", type=float, default=1e-2)
+    add("--loss", choices=list(LOSSES), default="dice_ce", help="Dice loss plus cross-entropy, or one of them")
+    add("--augment", type=bool, default=True, help="the augmentation of the task's modality")
     add("--ema-decay", type=float | None, default=0.99, help="of the averaged weights; null for none")
     add("--batch-size", type=int, default=8, help="per process")
     add("--image-size", type=int, default=128, help="images are squashed to a square of this side")
@@ -148,9 +154,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         limit=settings.limit,
         split_seed=settings.split_seed,
         seed=settings.seed,
+        augment=settings.augment,
         num_workers=settings.num_workers,
     )
-    module = Segmentation(task, network, lr=settings.lr, weight_decay=settings.weight_decay)
+    recipe = ("lr", "weight_decay", "warmup", "loss", "spline_lr", "scan_lr")
+    module = Segmentation(task, network, **{name: settings[name] for name in recipe})
     prepare_folder(parser, settings, out)
     continued = find_checkpoint(out / "checkpoints") if settings.resume else None
     if rank_zero_only.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         help="folder with golden/ and data/ (default: ../shared beside the repository)",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # so that the processes do not fight for the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

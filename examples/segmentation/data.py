@@ -93,11 +93,18 @@ class ImageSet(Dataset):
     """One side of the split; augmentation is a pure function of (seed, epoch, index)."""
 
     def __init__(
-        self, task: Task, items: Sequence[Item], images: Tensor, masks: Tensor, training: bool, seed: int = 0
+        self,
+        task: Task,
+        items: Sequence[Item],
+        images: Tensor,
+        masks: Tensor,
+        training: bool,
+        seed: int = 0,
+        augment: bool = True,
     ) -> None:
         self.items, self.images, self.masks = list(items), images, masks
         self.training, self.seed = training, seed
-        self.transform = task.transform(images.shape[-1], training)
+        self.transform = task.transform(images.shape[-1], training and augment)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -146,6 +153,7 @@ class SegmentationData(lightning.LightningDataModule):
         split_seed: int = 0,
         duplicate_bits: int = 8,
         seed: int = 0,
+        augment: bool = True,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -154,7 +162,7 @@ class SegmentationData(lightning.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"batch-size {batch_size} must be at least 1")
         splits.check_fractions(val_fraction, test_fraction)
-        self.task, self.seed = task, seed
+        self.task, self.seed, self.augment = task, seed, augment
         self.batch_size, self.num_workers = batch_size, num_workers
         found = demo_items(task, image_size) if data_dir is None else find_items(task, data_dir)
         if len({item.id for item in found}) < len(found):
@@ -188,7 +196,8 @@ class SegmentationData(lightning.LightningDataModule):
     def _side(self, loaded: Loaded, side: str) -> ImageSet:
         chosen = [index for index, item in enumerate(self.items) if item.split == side]
         images, masks = loaded.images[chosen], loaded.masks[chosen]
-        return ImageSet(self.task, [self.items[k] for k in chosen], images, masks, side == "train", self.seed)
+        items = [self.items[k] for k in chosen]
+        return ImageSet(self.task, items, images, masks, side == "train", self.seed, self.augment)
 
     def _loader(self, dataset: ImageSet, **kwargs: object) -> DataLoader:
         return DataLoader(

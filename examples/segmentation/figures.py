@@ -81,7 +81,7 @@ def picture(image: Pixels, size: tuple[int, int]) -> NDArray[np.uint8]:
     values = image.astype(np.float32)
     if image.dtype != np.uint8:
         values -= values.min()
-        values *= 255 / max(values.max(), np.finfo(np.float32).tiny)
+        values *= 255 / (values.max() or 1)
     shades = Image.fromarray(values.astype(np.uint8).repeat(3 // image.shape[2], axis=2))
     return np.asarray(shades.resize(size, Image.Resampling.BILINEAR))
 

@@ -10,20 +10,44 @@ import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 
+from kan_mamba_layers import SS2D, KANLinear
 from segmentation.metrics import SegmentationMetrics, confusion_counts, image_scores, predicted_classes
 from segmentation.tasks import Task
 
 Batch = dict[str, Tensor]
 
+# Weights of the Dice loss and of the cross-entropy.
+LOSSES = {"dice_ce": (1.0, 1.0), "dice": (1.0, 0.0), "ce": (0.0, 1.0)}
+# The layers whose parameters may have a learning rate of their own.
+GROUPS = {"spline_lr": KANLinear, "scan_lr": SS2D}
+
 
 class Segmentation(lightning.LightningModule):
-    """Dice + cross-entropy, AdamW, linear warm-up over the first twentieth of the steps, then a cosine down to zero."""
+    """AdamW, linear warm-up over the first part of the steps, then a cosine down to zero.
 
-    def __init__(self, task: Task, network: nn.Module, *, lr: float = 4e-3, weight_decay: float = 1e-2) -> None:
+    `spline_lr` and `scan_lr` multiply the learning rate of all parameters in KANLinear and in SS2D.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        network: nn.Module,
+        *,
+        lr: float = 4e-3,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+        loss: str = "dice_ce",
+        spline_lr: float = 1.0,
+        scan_lr: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.task, self.network, self.lr, self.weight_decay = task, network, lr, weight_decay
+        self.task, self.network, self.lr, self.weight_decay, self.warmup = task, network, lr, weight_decay, warmup
+        self.factors = {"spline_lr": spline_lr, "scan_lr": scan_lr}
         binary = task.num_classes == 1
-        self.loss = DeepSupervisionLoss(DiceCELoss(sigmoid=binary, softmax=not binary, to_onehot_y=not binary))
+        of_dice, of_ce = LOSSES[loss]
+        self.loss = DeepSupervisionLoss(
+            DiceCELoss(sigmoid=binary, softmax=not binary, to_onehot_y=not binary, lambda_dice=of_dice, lambda_ce=of_ce)
+        )
         self.metrics = SegmentationMetrics(task.class_names)
         self.scores: dict[str, Any] = {}  # of the latest whole validation set
 
@@ -66,16 +90,24 @@ class Segmentation(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Weight decay for matrices and kernels only, not for biases, norms and the scan's A, D and delta bias."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        plain = [p for p in parameters if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
-        kept = {id(p) for p in plain}
-        groups = [
-            {"params": [p for p in parameters if id(p) not in kept], "weight_decay": self.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        factors = {
+            id(p): self.factors[name]
+            for name, kind in GROUPS.items()
+            for layer in self.modules()
+            if isinstance(layer, kind)
+            for p in layer.parameters()
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for p in self.parameters():
+            if p.requires_grad:
+                decayed = p.ndim > 1 and not getattr(p, "_no_weight_decay", False)
+                groups.setdefault((self.weight_decay * decayed, factors.get(id(p), 1.0)), []).append(p)
+        optimizer = torch.optim.AdamW(
+            [{"params": ps, "weight_decay": decay, "lr": self.lr * factor} for (decay, factor), ps in groups.items()],
+            lr=self.lr,
+        )
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = max(1, steps // 20)
+        warmup = max(1, int(steps * self.warmup))
 
         def factor(step: int) -> float:
             if step < warmup:

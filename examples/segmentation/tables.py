@@ -159,7 +159,7 @@ def ablation_table(results: Results) -> str:
     rows = []
     for name, variant in results["variants"].items():
         d = results["differences"].get(name)
-        arguments = ", ".join(f"{key}={value}" for key, value in variant["model_args"].items())
+        arguments = ", ".join(f"{key}={value}" for key, value in (variant["model_args"] | variant["train"]).items())
         rows.append(
             [
                 code(name),

@@ -18,7 +18,7 @@ _FAMILIES: dict[str, tuple[type[SegmentationModel], dict[str, Any]]] = {
     "u_kan": (KMUNet, {"use_ss2d": False, "use_ema": False}),
 }
 _SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"widths": (8, 16, 32, 48, 64), "d_state": 4, "expand": 1, "ema_factor": 4},
+    "tiny": {"widths": (16, 16, 32, 48, 64), "d_state": 4, "expand": 1, "ema_factor": 4},
     "small": {"widths": (16, 32, 64, 96, 128), "d_state": 8, "expand": 1},
     "base": {},
 }

@@ -188,25 +188,25 @@ def test_a_run_of_another_recipe_is_not_mixed_in(done):
         ('--per-model={"unet": {"image_size": 64}}', "per-model unet sets 'image_size', which is the same for all"),
         ('--per-model={"unet": {"learning": 1}}', "per-model unet sets 'learning', which train.py does not know"),
         ('--per-model={"unet_pp": {"lr": 1}}', "per-model names 'unet_pp', which is not one of the models"),
-        ('--per-model={"km_unet_tiny": {"model_args": {"kan": 1}}}', "kan"),
+        ('--per-model={"km_unet_tiny": {"model_args": {"kan": 1}}}', "'kan' is not an argument of KMUNet"),
         ("--seeds=[1, 1]", r"seeds \[1, 1\] must be one or more, each of them once"),
-        ("--models=[]", "models"),
+        ("--models=[]", r"variants \[\] must be one or more"),
     ],
 )
 def test_settings_are_refused_by_name_before_anything_is_trained(tmp_path, setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         experiment.main([f"--task={TASK}", f"--out={tmp_path / 'out'}", f"--models={json.dumps(MODELS)}", setting])
     assert not (tmp_path / "out").exists()
 
 
 def test_every_shown_config_is_a_plan(examples, tmp_path):
     configs = sorted((examples / "configs").rglob("*.yaml"))
-    assert len(configs) == 6
+    assert len(configs) == 9
     for config in configs:
-        settings = experiment.build_parser().parse_args([f"--config={config}", f"--out={tmp_path / 'out'}"])
-        plan = experiment.make_plan(settings, experiment.choose_variants(settings))
+        flags = [f"--config={config}", f"--out={tmp_path / 'out'}"]
+        plan = (ablate if config.parent.name == "recipe" else experiment).read_plan(flags)[0]
         assert plan.task.name == config.stem
-        assert len(plan.runs) == len(settings.models) * len(settings.seeds)
+        assert len(plan.runs) == len(plan.variants) * len(plan.seeds) > 3
 
 
 def test_an_ablation_ends_with_a_table_and_a_plot(tmp_path):
@@ -225,12 +225,24 @@ def test_an_ablation_ends_with_a_table_and_a_plot(tmp_path):
     assert min(Image.open(out / "cost.png").size) > 200
 
 
+def test_an_ablation_of_the_training(tmp_path):
+    more = ['--model-args={"use_ema": false}', '--variants={"short": {"train": {"warmup": 0}, "expand": 2}}']
+    plan, _ = ablate.read_plan([*flags(tmp_path / "ablation"), "--model=km_unet_tiny", *more])
+    shared = {"use_ema": False}
+    assert [(v.name, v.model_args, v.train) for v in plan.variants] == [
+        ("full", shared, {}),
+        ("short", shared | {"expand": 2}, {"warmup": 0}),
+    ]
+
+
 def test_variants_of_an_ablation():
     known = ablate.default_variants("km_unet_pp_tiny")
     assert known["full"] == {}
     assert known["use_ss2d=false"] == {"use_ss2d": False}
     assert ablate.choose_variants("km_unet_pp_tiny", ["use_kan=false"]) == {"full": {}, "use_kan=false": {"use_kan": 0}}
     assert ablate.choose_variants("km_unet_pp_tiny", {"a": {"expand": 1}}) == {"full": {}, "a": {"expand": 1}}
+    shared = {"use_ema": False, "expand": 2}
+    assert not {"use_ema=false", "ema_factor=8", "expand=2"} & ablate.default_variants("km_unet_tiny", **shared).keys()
     with pytest.raises(ValueError, match=r"variant 'a/b' cannot be the name of a folder"):
         ablate.choose_variants("km_unet_pp_tiny", {"a/b": {}})
     with pytest.raises(ValueError, match=r"variant 'use_none=false' is unknown for km_unet_pp_tiny: choose from full"):

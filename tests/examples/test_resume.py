@@ -45,7 +45,8 @@ def python(examples: Path, script: str, *arguments: str) -> subprocess.Completed
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
-def test_resumed_equals_uninterrupted(examples, tmp_path):
+def test_stopped_killed_and_damaged_equals_uninterrupted(examples, tmp_path):
+    """Ctrl-C, then a kill, then a truncated checkpoint, in whose place the one before it is taken."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert start(examples, unbroken).returncode == 0
 
@@ -55,15 +56,24 @@ def test_resumed_equals_uninterrupted(examples, tmp_path):
     assert f"--out={broken}" in interrupted.stdout
     assert interrupted.stdout.rstrip().endswith("--resume")
 
-    killed = start(examples, broken, "--resume", stop_after=3, by=signal.SIGKILL)
+    killed = start(examples, broken, "--resume", stop_after=4, by=signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert f"resuming from {broken}" in killed.stdout
     assert not (broken / "metrics.json").exists()
 
+    last = broken / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-5000])
     resumed = start(examples, broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming from {broken}" in resumed.stdout
-
+    assert f"{str(last)!r} is truncated or damaged" in resumed.stdout
+    assert f"resuming from {last.with_name('previous.ckpt')}" in resumed.stdout
     assert_same_run(unbroken, broken)
+
+    for path in last.parent.glob("*.ckpt"):
+        path.write_bytes(b"")
+    refused = start(examples, broken, "--resume")
+    assert refused.returncode == 1
+    assert "no whole checkpoint is left in" in refused.stderr
 
 
 # One process imports everything; its children train, and are killed at moments drawn at random.
@@ -107,26 +117,6 @@ def test_killed_ten_times_at_random_moments(examples, tmp_path):
         assert done.returncode == 0, done.stderr
     assert_same_run(unbroken, broken)
     assert not list(broken.rglob("*.part"))
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(examples, tmp_path):
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert start(examples, unbroken).returncode == 0
-    start(examples, broken, stop_after=4, by=signal.SIGKILL)
-    last = broken / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:-5000])
-
-    resumed = start(examples, broken, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "last.ckpt is truncated or damaged" in resumed.stdout
-    assert "previous.ckpt" in resumed.stdout
-    assert_same_run(unbroken, broken)
-
-    for path in last.parent.glob("*.ckpt"):
-        path.write_bytes(b"")
-    refused = start(examples, broken, "--resume")
-    assert refused.returncode == 1
-    assert "no whole checkpoint is left in" in refused.stderr
 
 
 def assert_same_run(unbroken: Path, broken: Path) -> None:
