@@ -295,3 +295,11 @@ def test_a_mask_of_one_class_may_use_one_or_255():
         ValueError, match=r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"
     ):
         to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))
+
+
+def test_augmentation_can_be_switched_off():
+    augmented, plain = (SegmentationData(SPINE, image_size=32, limit=30, augment=on).train_set for on in (True, False))
+    first, second = ([torch.equal(of[0, k]["image"], of[1, k]["image"]) for k in range(4)] for of in (augmented, plain))
+    assert not all(first)
+    assert all(second)
+    assert plain[0, 0]["image"].std() == pytest.approx(1, abs=1e-2)  # still normalised

@@ -15,7 +15,7 @@ from PIL import Image
 import quickstart
 import train
 from kan_mamba_layers import from_pretrained
-from segmentation.module import Segmentation
+from segmentation.module import LOSSES, Segmentation
 from segmentation.networks import build_network
 from segmentation.splits import read_split, split_hash
 from segmentation.tasks import get_task
@@ -118,6 +118,44 @@ def test_no_weight_decay_for_vectors_and_marked_parameters():
         assert (id(parameter) in plain) == exempt
         assert (id(parameter) in decayed) != exempt
     assert [group["weight_decay"] > 0 for group in optimizer.param_groups] == [True, False]
+
+
+def test_splines_and_scans_may_learn_at_a_pace_of_their_own():
+    network = build_network("km_unet_tiny", 3, 1)
+    module = Segmentation(get_task("isic2017"), network, lr=0.01, spline_lr=0.5, scan_lr=0.1)
+    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 40})()
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    expected = {
+        "spline_weight": 0.005,
+        "base_weight": 0.005,
+        "A_logs": 0.001,
+        "in_proj.weight": 0.001,
+        "dwconv.weight": 0.01,
+    }
+    for ending, rate in expected.items():
+        found = {rates[id(p)] for name, p in network.named_parameters() if name.endswith(ending)}
+        assert sorted(found) == pytest.approx([rate]), ending
+    assert len(rates) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_the_sums_they_are_called(loss):
+    module = Segmentation(get_task("isic2017"), build_network("unet", 3, 1), loss=loss)
+    logits, mask = torch.randn(2, 1, 8, 8), torch.randint(0, 2, (2, 1, 8, 8)).float()
+    p = logits.sigmoid()
+    dice = (1 - 2 * (p * mask).sum((2, 3)) / (p + mask).sum((2, 3))).mean()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, mask)
+    expected = {"dice": dice, "ce": entropy, "dice_ce": dice + entropy}[loss]
+    assert module.loss(logits, mask).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_warm_up_may_be_left_out():
+    module = Segmentation(get_task("isic2017"), build_network("unet", 3, 1), warmup=0)
+    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 40})()
+    schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert schedule(0) == schedule(1) == 1
+    assert schedule(40) == 0
 
 
 def test_quickstart_compares_all_tasks(tmp_path, capsys):
