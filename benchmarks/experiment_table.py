@@ -1,6 +1,6 @@
-"""The tables of docs/results.md, from the results.json of experiments.
+"""The tables of docs/results.md, from the results.json of experiments and ablations.
 
-python benchmarks/experiment_table.py docs/results/experiments/*.json
+python benchmarks/experiment_table.py docs/results/*/*.json
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BASELINE_OF_ABLATIONS = "full"
 HEAD = "| model | IoU | Dice | pooled Dice | HD95 | surface Dice | against `unet`: Dice, 95 % interval | minutes |"
 
 
 def table(results: dict[str, Any]) -> str:
-    """One experiment: what was trained on what, and a row per network, scored on the test images."""
+    """One experiment, what was trained on what and a row per network; or one ablation, a row per variant."""
+    if results["baseline"] == BASELINE_OF_ABLATIONS:
+        return ablation(results)
     images, subjects = results["data"]["images"], results["data"]["subjects"]
     sides = ", ".join(
         f"{name} {images[side]} images of {subjects[side]} subjects"
@@ -33,14 +36,36 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ablation(results: dict[str, Any]) -> str:
+    """Dice of every variant, its difference from the full network, and its cost."""
+    several = len(results["classes"]) > 1
+    head = ["variant", "Dice", *(["mean of classes"] if several else [])]
+    head += ["against `full`, 95 % interval", "parameters", "s an epoch"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name, variant in results["variants"].items():
+        difference = results["differences"].get(name)
+        against = "" if difference is None else "{mean:+.3f}, {low:+.3f} to {high:+.3f}".format(**difference)
+        cost = variant["cost"]
+        cells = [_over_seeds(variant["per_image"]["dice"])]
+        cells += [_over_seeds(variant["mean_of_classes"])] if several else []
+        cells += [against, f"{cost['parameters']:,}", f"{cost['seconds_per_epoch']:.1f}"]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _row(name: str, variant: dict[str, Any], results: dict[str, Any]) -> str:
     scores, unit = variant["per_image"], results["unit"]
     difference = results["differences"].get(name)
     against = "" if difference is None else "{mean:+.3f}, {low:+.3f} to {high:+.3f}".format(**difference)
-    cells = [f"{scores[score]['mean']:.3f}" for score in ("iou", "dice")]
+    cells = [_over_seeds(scores[score]) for score in ("iou", "dice")]
     cells += [f"{variant['pooled']['dice']['mean']:.3f}", f"{scores['hd95']['mean']:.1f} {unit}"]
     cells += [f"{scores['surface_dice']['mean']:.3f}", against, f"{variant['cost']['minutes']:.0f}"]
     return f"| `{name}` | " + " | ".join(cells) + " |"
+
+
+def _over_seeds(score: dict[str, Any]) -> str:
+    """The mean, and where there are several seeds the standard deviation over them."""
+    return f"{score['mean']:.3f}" + ("" if score["sd_seeds"] is None else f" ± {score['sd_seeds']:.3f}")
 
 
 def _circumference(results: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]] | None:
@@ -56,8 +81,8 @@ def _classes(results: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]] 
     rows = {}
     for name, variant in results["variants"].items():
         if "classes" in variant:
-            means = [variant["classes"][label]["mean"] for label in results["classes"]]
-            rows[name] = [*(f"{mean:.3f}" for mean in means), f"{sum(means) / len(means):.3f}"]
+            means = [variant["classes"][label] for label in results["classes"]]
+            rows[name] = [*map(_over_seeds, means), _over_seeds(variant["mean_of_classes"])]
     return ([*results["classes"], "mean"], rows) if rows else None
 
 

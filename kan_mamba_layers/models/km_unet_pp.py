@@ -20,9 +20,9 @@ class KMUNetPP(SegmentationModel):
         X_{i,j} = \mathrm{ctx}_{i,j}\Big(\mathrm{KAN}_{i,j}\big(\mathrm{up}(\mathrm{DConv}_{i,j}(X_{i+1,j-1}))
                   + \textstyle\sum_{k<j} \mathrm{plus}_{i,j,k}(X_{i,k})\big)\Big), \qquad j \ge 1,
 
-    with :math:`\mathrm{KAN}` on levels 2 and 3 only and :math:`\mathrm{ctx} = \mathrm{EMA} \circ \mathrm{SS2D}`. With
-    depth ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]``
-    to ``X[0, L-1]``.
+    with :math:`\mathrm{KAN}` on levels 2 and 3 only and
+    :math:`\mathrm{ctx}(x) = x + \mathrm{EMA}(\mathrm{SS2D}(\mathrm{LN}(x)))`. With depth ``L = len(widths) - 1`` the
+    result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]`` to ``X[0, L-1]``.
 
     Args:
         in_channels: channels of the image.
@@ -30,7 +30,8 @@ class KMUNetPP(SegmentationModel):
         widths: channels of the levels, 2 to 5 of them; those that carry EMA must be divisible by ``ema_factor``.
         trunk_context: see :class:`KMUNet`.
         decoder_kan: whether the nodes ``j >= 1`` on levels 2 and 3 have KAN blocks.
-        context_residual: whether SS2D and EMA add their result to their input, which SS2D then sees after LayerNorm.
+        context_residual: whether SS2D and EMA add their result to their input, as above; without it learning takes
+            several times as many steps (docs/results.md).
         use_kan: see :class:`KMUNet`.
         use_ss2d: see :class:`KMUNet`.
         use_ema: see :class:`KMUNet`.
@@ -75,7 +76,7 @@ class KMUNetPP(SegmentationModel):
         widths: Sequence[int] = (16, 32, 128, 160, 256),
         trunk_context: bool = True,
         decoder_kan: bool = True,
-        context_residual: bool = False,
+        context_residual: bool = True,
         use_kan: bool = True,
         use_ss2d: bool = True,
         use_ema: bool = True,

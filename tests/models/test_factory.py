@@ -13,15 +13,15 @@ PARAMETERS = {
     "km_unet": 7008753,
     "km_unet_base": 7008753,
     "km_unet_small": 2003025,
-    "km_unet_tiny": 509393,
-    "km_unet_pp": 9323905,
-    "km_unet_pp_base": 9323905,
-    "km_unet_pp_small": 2738689,
-    "km_unet_pp_tiny": 696369,
+    "km_unet_tiny": 519809,
+    "km_unet_pp": 9325409,
+    "km_unet_pp_base": 9325409,
+    "km_unet_pp_small": 2739681,
+    "km_unet_pp_tiny": 732241,
     "u_kan": 6355393,
     "u_kan_base": 6355393,
     "u_kan_small": 1892737,
-    "u_kan_tiny": 477697,
+    "u_kan_tiny": 485489,
 }
 
 

@@ -22,6 +22,7 @@ ABLATIONS = (
     {"trunk_context": False},
     {"decoder_kan": False},
     {"context_residual": True},
+    {"context_residual": False},
     {"use_ss2d": False, "use_ema": False},
     {"grid_size": 8, "spline_order": 2},
     {"d_state": 1, "expand": 2},
