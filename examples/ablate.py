@@ -25,7 +25,7 @@ from segmentation.experiment import Plan, Variant
 from segmentation.prose import ablation_text
 
 FULL = "full"
-PARTS = ("use_kan", "use_ss2d", "use_ema", "trunk_context", "decoder_kan")
+PARTS = ("use_kan", "use_ss2d", "use_ema", "trunk_context", "decoder_kan", "context_residual")
 SIZES = {"grid_size": (3, 8), "spline_order": (1, 2), "d_state": (1, 16), "expand": (1, 2), "ema_factor": (2, 8)}
 NEEDS = {"grid_size": "use_kan", "spline_order": "use_kan", "d_state": "use_ss2d", "expand": "use_ss2d"}
 NEEDS |= {"ema_factor": "use_ema"}

@@ -4,8 +4,6 @@ import json
 import runpy
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
@@ -16,18 +14,13 @@ def recorded(folder: Path) -> list[dict]:
     return runs
 
 
-@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "lr-1e-3"], ids=lambda folder: folder.name)
-def test_tables_are_made_of_the_recorded_runs(folder):
-    tables = runpy.run_path(str(ROOT / "benchmarks" / "results_table.py"))["tables"](recorded(folder))
-    assert tables in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-
-
-def test_the_tables_of_the_experiments_are_those_of_their_results():
+def test_the_tables_are_those_of_the_recorded_results():
     table = runpy.run_path(str(ROOT / "benchmarks" / "experiment_table.py"))["table"]
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for results in recorded(RESULTS / "experiments"):
-        assert table(results) in text
-        assert results["side"] == "test"
+    for kind, side in (("experiments", "test"), ("recipe", "val"), ("ablation", "val")):
+        for results in recorded(RESULTS / kind):
+            assert table(results) in text
+            assert results["side"] == side
 
 
 def test_the_readme_shows_the_dice_of_the_experiments():

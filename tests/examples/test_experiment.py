@@ -201,10 +201,11 @@ def test_settings_are_refused_by_name_before_anything_is_trained(tmp_path, setti
 
 def test_every_shown_config_is_a_plan(examples, tmp_path):
     configs = sorted((examples / "configs").rglob("*.yaml"))
-    assert len(configs) == 9
+    assert len(configs) == 10
     for config in configs:
         flags = [f"--config={config}", f"--out={tmp_path / 'out'}"]
-        plan = (ablate if config.parent.name == "recipe" else experiment).read_plan(flags)[0]
+        script = ablate if config.parent.name in ("recipe", "ablation") else experiment
+        plan, _ = script.read_plan(flags)
         assert plan.task.name == config.stem
         assert len(plan.runs) == len(plan.variants) * len(plan.seeds) > 3
 
