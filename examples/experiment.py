@@ -196,7 +196,7 @@ def prepare(plan: Plan, parser: ArgumentParser, settings: Namespace) -> None:
     elif not plan.split.is_file():
         data = SegmentationData(plan.task, plan.data_dir, image_size=plan.image_size, **splitting)
         write_split(plan.split, data.split)
-    parser.save(settings, config, overwrite=True)
+    parser.save(settings, config, overwrite=True, skip_unset=False)  # null is a setting too
 
 
 def carry_out(plan: Plan, command: str) -> None:

@@ -108,7 +108,7 @@ def prepare_folder(parser: ArgumentParser, settings: Namespace, out: Path) -> No
                         "resume with the same settings, or give another --out"
                     )
     out.mkdir(parents=True, exist_ok=True)
-    parser.save(settings, config, overwrite=True)
+    parser.save(settings, config, overwrite=True, skip_unset=False)  # null is a setting too
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -63,8 +63,10 @@ def test_a_run_leaves_every_file(tmp_path):
 
 
 def test_a_config_file_repeats_a_run(tmp_path):
-    first = run(tmp_path / "first")
-    again = train.main([f"--config={tmp_path / 'first' / 'config.yaml'}", f"--out={tmp_path / 'again'}"])
+    first = run(tmp_path / "first", "isic2017", "unet", 1, "--ema-decay=null")
+    config = tmp_path / "first" / "config.yaml"
+    assert train.build_parser().parse_path(config).ema_decay is None
+    again = train.main([f"--config={config}", f"--out={tmp_path / 'again'}"])
     assert again["metrics"] == first["metrics"]
 
 
