@@ -99,7 +99,7 @@ class TestEveryModel:
         with torch.no_grad():
             features = model.forward_features(x)
             head = model.head if isinstance(model, KMUNet) else model.heads["4"]
-            assert features.shape == (2, 8, 33, 25)
+            assert features.shape == (2, 16, 33, 25)
             assert torch.equal(head(features, x.shape[2:]), model(x))
 
     def test_an_image_does_not_see_the_others(self, name: str) -> None:
@@ -251,7 +251,7 @@ class TestAblations:
         for key, value in state.items():
             if key.endswith("in_proj.weight"):
                 assert value.shape[0] == 2 * 3 * value.shape[1]
-        assert {v.shape[0] for k, v in state.items() if k.endswith("gn.weight")} == {8 // 2, 16 // 2, 32 // 2, 48 // 2}
+        assert {v.shape[0] for k, v in state.items() if k.endswith("gn.weight")} == {16 // 2, 32 // 2, 48 // 2}
 
     def test_trunk_context_decides_what_the_encoder_goes_on_from(self, name: str) -> None:
         trunk, skip = build(name), build(name, trunk_context=False)
@@ -290,7 +290,7 @@ class TestKMUNet:
                 t = model.encoder[i](t)
                 t = model.encoder_context[i](t) if i < 3 else t
                 maps.append(t)
-            assert [tuple(m.shape[1:]) for m in maps] == [(8, 35, 22), (16, 17, 11), (32, 8, 5), (48, 4, 3), (64, 2, 2)]
+            assert [tuple(m.shape[1:]) for m in maps] == [(16, 35, 22), (16, 17, 11), (32, 8, 5), (48, 4, 3), (64, 2, 2)]
             for i in (3, 2, 1, 0):
                 t = model.decoder[i](t, maps[i].shape[2:]) + maps[i]
                 t = model.decoder_kan_stages[str(i)](t) if i >= 2 else t
