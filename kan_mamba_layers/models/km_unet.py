@@ -32,7 +32,7 @@ class KMUNet(SegmentationModel):
             gives it to the skips only (as published code has it).
         decoder_kan: whether the decoder has KAN blocks at 1/16 and 1/8.
         context_residual: whether SS2D and EMA add their result to their input, which SS2D then sees after LayerNorm.
-            Neither the report nor its code has this connection; with it the model learns faster (docs/results.md).
+            Neither the report nor its code has this connection; with it the model learns better (docs/results.md).
         use_kan: False replaces KANLinear by ``nn.Linear`` everywhere.
         use_ss2d: False leaves out SS2D.
         use_ema: False leaves out EMA.

@@ -30,8 +30,8 @@ class KMUNetPP(SegmentationModel):
         widths: channels of the levels, 2 to 5 of them; those that carry EMA must be divisible by ``ema_factor``.
         trunk_context: see :class:`KMUNet`.
         decoder_kan: whether the nodes ``j >= 1`` on levels 2 and 3 have KAN blocks.
-        context_residual: whether SS2D and EMA add their result to their input, as above; without it learning takes
-            several times as many steps (docs/results.md).
+        context_residual: whether SS2D and EMA add their result to their input, as above; without it the model learns
+            worse (docs/results.md).
         use_kan: see :class:`KMUNet`.
         use_ss2d: see :class:`KMUNet`.
         use_ema: see :class:`KMUNet`.
