@@ -290,7 +290,8 @@ class TestKMUNet:
                 t = model.encoder[i](t)
                 t = model.encoder_context[i](t) if i < 3 else t
                 maps.append(t)
-            assert [tuple(m.shape[1:]) for m in maps] == [(16, 35, 22), (16, 17, 11), (32, 8, 5), (48, 4, 3), (64, 2, 2)]
+            shapes = [tuple(m.shape[1:]) for m in maps]
+            assert shapes == [(16, 35, 22), (16, 17, 11), (32, 8, 5), (48, 4, 3), (64, 2, 2)]
             for i in (3, 2, 1, 0):
                 t = model.decoder[i](t, maps[i].shape[2:]) + maps[i]
                 t = model.decoder_kan_stages[str(i)](t) if i >= 2 else t
