@@ -68,7 +68,7 @@ def build_parser() -> ArgumentParser:
     add("--resume", action="store_true", help="go on from the last checkpoint in the run folder, if there is one")
     add("--epochs", type=int, default=40)
     add("--patience", type=int | None, help="stop after so many epochs without a better validation Dice")
-    add("--lr", type=float, default=4e-3, help="peak learning rate; 4e-3 suits the tiny models, larger ones want less")
+    add("--lr", type=float, default=4e-3, help="peak learning rate; 4e-3 was measured with the tiny models")
     add("--spline-lr", type=NonNegativeFloat, default=1.0, help="multiplies the learning rate in KANLinear")
     add("--scan-lr", type=NonNegativeFloat, default=1.0, help="multiplies the learning rate in SS2D")
     add("--warmup", type=ClosedUnitInterval, default=0.05, help="part of the steps in which the learning rate rises")
