@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -65,9 +66,11 @@ class Candidate:
             module, x = module.to(device), x.to(device)
             if exact:
                 module, x = module.double(), x.double()
+            half = dtype != torch.float32 and not exact
 
             def run_module() -> Tensor:
-                out = module(x)
+                with torch.autocast(device, dtype) if half else nullcontext():
+                    out = module(x)
                 return torch.stack(out) if isinstance(out, list) else out  # outputs of deep supervision
 
             return Bound(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kan_mamba_layers import KANLinear
 
 GEMM, EFFICIENT, FAST, PYKAN = "gemm", "efficient-kan", "fast-kan", "pykan"
+TUNED = "compiled reference, max-autotune"
 # pykan computes every edge of every row: a tensor of rows x in x out, gigabytes where the others need megabytes.
 PYKAN_EDGES = 1024 * 160 * 160
 PYKAN_NAMES = {"coef": "spline_weight", "scale_base": "base_weight", "scale_sp": "spline_scaler"}
@@ -41,6 +42,7 @@ class Layer(Candidate):
     same: bool = True  # the function of our layer; others are compared with themselves
     renamed: Mapping[str, str] = field(default_factory=dict)  # its parameters' names to ours
     max_edges: int | None = None  # rows i o
+    mode: str | None = None  # of torch.compile
 
     def bind(self, case: Case, device: str, dtype: torch.dtype = torch.float32, exact: bool = False) -> Bound:
         layer, x = make_kan(case)
@@ -56,7 +58,7 @@ class Layer(Candidate):
         call: Callable[[Tensor], Any] = module
         if self.compiled:
             torch.compiler.reset()  # else, after eight shapes, the layer would silently run as it is
-            call = torch.compile(module)
+            call = torch.compile(module, mode=self.mode)
 
         def run() -> Tensor:
             with context:
@@ -85,6 +87,9 @@ def layers(case: Case, device: str, dtype: torch.dtype, paths: Mapping[str, str]
         Layer(f"compiled {backend}", make=partial(on_backend, backend), compiled=True)
         for backend in ("auto", "reference")
     ]
+    if device == "cuda":  # where it chooses tiles by trying them
+        mode = "max-autotune-no-cudagraphs"
+        own.append(Layer(TUNED, make=partial(on_backend, "reference"), compiled=True, mode=mode))
     limits = [Layer(GEMM, make=product, same=False, copies=2), Layer("nn.Linear", make=linear, same=False)]
     return [*own, *limits, TEXTBOOK, *peers(case, paths)]
 

@@ -6,6 +6,7 @@ empty stand-in for it, for the time of that import only: the functions measured 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -41,6 +42,16 @@ STAND_INS = (
     *("sklearn.linear_model", "yaml"),
 )
 LAST: Layout = dict.fromkeys(("u", "delta", "B", "C", "z", "y"), (0, 2, 1))
+
+
+def peer_path(text: str) -> tuple[str, str]:
+    """The name and the path of a checkout, from the command line."""
+    name, _, path = text.partition("=")
+    if name not in NAMES or not path:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PATH with {', '.join(NAMES[:-1])} or {NAMES[-1]} as NAME"
+        )
+    return name, path
 
 
 class PeerError(Exception):
@@ -136,7 +147,7 @@ def _like_mamba(name: str, function: Callable[..., Tensor], crossing: bool, grou
 
 
 def _mamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
-    module = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", {})
+    module = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths)
     if getattr(module, "selective_scan_cuda", None) is None:
         raise PeerError("its CUDA extension is not built")
     return _like_mamba(MAMBA_CUDA, module.selective_scan_fn, crossing, grouped=False)

@@ -27,8 +27,8 @@ import machine
 import torch
 from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
 from cases import CASES, QUICK, SUITES, Case, scaling_cases
-from measure import Checker, error_limit, peak_bytes, saved_bytes, time_in_rounds
-from peers import NAMES, peers
+from measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
+from peers import peer_path, peers
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,6 +155,9 @@ def measure_case(case: Case, candidates: Sequence[Candidate], options: Options) 
         if mode == "training":
             for name, bound in bounds.items():
                 of_mode[name]["saved_bytes"] = saved_bytes(bound)
+        if options.memory and options.device == "cuda":
+            for name, bound in bounds.items():
+                of_mode[name]["peak_bytes"] = allocated_peak(bound, mode)
         del bounds
         base = statistics.median(timings[good[0].name].wall) if good else 0.0
         for candidate in good:
@@ -168,7 +171,7 @@ def measure_case(case: Case, candidates: Sequence[Candidate], options: Options) 
                 "median_cpu_s": statistics.median(timing.cpu),
             }
             row["ratio"] = row["median_s"] / base
-            if options.memory:
+            if options.memory and options.device != "cuda":
                 row["peak_bytes"] = _peak_elsewhere(case, candidate, mode, options)
         rows += of_mode.values()
     return rows
@@ -264,19 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--longest", type=float, default=Options.longest, metavar="S", help="seconds of one call")
     parser.add_argument("--max-side", type=int, default=1024, help="largest height and width of the scaling suite")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
-    parser.add_argument("--peers-path", nargs="+", type=_peer, default=[], metavar="NAME=PATH")
+    parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser
-
-
-def _peer(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if name not in NAMES or not path:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PATH with {', '.join(NAMES[:-1])} or {NAMES[-1]} as NAME"
-        )
-    return name, path
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What the compiler made of the kernels: registers, spills, shared memory, and instructions that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import triton
+
+COUNTED = ("SHFL", "MUFU", "BAR", "LDL", "STL", "HGMMA", "HMMA", "FFMA", "LDG", "STG")
+
+
+def compiled_kernels() -> list[dict[str, Any]]:
+    """One row per variant that this process has launched."""
+    return [row for kernel in _kernels() for row in _variants(kernel)]
+
+
+def _kernels() -> Iterator[Any]:
+    from kan_mamba_layers.ops.kan_linear import _triton_backward as kan_backward
+    from kan_mamba_layers.ops.kan_linear import _triton_forward as kan_forward
+    from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward
+
+    modules: tuple[ModuleType, ...] = (_triton_forward, _triton_backward, kan_forward, kan_backward)
+    seen = set()
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, triton.JITFunction) and value.fn not in seen:
+                seen.add(value.fn)
+                yield value
+
+
+def _variants(kernel: Any) -> Iterator[dict[str, Any]]:
+    for caches in kernel.device_caches.values():
+        for binary in caches[0].values():
+            binary._init_handles()  # which asks the driver
+            text = binary.asm.get("sass", "")
+            yield {
+                "kernel": kernel.fn.__name__,
+                "warps": binary.metadata.num_warps,
+                "registers": binary.n_regs,
+                "spills": binary.n_spills,
+                "shared": binary.metadata.shared,
+                "instructions": {name: text.count(f" {name}") for name in COUNTED if f" {name}" in text},
+            }

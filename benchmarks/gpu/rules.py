@@ -1,0 +1,67 @@
+"""Rules by which the scan's plan could be chosen, compared by what `tune` has timed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from itertools import product
+from typing import Any
+
+# values, enough, wanted, pair_steps: the fields of the launcher's Rule
+RULES = [
+    rule for rule in product((512, 1024, 2048), (2, 4, 8), (4, 8, 16, 32), (32, 64, 1 << 20)) if rule[2] >= rule[1]
+]
+NAME = re.compile(r"time/scan (forward|backward)/b(\d+) (\d+)x(\d+) d(\d+) n(\d+) r(\d+)")
+
+
+def sizes(shape: tuple[int, ...]) -> tuple[int, ...]:  # b h w d n r -> b l d k g n
+    """What a plan is chosen by."""
+    b, h, w, d, n, _ = shape
+    return b, h * w, d, 4, 1, n
+
+
+def best_rules(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each pass the rule with the least mean time over the best plan's, and the same of today's rule.
+
+    """For each pass the rule with the least mean time, as a multiple of that of the best plans, beside today's rule.
+    """
+    found = {}
+    for kind in ("forward", "backward"):
+        shapes = {
+            tuple(map(int, match.groups()[1:])): end
+            for name, end in ends.items()
+            if (match := NAME.fullmatch(name)) and match.group(1) == kind and end.get("times")
+        }
+        if shapes:
+            found[kind] = _compare(shapes, kind == "backward")
+    return found
+
+
+def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) -> dict[str, Any]:
+    from kan_mamba_layers.ops.selective_scan._triton import BACKWARD, FORWARD, Rule, choose_plan
+
+    today = BACKWARD if back else FORWARD
+    ratios: dict[tuple[int, ...], list[float]] = {tuple(today): []}
+    for shape, end in shapes.items():
+        times = {tuple(plan): seconds for plan, seconds in end["times"]}
+        fastest = min(times.values())
+        for rule in (tuple(today), *RULES):
+            plan = choose_plan(*sizes(shape), end["multiprocessors"], back=back, rule=Rule(*rule))
+            ratios.setdefault(rule, []).append(times.get(tuple(plan), math.inf) / fastest)
+    means = {rule: _geometric_mean(values) for rule, values in ratios.items()}
+    best = min(means, key=lambda rule: means[rule])
+    return {
+        "fields": list(Rule._fields),
+        "shapes": len(shapes),
+        "best": list(best),
+        "best_over_fastest": means[best],
+        "today": list(today),
+        "today_over_fastest": means[tuple(today)],
+        "worst_shape_today": max(ratios[tuple(today)]),
+    }
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))

@@ -1,0 +1,112 @@
+"""NVIDIA's memory checkers over one small call of each kernel, and the project's tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpu.calls import CALLS
+from gpu.tasks import Setting, Skip, Task, Wrong
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKERS = ("memcheck", "racecheck")
+PROGRAM = "compute-sanitizer"
+FOUND = 33  # its exit code where it finds something
+
+
+def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
+    """Run a call under a checker; what it prints of a fault is the result."""
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise Skip(f"{PROGRAM} is not installed here")
+    script = str(Path(__file__).resolve().parents[1] / "gpu_day.py")
+    command = [
+        program,
+        "--tool",
+        checker,
+        "--error-exitcode",
+        str(FOUND),
+        "--print-limit",
+        "20",
+        sys.executable,
+        script,
+    ]
+    command += ["--out", str(setting.out), "--device", setting.device, "--call", call]
+    # With a cache of its own PyTorch would hide writes behind the end of a tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    faults = count_faults(result.stdout)
+    if faults:
+        raise Wrong(f"{faults} faults: {first_fault(result.stdout)}", output=result.stdout[:8000])
+    if result.returncode or faults is None:
+        raise RuntimeError(f"{checker} did not finish ({result.returncode}): {(result.stdout + result.stderr)[-1500:]}")
+    return {"faults": 0}
+
+
+def count_faults(output: str) -> int | None:
+    """The number in the checker's last summary; None if it wrote none."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
+    return int(summaries[-1]) if summaries else None
+
+
+def first_fault(output: str) -> str:
+    """The first lines that say what was wrong, and in which kernel."""
+    lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
+    told = [line for line in lines if re.search(r"Invalid|hazard|Race|Uninit|Error:|\bat \b", line)]
+    return "; ".join(told[:3]) or "see the output"
+
+
+def project_tests(setting: Setting) -> dict[str, Any]:
+    """`pytest -m gpu`; every test that fails is told by name."""
+    if not (ROOT / "tests").is_dir():
+        raise Skip("the tests are not here")
+    file = setting.out / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n0", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    result = subprocess.run(
+        [*command, f"--junitxml={file.resolve()}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if not file.is_file():
+        raise RuntimeError(f"pytest ended with {result.returncode}: {(result.stdout + result.stderr)[-1500:]}")
+    try:
+        count, failed = read_tests(file)
+    finally:
+        file.unlink()
+    if failed:
+        raise Wrong(f"{len(failed)} of {count['tests']} tests fail: {', '.join(failed)}"[:2000], failed=failed, **count)
+    if count["tests"] == count["skipped"]:
+        raise Skip(f"{count['skipped']} tests need a GPU")
+    return dict(count)
+
+
+def read_tests(file: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """How many tests ran, and those that failed with the end of their message."""
+    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    failed = {}
+    for case in cases:
+        for fault in (*case.findall("failure"), *case.findall("error")):
+            failed[case.get("name", "?")] = (fault.get("message") or "")[:300]
+    return {"tests": len(cases), "skipped": sum(case.find("skipped") is not None for case in cases)}, failed
+
+
+def tasks(setting: Setting) -> Iterator[Task]:
+    """The tests, then the kernels under each checker."""
+    yield Task("tests", project_tests, limit=300)
+    for checker in CHECKERS:
+        for call in CALLS if not setting.rehearsal else ("scan",):
+            yield Task(f"{checker}/{call}", partial(checked, checker, call), limit=180)

@@ -1,0 +1,313 @@
+"""What neither the interpreter nor the compiler can show: races through memory, large offsets, streams, rounding.
+
+Each check is an identity, so that no oracle has to be computed at the sizes where the faults would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
+from gpu.compare import Results, judge, moved, results, same_bits, same_numbers
+from gpu.guards import between_nan, guarded
+from gpu.sweep import OPS, Op, exact_products, image, line, splines
+from gpu.tasks import Setting, Skip, Task, Wrong
+
+NAMES = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
+REPEATS = 20
+TF32_BANDS = 500.0  # 1e-3, of factors rounded to 10 bits, in bands of float32
+CHOSEN = (
+    "scan2d/9x7 d12 n16 r2",
+    "scan2d/40x36 d96",
+    "scan1d/groups",
+    "scan1d/1500",
+    "kan/33x17-35",
+    "kan/knots linear",
+)
+
+
+def scan_results(x: dict[str, Tensor], grad_y: Tensor, height: int, width: int, plan: Any = None) -> Results:
+    """Outputs and gradients of the scan's launcher, under one plan."""
+    y, last, saved = scan_forward(x, height, width, plan)
+    grads = scan_backward(x, grad_y, saved, height, width, plan and plan._replace(pair=False))
+    named = {f"grad {name}": g for name, g in zip(NAMES, grads, strict=True) if name != "delta"}
+    return {"y": y, "last": last, **named}
+
+
+def plans_agree(size: tuple[int, ...], setting: Setting) -> dict[str, Any]:
+    """However the work is cut, by however many warps, the results are those of the recurrence.
+
+    More warps than one put the values that a program exchanges through memory into lanes of different warps.
+    """
+    from kan_mamba_layers.ops.selective_scan import _triton
+    from kan_mamba_layers.ops.selective_scan._triton import Plan
+
+    _, height, width, d, n, _ = size
+    x = {name: between_nan(value) for name, value in scan_inputs(*size, setting.device).items()}
+    grad_y = torch.randn(x["u"].shape, generator=torch.Generator().manual_seed(1)).to(x["u"])
+    first, worst, tried = None, 0.0, 0
+    tried_plans = product((32, 128), (16, 48, 1 << 20), (False, True), (1, 4))
+    if setting.rehearsal:
+        tried_plans = product((32,), (16,), (False, True), (1,))
+    for block, chunk, pair, warps in tried_plans:
+        if block * n > 2048:
+            continue
+        steps = min(chunk, -(-height * width // _triton.TILE) * _triton.TILE)
+        plan = Plan(block, steps, pair, warps)
+        with guarded(_triton):
+            found = scan_results(x, grad_y, height, width, plan)
+        with guarded(_triton):
+            again = scan_results(x, grad_y, height, width, plan)
+        same_bits(again, found, f"the same call again under {plan}", x)
+        first = first or found
+        worst, tried = max(worst, same_numbers(found, first, f"{plan}", inputs=x)), tried + 1
+    return {"worst": worst, "compared": tried, "channels": d}
+
+
+def repeats(op: Op, setting: Setting) -> dict[str, Any]:
+    """The same bits each time, and beside another stream that runs the same kernels."""
+    inputs = moved(op.make(), setting.device)
+    function = partial(op.function, backend=op.backend)
+    first = results(function, inputs)
+    for i in range(REPEATS if not setting.rehearsal else 2):
+        same_bits(results(function, inputs), first, f"repetition {i + 1}", inputs)
+    if setting.device != "cuda":
+        raise Skip("equal bits; there are no streams on a CPU")
+    others = {k: None if x is None else x.clone() for k, x in inputs.items()}
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for i in range(REPEATS):
+        found = []
+        for stream, x in zip(streams, (inputs, others), strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found.append(results(function, x))
+        torch.cuda.synchronize()
+        for one in found:
+            same_bits(one, first, f"two streams, repetition {i + 1}", inputs)
+    return {"repetitions": REPEATS}
+
+
+def graph(op: Op, setting: Setting) -> dict[str, Any]:
+    """A captured forward and backward pass, replayed on other inputs."""
+    if setting.device != "cuda":
+        raise Skip("there are no CUDA graphs on a CPU")
+    function = partial(op.function, backend=op.backend)
+    inputs = moved(op.make(), setting.device)
+    fresh = {k: None if x is None else 0.5 * x for k, x in inputs.items()}
+    expected = results(function, fresh)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            results(function, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in inputs.items()}
+    wanted = [x for x in leaves.values() if x is not None]
+    weights = (torch.randint(-8, 9, expected["output"].shape, generator=torch.Generator().manual_seed(0)) / 8).cuda()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        out = function(**leaves)
+        grads = torch.autograd.grad(out, wanted, weights.to(out.dtype))
+    with torch.no_grad():
+        for name, x in leaves.items():
+            if x is not None:
+                x.copy_(fresh[name])  # type: ignore[arg-type]
+    captured.replay()
+    torch.cuda.synchronize()
+    named = zip([k for k, x in leaves.items() if x is not None], grads, strict=True)
+    found = {"output": out, **{f"grad {k}": g for k, g in named}}
+    return {"worst": same_numbers(found, expected, "a replayed graph", inputs=fresh)}
+
+
+def compiled(op: Op, setting: Setting) -> dict[str, Any]:
+    """`torch.compile` of the op, whole and with dynamic shapes, forward and backward."""
+    function = partial(op.function, backend=op.backend)
+    inputs = moved(op.make(), setting.device)
+    expected = results(function, inputs)
+    found = results(torch.compile(function, fullgraph=True, dynamic=True), inputs)
+    return {"worst": same_numbers(found, expected, "under torch.compile", inputs=inputs)}
+
+
+def rounds_to_nearest(dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
+    """y in half precision is y of float32, computed from the same values and rounded to nearest."""
+    size = (1, 13, 11, 40, 16, 2) if not setting.rehearsal else (1, 2, 2, 5, 2, 1)
+    half = scan_inputs(*size, setting.device, dtype)
+    whole = {**half, "u": half["u"].float()}
+    y, *_ = scan_forward(half, *size[1:3])
+    expected = scan_forward(whole, *size[1:3])[0].to(dtype)
+    different = int((y != expected).sum())
+    if different and setting.rehearsal:
+        raise Skip(f"the interpreter cuts off: {different} of {y.numel()} values differ")
+    if different:
+        raise Wrong(f"{different} of {y.numel()} values are not rounded to nearest", half)
+    return {"values": y.numel()}
+
+
+def kan_large_offsets(setting: Setting) -> dict[str, Any]:
+    """More than 2^31 values of x and y: the last rows give what they give alone, bit for bit."""
+    from kan_mamba_layers.ops.kan_linear import _triton
+
+    rows = (1 << 25) + 4096 if not setting.rehearsal else 32
+    tail = 1024 if not setting.rehearsal else 16
+    x = kan_inputs(tail, 64, 64, 5, 3, setting.device, torch.bfloat16)
+    long = torch.zeros(rows, 64, dtype=torch.bfloat16, device=setting.device)
+    grad = torch.zeros_like(long)
+    long[-tail:], grad[-tail:] = x["x"], x["grad_y"]
+    rest = (x["base_weight"], x["spline_weight"], x["grid"])
+    tiles = _triton.Tiles(16 if setting.rehearsal else 128, 16, 64, 4, 2)
+
+    def run(x: Tensor, grad_y: Tensor) -> Results:
+        y = _triton.forward(x, None, *rest, None, "zero", True, tiles=tiles)
+        grads = _triton.backward(grad_y, x, None, *rest, "zero", True, True, True, tiles=(tiles, None))
+        return {"y": y[-tail:], "grad x": grads[0][-tail:], "grad base": grads[2], "grad spline": grads[3]}
+
+    found, alone = run(long, grad), run(x["x"], x["grad_y"])
+    same_bits({k: found[k] for k in ("y", "grad x")}, alone, f"the last {tail} of {rows} rows", x)
+    sums = {name: found[name] for name in ("grad base", "grad spline")}  # bfloat16, from parts that are cut elsewhere
+    same_numbers(sums, alone, f"{rows} rows", 2.0**-8, x)
+    return {"values": rows * 64}
+
+
+def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
+    """A batch whose offsets pass 2^31, in u forward and in the steps backward: its last image, and that image alone."""
+    from kan_mamba_layers.ops.selective_scan._triton import Plan
+
+    b, side, d = (20, 512, 512) if not back else (9, 512, 256)  # 2.7e9 values of u; 2.4e9 of the steps
+    if setting.rehearsal:
+        b, side, d = 2, 2, 5
+    one = scan_inputs(1, side, side, d, 1, 1, setting.device, torch.bfloat16)
+    shape = (b, side * side, d)
+    many = {**one, "u": torch.zeros(shape, dtype=torch.bfloat16, device=setting.device)}
+    many["maps"] = torch.zeros(b, *one["maps"].shape[1:], device=setting.device)
+    many["u"][-1], many["maps"][-1] = one["u"][0], one["maps"][0]
+    plan = Plan(32, 4096 if not setting.rehearsal else 16, not back)
+    if not back:
+        found = {"y": scan_forward(many, side, side, plan, save=False)[0][-1:]}
+        same_bits(found, {"y": scan_forward(one, side, side, plan, save=False)[0]}, f"image {b} of {b}", one)
+        return {"values": b * side * side * d}
+    grad_y = torch.zeros_like(many["u"])
+    grad_y[-1] = torch.randn(side * side, d, generator=torch.Generator().manual_seed(1)).to(grad_y)
+    runs: list[Results] = []
+    for x, grad in ((many, grad_y), (one, grad_y[-1:])):
+        saved = scan_forward(x, side, side, plan)[2]
+        grads = scan_backward(x, grad, saved, side, side, plan)
+        runs.append({"grad u": grads[0][-1:], "grad maps": grads[1][-1:], "grad A": grads[5]})
+        del saved, grads
+    same_bits({"grad u": runs[0]["grad u"]}, runs[1], f"image {b} of {b}", one)
+    same_numbers(runs[0], runs[1], f"a batch of {b}", inputs=one)
+    return {"values": b * side * side * 4 * d}
+
+
+def scan_image_offsets(setting: Setting) -> dict[str, Any]:
+    """One image just below 2^31 addresses: its last channels give what they give alone, forward and backward."""
+    from kan_mamba_layers.ops.selective_scan._triton import Plan
+
+    height, width, d = (1024, 1023, 512) if not setting.rehearsal else (2, 2, 64)
+    plan = Plan(32, 4096 if not setting.rehearsal else 16)
+    whole = scan_inputs(1, height, width, d, 1, 1, setting.device, torch.bfloat16)
+    part = {name: x if name == "maps" else x[..., -32:].contiguous() for name, x in whole.items()}
+    part |= {name: whole[name][:, -32:].contiguous() for name in ("dt_weight", "A")}
+    grad_y = torch.randn(whole["u"].shape, generator=torch.Generator().manual_seed(1)).to(whole["u"])
+    runs: list[Results] = []
+    for x, grad in ((whole, grad_y), (part, grad_y[..., -32:].contiguous())):
+        y, _, saved = scan_forward(x, height, width, plan)
+        grads = scan_backward(x, grad, saved, height, width, plan)
+        runs.append({"y": y[..., -32:], "grad u": grads[0][..., -32:], "grad A": grads[5][:, -32:]})
+        del y, saved, grads
+    same_bits({k: runs[0][k] for k in ("y", "grad u")}, runs[1], f"the last 32 of {d} channels", {})
+    same_numbers(runs[0], runs[1], f"the last 32 of {d} channels")
+    return {"addresses": height * width * 4 * d}
+
+
+def tf32(setting: Setting) -> dict[str, Any]:
+    """With TF32 switched on the factors of products are rounded to 10 bits, and no more is lost."""
+    if setting.device != "cuda":
+        raise Skip("there is no TF32 on a CPU")
+    op = OPS["kan/1024x160"]
+    inputs = op.make()
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        found = results(partial(op.function, backend=op.backend), moved(inputs, setting.device))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    exact = results(partial(op.function, backend="reference"), moved(inputs, torch.float64))
+    return judge(found, exact, exact, inputs, bands=TF32_BANDS)
+
+
+# What the kernels refuse: float64, many states, a high degree.
+REFUSED = {
+    "float64": (OPS["scan2d/9x7 d12 n16 r2"], torch.float64, "cross_selective_scan"),
+    "1025 states": (image(1, 3, 2, 2, 1, 1025), torch.float32, "cross_selective_scan"),
+    "1025 states of a sequence": (line(1, 3, 4, 1025, whole=False), torch.float32, "selective_scan"),
+    "order 6": (splines(9, 5, 4, s=6), torch.float32, "kan_linear"),
+}
+
+
+def refused(name: str, setting: Setting) -> dict[str, Any]:
+    """Under `auto` it runs all the same, and the answer is right."""
+    if setting.device != "cuda":
+        raise Skip("on a CPU auto never takes triton")
+    op, dtype, _ = REFUSED[name]
+    inputs = moved(op.make(), dtype)
+    with exact_products():
+        found = results(partial(op.function, backend="auto"), moved(inputs, setting.device))
+    exact = results(partial(op.function, backend="reference"), moved(inputs, torch.float64))
+    plain = results(partial(op.function, backend="reference"), inputs)
+    return judge(found, exact, plain, inputs, bands=2.0)
+
+
+def resources(setting: Setting) -> dict[str, Any]:
+    """Registers and spills of every kernel of a call of each, as this version of Triton compiles them."""
+    if setting.device != "cuda":
+        raise Skip("the interpreter compiles nothing")
+    from gpu.calls import CALLS
+    from gpu.kernels import compiled_kernels
+
+    for call in CALLS.values():
+        for heavy in (False, True):
+            call(setting.device, heavy)
+    found = compiled_kernels()
+    spilling = sorted({row["kernel"] for row in found if row["spills"]})
+    return {"kernels": found, "spilling": spilling}
+
+
+def tasks(setting: Setting) -> Iterator[Task]:
+    """The quick ones first; those that need most of the memory are alone."""
+    sizes = [
+        (1, 9, 7, 33, 16, 2),
+        (2, 5, 13, 65, 4, 1),
+        (1, 37, 31, 129, 16, 10),
+        (3, 1, 50, 31, 17, 3),
+        (1, 8, 9, 1, 1, 1),
+    ]
+    for size in sizes if not setting.rehearsal else [(1, 3, 6, 5, 2, 1)]:
+        name = "b{} {}x{} d{} n{} r{}".format(*size)
+        yield Task(f"plans/{name}", partial(plans_agree, size), limit=240)
+    for name in ("bf16", "fp16"):
+        yield Task(
+            f"rounding/{name}", partial(rounds_to_nearest, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+        )
+    chosen = CHOSEN if not setting.rehearsal else ("scan2d/pixel",)
+    checks: dict[str, Callable[[Op, Setting], dict[str, Any]]] = {
+        "again": repeats,
+        "graph": graph,
+        "compiled": compiled,
+    }
+    for kind, check in checks.items():
+        for name in chosen:
+            if kind != "compiled" or not setting.rehearsal:  # which takes the interpreter to pieces
+                yield Task(f"{kind}/{name}", partial(check, OPS[name]), limit=180)
+    yield Task("tf32", tf32)
+    for name in REFUSED:
+        yield Task(f"refused/{name}", partial(refused, name))
+    yield Task("resources", resources, limit=240)
+    yield Task("offsets/kan rows", kan_large_offsets, limit=180, alone=True)
+    yield Task("offsets/image", scan_image_offsets, limit=240, alone=True)
+    yield Task("offsets/batch", partial(scan_batch_offsets, False), limit=180, alone=True)
+    yield Task("offsets/batch back", partial(scan_batch_offsets, True), limit=180, alone=True)

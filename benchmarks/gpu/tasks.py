@@ -1,0 +1,83 @@
+"""What a task is, and what it is given."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu.journal import Journal
+
+INPUT_BYTES = 1 << 20  # of one failure; larger inputs are made again from the task's name
+ARCHIVE_BYTES = 15 << 20  # of all failures
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a part runs. On a CPU it is a rehearsal: small sizes, in Triton's interpreter."""
+
+    out: Path
+    device: str = "cuda"
+    peers: Mapping[str, str] = field(default_factory=dict)
+    data: Path | None = None  # of the trainings
+    runs: Path = Path("runs/gpu_day")  # where they keep checkpoints, too large to bring home
+    steps: int = 2000
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether this only tries the kit."""
+        return self.device == "cpu"
+
+    def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Keep the inputs of a failure, if there is room for them."""
+        file = Journal(self.out / "failures.jsonl")
+        text = pack(tensors)
+        used = file.path.stat().st_size if file.path.is_file() else 0
+        if len(text) > INPUT_BYTES or used + len(text) > ARCHIVE_BYTES:
+            return False
+        file.append(event="inputs", task=task, tensors=text)
+        return True
+
+
+class Wrong(Exception):
+    """A result is not what it has to be; `inputs` are what it came from."""
+
+    def __init__(self, message: str, inputs: Mapping[str, Tensor | None] | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.inputs = {name: x for name, x in (inputs or {}).items() if x is not None}
+        self.details = details
+
+
+class Skip(Exception):
+    """A task does not apply here, and why."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do; what `run` returns is recorded."""
+
+    name: str  # kind/what/...
+    run: Callable[[Setting], dict[str, Any] | None]
+    limit: float = 90.0  # seconds after which it is killed
+    alone: bool = False  # timed, or in need of the whole memory
+
+
+def pack(tensors: Mapping[str, Tensor]) -> str:
+    """Tensors as text."""
+    buffer = io.BytesIO()
+    torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, buffer)
+    return base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+
+
+def unpack(text: str) -> dict[str, Tensor]:
+    """The tensors of `pack`."""
+    buffer = io.BytesIO(zlib.decompress(base64.b64decode(text)))
+    tensors: dict[str, Tensor] = torch.load(buffer, weights_only=True)
+    return tensors

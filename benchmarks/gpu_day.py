@@ -1,0 +1,171 @@
+"""Use minutes on a GPU well: check the kernels, time them, tune them, train with them.
+
+    python benchmarks/gpu_day.py check speed --out DIR
+    python benchmarks/gpu_day.py tune --out DIR --seconds 300
+    python benchmarks/gpu_day.py train --out DIR --data PATH
+    python benchmarks/gpu_report.py DIR --name h100
+
+Every part writes its results to DIR as they come, and goes on where it was stopped if it is started again with the
+same DIR. A task that crashes, hangs or fails is recorded, and the next one runs. `--device cpu` rehearses all of it on
+a CPU, at small sizes and in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import machine
+from gpu import check, speed, train, tune
+from gpu.calls import CALLS, run_call
+from gpu.journal import FAILURES, OK, SKIPPED, Journal
+from gpu.tasks import Setting, Task
+from gpu.workers import start_worker, supervise, work
+from peers import peer_path
+
+PARTS: dict[str, Callable[[Setting], Iterable[Task]]] = {
+    "check": check.tasks,
+    "speed": speed.tasks,
+    "tune": tune.tasks,
+    "train": train.tasks,
+}
+WORKERS = {"check": 6, "speed": 6, "tune": 8, "train": 4}  # side by side, on 16 cores and one GPU
+SECONDS = 540.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts one after the other; 1 if a task did not end well."""
+    args = _parser().parse_args(arguments)
+    setting = Setting(
+        out=args.out, device=args.device, peers=dict(args.peers_path), data=args.data, runs=args.runs, steps=args.steps
+    )
+    if args.call:
+        run_call(args.call, args.device, heavy=args.heavy)
+        return 0
+    if args.work:
+        part, alone = args.work
+        tasks = select(part, setting, args.tasks)
+        return work([t for t in tasks if t.alone == (alone == "alone")], _journal(setting, part), setting)
+    if args.list:
+        print("\n".join(f"{part} {task.name}" for part in args.parts for task in select(part, setting, args.tasks)))
+        return 0
+    if not args.parts:
+        raise SystemExit(f"name a part: {', '.join(PARTS)}")
+    setting.out.mkdir(parents=True, exist_ok=True)
+    builds = {command: _in_background(command, setting) for command in args.build}
+    code = 0
+    for part in args.parts:
+        if part == "speed":  # which times what was built
+            _await(builds, _journal(setting, part), args.seconds)
+        code = max(code, run_part(part, setting, args))
+    return code
+
+
+def select(part: str, setting: Setting, pattern: str = "*") -> list[Task]:
+    """The tasks of a part whose names match, the most important first."""
+    return [task for task in PARTS[part](setting) if fnmatch.fnmatch(task.name, pattern)]
+
+
+def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
+    """Run a part until it is done or its time is up, and print what came of it."""
+    tasks, journal = select(part, setting, args.tasks), _journal(setting, part)
+    journal.append(
+        event="session",
+        part=part,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        device=setting.device,
+        seconds=args.seconds,
+        machine=machine.describe(),
+        versions=machine.versions(),
+    )
+    began = time.time()
+    finished = supervise(tasks, journal, _starter(part, setting, args), _workers(part, args), began + args.seconds)
+    return _summary(part, tasks, journal, time.time() - began, finished)
+
+
+def _starter(part: str, setting: Setting, args: argparse.Namespace) -> Callable[[bool], subprocess.Popen[bytes]]:
+    environment = {"TRITON_INTERPRET": "1"} if setting.rehearsal else {}
+    command = [sys.executable, str(Path(__file__).resolve()), *_options(setting), "--tasks", args.tasks]
+
+    def start(alone: bool) -> subprocess.Popen[bytes]:
+        crew = "alone" if alone else "together"
+        return start_worker([*command, "--work", part, crew], setting.out / "log.txt", environment)
+
+    return start
+
+
+def _options(setting: Setting) -> list[str]:
+    """The flags that make the same setting again."""
+    flags = ["--out", str(setting.out), "--device", setting.device]
+    flags += ["--runs", str(setting.runs), "--steps", str(setting.steps)]
+    flags += ["--data", str(setting.data)] if setting.data else []
+    return flags + (["--peers-path", *(f"{k}={v}" for k, v in setting.peers.items())] if setting.peers else [])
+
+
+def _workers(part: str, args: argparse.Namespace) -> int:
+    return args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
+
+
+def _in_background(command: str, setting: Setting) -> subprocess.Popen[bytes]:
+    """Start a command that runs beside the parts, such as the build of a peer."""
+    with (setting.out / "build.txt").open("ab") as log:
+        return subprocess.Popen(["bash", "-c", command], stdout=log, stderr=subprocess.STDOUT)
+
+
+def _await(builds: dict[str, subprocess.Popen[bytes]], journal: Journal, seconds: float) -> None:
+    """Wait until the builds are done, and record how they ended; one that fails stops nothing."""
+    for command, process in builds.items():
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        journal.append(event="build", command=command, code=code)
+        if code != 0:
+            print(f"build failed ({code}), see build.txt: {command}")
+
+
+def _journal(setting: Setting, part: str) -> Journal:
+    return Journal(setting.out / f"{part}.jsonl")
+
+
+def _summary(part: str, tasks: Sequence[Task], journal: Journal, seconds: float, finished: bool) -> int:
+    ends = {name: end for name, end in journal.ends().items() if name in {task.name for task in tasks}}
+    count = {status: sum(end["status"] == status for end in ends.values()) for status in (OK, SKIPPED, *FAILURES)}
+    for end in ends.values():
+        if end["status"] in FAILURES:
+            print(f"{end['status']:8} {end['task']}: {end.get('reason', '')[:300]}")
+    left = len(tasks) - len(ends)
+    words = [f"{number} {status}" for status, number in count.items() if number] + ([f"{left} left"] if left else [])
+    print(f"{part}: {', '.join(words) or 'nothing to do'} in {seconds:.0f} s" + ("" if finished else ", time is up"))
+    return int(any(count[status] for status in FAILURES))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each part")
+    parser.add_argument("--workers", type=int, help="processes side by side")
+    parser.add_argument("--tasks", default="*", metavar="PATTERN", help="names of tasks, as in a shell")
+    parser.add_argument("--list", action="store_true", help="print the names of the tasks and stop")
+    parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
+    parser.add_argument("--build", action="append", default=[], metavar="COMMAND", help="runs beside the parts")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folders isic2017, hc18, lumbar_spine for `train`")
+    parser.add_argument("--runs", type=Path, default=Setting.runs, metavar="DIR", help="run folders of `train`")
+    parser.add_argument("--steps", type=int, default=Setting.steps, help="of each network in `train`")
+    parser.add_argument("--call", choices=tuple(CALLS), help="launch one kernel once and stop, for profilers")
+    parser.add_argument("--heavy", action="store_true", help="the large size of --call")
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
