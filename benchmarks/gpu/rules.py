@@ -22,9 +22,9 @@ def sizes(shape: tuple[int, ...]) -> tuple[int, ...]:  # b h w d n r -> b l d k 
 
 
 def best_rules(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each pass the rule with the least mean time over the best plan's, and the same of today's rule.
+    """For each pass the rule with the least mean time, beside today's rule.
 
-    """For each pass the rule with the least mean time, as a multiple of that of the best plans, beside today's rule.
+    Times are multiples of that of the shape's best plan, and their mean is geometric. `ends` are the records of tasks.
     """
     found = {}
     for kind in ("forward", "backward"):
