@@ -172,6 +172,17 @@ class TestTriton:
         with pytest.raises(ValueError, match="'cuda'"):
             resolve("cross_selective_scan", "cpu", x)
 
+    def test_auto_is_chunked_beyond_the_limits(self) -> None:
+        inputs = {k: v.cuda() for k, v in line_inputs(1, 2, 3, 1025, 1).items()}
+        assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
+        with pytest.raises(ValueError, match="A has 1025 states"):
+            selective_scan(**inputs, backend="triton")
+        layer = KANLinear(3, 2, spline_order=6).cuda()
+        x = torch.randn(4, 3, device="cuda")
+        auto = layer(x)
+        layer.backend = "chunked"
+        assert torch.equal(auto, layer(x))
+
     def test_compiled(self) -> None:
         layer = SS2D(12).cuda()
         compiled = torch.compile(layer, fullgraph=True, dynamic=True)

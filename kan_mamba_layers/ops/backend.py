@@ -1,12 +1,14 @@
 """Which implementation of an op runs: a pure function of the call's arguments and of what is installed."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_tensor
+from kan_mamba_layers.ops import _limits
 
 Backend = Literal["auto", "reference", "chunked", "cpu", "triton"]
 
@@ -16,49 +18,77 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
     "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
     "kan_linear": ("triton", "cpu", "chunked", "reference"),
 }
-# The one that consists of PyTorch's own operators and exports well.
+# The one of PyTorch's own operators, for export.
 _PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
+# The tensors of each op beside its first argument.
+_TENSORS: dict[str, tuple[str, ...]] = {
+    "selective_scan": ("delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
+    "cross_selective_scan": ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"),
+    "kan_linear": ("base_weight", "spline_weight", "spline_scaler", "grid", "bias"),
+}
+# Why a backend cannot run a call, by the arguments beside dtype and device.
+_LIMITS: dict[str, Callable[..., str]] = {
+    "selective_scan": _limits.against_selective_scan,
+    "cross_selective_scan": _limits.against_cross_selective_scan,
+    "kan_linear": _limits.against_kan_linear,
+}
 _HAS = {package: importlib.util.find_spec(package) is not None for package in ("numba", "triton")}
 
 
-def resolve(op: str, backend: Backend, x: Tensor) -> str:
-    """Return the name of the backend that ``op`` runs for the input ``x``.
+def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> str:
+    """Return the name of the backend that ``op`` runs for a call.
 
-    ``"auto"`` takes the fastest backend that serves the call: ``"triton"`` for tensors on a GPU, ``"cpu"`` for those on
-    a CPU where Numba is installed, else ``"chunked"``. Where ``"chunked"`` would be compiled, ``kan_linear`` gives the
-    compiler its ``"reference"``; for ONNX it is a form that consists of PyTorch's own operators. A backend asked for by
-    name either runs or raises: nothing falls back silently, and no environment variable takes part.
+    ``"auto"`` takes the first of these that can run the call:
+
+    1. ``"triton"`` for tensors on a GPU, where Triton is installed;
+    2. ``"cpu"`` for tensors on a CPU, where Numba is installed;
+    3. ``"chunked"``, which runs every call but the gradient of ``kan_linear`` with respect to ``grid``;
+    4. ``"reference"``, which runs every call.
+
+    ``"triton"`` cannot run float64, no or more than 1024 states, spline orders above 5, or images of 2**31 addresses
+    or more. Neither ``"triton"`` nor ``"cpu"`` can run a ``cross_selective_scan`` of rank 0.
+
+    ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
+    ``kan_linear`` gives the compiler its ``"reference"``. For ONNX, ``"auto"`` takes ``"chunked"`` for the scans and
+    ``"reference"`` for ``kan_linear``. Without features or outputs, ``kan_linear`` always runs ``"reference"``.
+
+    A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
+    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``.
 
     Args:
         op: ``"selective_scan"``, ``"cross_selective_scan"`` or ``"kan_linear"``.
         backend: the ``backend`` argument of the op.
         x: the op's first argument.
+        arguments: the op's other tensors, by the names of the op's arguments. All are optional, but a rule applies only
+            if the tensors that it needs are given.
 
     Returns:
         ``"reference"``, ``"chunked"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
-        TypeError: ``x`` is not a floating-point tensor.
-        ValueError: the op is unknown, it has no such backend, or the backend cannot serve the call.
+        TypeError: ``x`` or an argument is not a floating-point tensor, or the op has no such argument.
+        ValueError: the op is unknown, it has no such backend, the backend cannot run the call, or a shape does not fit.
 
     Example:
         >>> import torch
-        >>> resolve("cross_selective_scan", "chunked", torch.zeros(1, 4, 4, 8))
+        >>> u, A, B, C = torch.zeros(1, 8, 5), torch.zeros(8, 4), torch.zeros(1, 4, 5), torch.zeros(8, 4)
+        >>> resolve("selective_scan", "auto", u, A=A, B=B, C=C)
         'chunked'
+        >>> resolve("selective_scan", "reference", u)
+        'reference'
     """
     check_backend(op, backend)
     check_tensor("x", x)
+    _check_arguments(op, arguments)
     if backend == "auto":
-        if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused engine
-            return _PLAIN[op]
-        on_gpu = x.device.type == "cuda"
-        fastest = next(b for b in _BACKENDS[op] if (on_gpu or b != "triton") and not _reason_against(b, x))
-        # A compiler fuses the formula better than tiles of PyTorch's operators do.
-        fuses = op == "kan_linear" and fastest == "chunked" and torch.compiler.is_compiling()
-        return "reference" if fuses else fastest
-    if reason := _reason_against(backend, x):
-        raise ValueError(f"backend={backend!r} cannot run this call of {op}: {reason}; use backend='auto'")
-    return backend
+        chosen = _choose(op, x, arguments)
+    else:
+        chosen = backend
+        if reason := _reason_against(op, backend, x, arguments):
+            raise ValueError(f"backend={backend!r} cannot run this call of {op}: {reason}; use backend='auto'")
+    # Without features or outputs there is nothing to compute, and the engines do not expect that.
+    spline_weight = arguments.get("spline_weight")
+    return "reference" if spline_weight is not None and 0 in spline_weight.shape else chosen
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -69,8 +99,36 @@ def check_backend(op: str, backend: str) -> None:
         raise ValueError(f"backend={backend!r} cannot run {op}; choose one of {', '.join(map(repr, available))}")
 
 
-def _reason_against(backend: str, x: Tensor) -> str:
-    """Why a backend cannot serve a call; empty if it can."""
+def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
+    for name, value in arguments.items():
+        if name not in _TENSORS[op]:
+            raise TypeError(f"{op} has no tensor argument {name!r} beside its first; it has {', '.join(_TENSORS[op])}")
+        if value is not None:
+            check_tensor(name, value)
+
+
+def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
+    """The backend that ``"auto"`` takes."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused engine
+        return _PLAIN[op]
+    fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
+    fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))
+    # A compiler fuses the formula better than tiles of PyTorch's operators do.
+    fuses = op == "kan_linear" and fastest == "chunked" and torch.compiler.is_compiling()
+    return "reference" if fuses else fastest
+
+
+def _is_slow(backend: str, x: Tensor, arguments: dict[str, Tensor | None]) -> bool:
+    """Whether ``"auto"`` passes over a backend that may be able to run the call."""
+    if backend == "triton" and x.device.type != "cuda":  # Triton's interpreter
+        return True
+    # With B or C constant in time, every channel of a selective scan would be a group of its own.
+    coefficients = (arguments.get("B"), arguments.get("C"))
+    return backend in ("triton", "cpu") and any(c is not None and c.ndim == 2 for c in coefficients)
+
+
+def _reason_against(op: str, backend: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
+    """Why a backend cannot run a call; empty if it can."""
     device = x.device.type
     if backend == "cpu":
         if not _HAS["numba"]:
@@ -84,7 +142,7 @@ def _reason_against(backend: str, x: Tensor) -> str:
             return "it computes in float32, and x is float64"
         if device != "cuda" and not (device == "cpu" and _triton_interprets()):
             return f"x is on {device!r}, and it computes on 'cuda' (on 'cpu' only in Triton's interpreter)"
-    return ""
+    return _LIMITS[op](backend, x, **arguments)
 
 
 def _triton_interprets() -> bool:

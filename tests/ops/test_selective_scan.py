@@ -352,7 +352,7 @@ class TestBackends:
     )
     def test_auto_is_the_engine_but_for_constant_maps(self, B: str, C: str, expected: str) -> None:
         x = make_inputs(2, 4, 70, 3, B=B, C=C, dtype=torch.float32)
-        assert resolve("selective_scan", "auto", x["u"]) == "cpu"
+        assert resolve("selective_scan", "auto", x["u"], A=x["A"], B=x["B"], C=x["C"]) == expected
         assert torch.equal(selective_scan(**x), selective_scan(**x, backend=expected))
         other = {"cpu": "chunked", "chunked": "cpu"}[expected]
         assert not torch.equal(selective_scan(**x), selective_scan(**x, backend=other)), "they differ in rounding"

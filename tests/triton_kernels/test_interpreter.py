@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import assert_budget, relative_l2, walk
+from helpers import assert_budget, relative_l2, says, walk
+from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
@@ -314,9 +315,13 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
 
 
 def test_too_large_an_image_is_refused() -> None:
+    """By the op, and by the launcher that an exported program calls."""
     u, maps = torch.empty(()).expand(1, 1 << 20, 2048), torch.empty(()).expand(1, 1 << 20, 1, 8)
-    rest = (torch.empty(1, 2048, 0), torch.empty(1, 2048), torch.empty(1, 2048, 4), torch.empty(2048), None)
-    with pytest.raises(ValueError, match=r"2\*\*31"):
+    A, B = torch.empty(2048, 4), maps[:, :, 0, :4].mT
+    with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='auto'")):
+        selective_scan(u.mT, u.mT, A, B, B, backend="triton")
+    rest = (torch.empty(1, 2048, 0), torch.empty(1, 2048), A[None], torch.empty(2048), None)
+    with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='chunked'")):
         _triton.forward(u, maps, u[:, :, None], *rest, 1, 1 << 20, True, False)
 
 

@@ -17,7 +17,6 @@ __all__ = ["Extrapolation", "bspline_basis", "kan_linear"]
 
 Extrapolation = Literal["zero", "clamp", "linear"]
 _EXTRAPOLATIONS = ("zero", "clamp", "linear")
-_TRITON_ORDERS = 5  # the highest degree that its kernels are written out for
 
 
 def bspline_basis(
@@ -106,7 +105,8 @@ def kan_linear(
             along its end tangent.
         uniform: promises equally spaced knots; see :func:`bspline_basis`.
         backend: ``"auto"``, or ``"reference"``, which has derivatives of any order; ``"chunked"`` (a few rows at a
-            time), ``"cpu"`` and ``"triton"`` can be differentiated once, and not by ``grid``. See :func:`resolve`.
+            time), ``"cpu"`` and ``"triton"`` can be differentiated once, and not by ``grid``. ``"triton"`` runs spline
+            orders 1 to 5. See :func:`resolve`.
 
     Returns:
         Output of shape ``(..., o)`` in ``x``'s dtype, under autocast in autocast's.
@@ -149,21 +149,11 @@ def kan_linear(
     _check_features("x", x, in_features)
     if x.dtype != base_weight.dtype and not autocast_is_on(x):
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
-    engine = _engine(backend, x, grid, spline_order)
+    engine = resolve("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
-    if engine == "reference" or 0 in base_weight.shape:  # of an empty sum nothing is left to gain
+    if engine == "reference":
         return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
     return _fused(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform, engine)
-
-
-def _engine(backend: Backend, x: Tensor, grid: Tensor, spline_order: int) -> str:
-    """The backend that runs: of `resolve`, unless ``auto`` has to leave one that cannot serve these knots."""
-    engine = resolve("kan_linear", backend, x)
-    if grid.requires_grad and engine != "reference":
-        if backend != "auto":
-            raise ValueError(f"grid requires a gradient, which backend={backend!r} has not; use backend='reference'")
-        return "reference"
-    return "chunked" if backend == "auto" and engine == "triton" and spline_order > _TRITON_ORDERS else engine
 
 
 def _fused(

@@ -16,7 +16,6 @@ from kan_mamba_layers.ops.kan_linear import _triton_backward, _triton_forward
 from kan_mamba_layers.ops.kan_linear._triton_forward import unit
 from kan_mamba_layers.ops.kan_linear.basis import end_slopes, reciprocal
 
-_MAX_ORDER = 5
 _INTERPRETED = not isinstance(_triton_forward.kan_forward, triton.JITFunction)
 
 
@@ -216,11 +215,6 @@ class _Launch:
     ) -> None:
         outputs, inputs, bases = spline_weight.shape
         order = grid.shape[1] - 1 - bases
-        if order > _MAX_ORDER:
-            raise ValueError(
-                f"grid and spline_weight have spline order {order}; the triton backend has orders 1 to {_MAX_ORDER}: "
-                "use backend='reference'"
-            )
         half, precision = base_weight.dtype != torch.float32, _precision(base_weight.dtype)
         full = precision == "ieee" and not half
         self.job = Job(len(x), inputs, outputs, bases, order, uniform, half, full)

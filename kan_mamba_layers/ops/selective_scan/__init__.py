@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kan_mamba_layers._check import check_shape, check_tensor
 from kan_mamba_layers.ops._autocast import autocast_off
+from kan_mamba_layers.ops._limits import count_groups
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.selective_scan import _chunked, reference
 from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS, flatten_directions, sum_directions
@@ -92,10 +93,8 @@ def selective_scan(
         Gu and Dao, Mamba, arXiv 2312.00752, equation 2 and section 3.2.
     """
     batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if backend == "auto" and 2 in (B.ndim, C.ndim):
-        backend = "chunked"
-    engine = resolve("selective_scan", backend, u)
-    groups = _count_groups(B, C, channels)
+    engine = resolve("selective_scan", backend, u, A=A, B=B, C=C)
+    groups = count_groups(B, C, channels)
     dtype = torch.promote_types(u.dtype, torch.float32)
 
     def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
@@ -226,7 +225,7 @@ def cross_selective_scan(
         Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
     _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    engine = resolve("cross_selective_scan", backend, x)
+    engine = resolve("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with autocast_off(x):
         inputs = (x, *(w.to(dtype) for w in (x_proj_weight, dt_proj_weight, dt_proj_bias)))
@@ -303,13 +302,6 @@ def _check_selective_scan(
     if initial_state is not None:
         check_shape("initial_state", initial_state, (batch, channels, states), "b, d, n")
     return batch, channels, length, states
-
-
-def _count_groups(B: Tensor, C: Tensor, channels: int) -> int:
-    """The coarsest grouping of channels that serves both B and C."""
-    counts = [channels if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)]
-    largest = max(counts)
-    return largest if all(largest % count == 0 for count in counts) else channels
 
 
 def _check_cross_selective_scan(

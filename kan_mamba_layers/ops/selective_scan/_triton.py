@@ -10,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from kan_mamba_layers.ops._limits import against_addresses
 from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward
 
 TILE = 16  # steps between two saved states
 _MAX_RANK = 16  # steps of a higher rank are expanded by a matrix product, since registers would not hold the weights
-_MAX_STATES = 1024
 _LOG2E = 1.4426950408889634
 
 
@@ -243,13 +243,7 @@ def _multiprocessors(u: Tensor) -> int:
 def _sizes(u: Tensor, maps: Tensor, dt_weight: Tensor, A: Tensor) -> _Sizes:
     b, l, d = u.shape
     k, _, n = A.shape
-    s = _Sizes(b, l, d, k, maps.shape[2] // k, n, maps.shape[3] - 2 * n)
-    largest = l * max(k * d, maps.shape[2] * maps.shape[3])
-    if largest >= 2**31:
-        raise ValueError(
-            f"u has {l} positions of {d} channels, so one image needs {largest} addresses; "
-            "the triton backend allows 2**31 - 1: use smaller images or backend='chunked'"
-        )
-    if n > _MAX_STATES:
-        raise ValueError(f"A has {n} states; the triton backend allows {_MAX_STATES}: use backend='chunked'")
-    return s
+    # `resolve` has checked it, but an exported program may be run on larger images than it was checked for.
+    if reason := against_addresses("u", l, d, max(k * d, maps.shape[2] * maps.shape[3])):
+        raise ValueError(f"backend='triton' cannot run this scan: {reason}; use smaller images or backend='chunked'")
+    return _Sizes(b, l, d, k, maps.shape[2] // k, n, maps.shape[3] - 2 * n)

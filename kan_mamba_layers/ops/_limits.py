@@ -1,0 +1,107 @@
+"""Which calls of each op a backend cannot run, by the shapes and gradients of the arguments.
+
+Every function returns the reason, or an empty string if it finds none. It judges by the arguments that it is given.
+"""
+
+from torch import Tensor
+
+from kan_mamba_layers._check import check_shape
+
+# Limits of the Triton kernels.
+ADDRESSES = 2**31 - 1  # in one image or sequence: addresses are computed in 32 bits
+STATES = 1024
+SPLINE_ORDER = 5
+
+
+def count_groups(B: Tensor, C: Tensor, channels: int) -> int:
+    """The coarsest grouping of channels that serves both ``B`` and ``C`` of ``selective_scan``."""
+    counts = [channels if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)]
+    largest = max(counts)
+    return largest if all(largest % count == 0 for count in counts) else channels
+
+
+def against_selective_scan(
+    backend: str,
+    u: Tensor,  # b d l
+    A: Tensor | None = None,  # d n
+    B: Tensor | None = None,  # d n | b n l | b g n l
+    C: Tensor | None = None,  # d n | b n l | b g n l
+    **others: Tensor | None,
+) -> str:
+    """Why ``backend`` cannot run this call of ``selective_scan``."""
+    if backend != "triton" or A is None:
+        return ""
+    check_shape("A", A, ("any", "any"), "d, n")
+    states = A.shape[1]
+    if B is None or C is None:
+        return against_states("A", states)
+    check_shape("u", u, ("any", "any", "any"), "b, d, l")
+    _, channels, length = u.shape
+    coefficients = count_groups(B, C, channels) * 2 * states
+    return against_states("A", states) or against_addresses("u", length, channels, max(channels, coefficients))
+
+
+def against_cross_selective_scan(
+    backend: str,
+    x: Tensor,  # b h w d
+    dt_proj_weight: Tensor | None = None,  # k d r
+    A_log: Tensor | None = None,  # k*d n
+    **others: Tensor | None,
+) -> str:
+    """Why ``backend`` cannot run this call of ``cross_selective_scan``."""
+    if backend not in ("cpu", "triton"):
+        return ""
+    if dt_proj_weight is not None:
+        check_shape("dt_proj_weight", dt_proj_weight, ("any", "any", "any"), "4, d, r")
+        if 0 in dt_proj_weight.shape:
+            shape = tuple(dt_proj_weight.shape)
+            return f"dt_proj_weight has shape (4, d, r) = {shape}, and it needs at least one channel and rank 1"
+    if backend == "cpu" or A_log is None:
+        return ""
+    check_shape("A_log", A_log, ("any", "any"), "4*d, n")
+    states = A_log.shape[1]
+    if dt_proj_weight is None:
+        return against_states("A_log", states)
+    check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
+    _, height, width, channels = x.shape
+    directions, _, rank = dt_proj_weight.shape
+    values = directions * max(channels, rank + 2 * states)
+    return against_states("A_log", states) or against_addresses("x", height * width, channels, values)
+
+
+def against_kan_linear(
+    backend: str,
+    x: Tensor,  # ... i
+    spline_weight: Tensor | None = None,  # o i g+s
+    grid: Tensor | None = None,  # i g+2s+1
+    **others: Tensor | None,
+) -> str:
+    """Why ``backend`` cannot run this call of ``kan_linear``."""
+    if backend == "reference" or grid is None:
+        return ""
+    if grid.requires_grad:
+        return "grid requires a gradient, which only backend='reference' computes"
+    if backend == "triton" and spline_weight is not None:
+        check_shape("grid", grid, ("any", "any"), "i, g+2s+1")
+        check_shape("spline_weight", spline_weight, ("any", "any", "any"), "o, i, g+s")
+        order = grid.shape[1] - 1 - spline_weight.shape[2]
+        if order > SPLINE_ORDER:
+            return f"grid and spline_weight have spline order {order}, and it computes orders 1 to {SPLINE_ORDER}"
+    return ""
+
+
+def against_states(name: str, states: int) -> str:
+    """Why the Triton kernels of the scans cannot run that many states."""
+    fits = 1 <= states <= STATES
+    return "" if fits else f"{name} has {states} states, and it computes 1 to {STATES}"
+
+
+def against_addresses(name: str, positions: int, channels: int, values: int) -> str:
+    """Why the Triton kernels of the scans cannot run that many positions, with ``values`` in the widest tensor each."""
+    addresses = positions * values
+    if addresses <= ADDRESSES:
+        return ""
+    return (
+        f"{name} has {positions} positions of {channels} channels, so one image needs {addresses} addresses, "
+        "more than its 2**31 - 1"
+    )
