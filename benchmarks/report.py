@@ -17,6 +17,7 @@ from cases import CASES
 Row = dict[str, Any]
 
 SCHEMA = 1
+GPU_DAY = "gpu day"  # the kind of a file that gpu_report.py renders
 MODES = {"forward": "Forward", "training": "Forward and backward"}
 AXES = {"pixels": "pixels, h w", "d": "channels, d", "n": "states, n", "b": "batch, b", "threads": "threads"}
 BASES = {"gemm": "of gemm", "efficient-kan": "of efficient-kan"}  # what layers are compared with, and the columns
@@ -36,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     results = {file: load(file) for file in args.files}
-    on_gpu = {row["case"] for result in results.values() for row in result["rows"] if row["device"] == "cuda"}
+    on_gpu = {case for result in results.values() for case in measured_on_gpu(result)}
     for file, result in results.items():
+        if result.get("kind") == GPU_DAY:
+            continue
         images = plot(result, file.stem, args.out) if args.plots else []
         (args.out / f"{file.stem}.md").write_text(render(result, images, on_gpu), encoding="utf-8")
 
@@ -48,6 +51,14 @@ def load(file: Path) -> dict[str, Any]:
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{file.name} has schema {result.get('schema')!r}, expected {SCHEMA}; measure again")
     return result
+
+
+def measured_on_gpu(result: dict[str, Any]) -> set[str]:
+    """The cases that a file has measured on a GPU."""
+    if result.get("kind") == GPU_DAY:
+        speed = result["parts"].get("speed", {})
+        return {case["case"] for case in speed.get("cases", []) if case["device"] == "cuda"}
+    return {row["case"] for row in result["rows"] if row["device"] == "cuda"}
 
 
 def render(result: dict[str, Any], images: Iterable[str] = (), on_gpu: Iterable[str] = ()) -> str:
@@ -110,7 +121,7 @@ def _threads(count: int) -> str:
 
 def time_table(rows: list[Row]) -> str:
     """Cases by candidates."""
-    return _table(rows, lambda row: f"{_figure(1e3 * row['median_s'])} ({_figure(row['ratio'])}x)")
+    return _table(rows, lambda row: f"{three_digits(1e3 * row['median_s'])} ({three_digits(row['ratio'])}x)")
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -123,7 +134,7 @@ def limit_table(rows: list[Row]) -> str:
     return _table(
         rows,
         lambda row: f"{100 * row['limit_fraction']:.1f} %" if "limit_fraction" in row else "",
-        ("limit, ms", lambda row: _figure(1e3 * row["limit_s"]) if "limit_s" in row else ""),
+        ("limit, ms", lambda row: three_digits(1e3 * row["limit_s"]) if "limit_s" in row else ""),
     )
 
 
@@ -177,7 +188,7 @@ def layer_table(rows: list[Row]) -> str:
         forward, training = (_only(rows, name, mode) for mode in MODES)
         cells = [name]
         for row in (forward, training):
-            cells.append(_figure(1e3 * row["median_s"]) if row["status"] == "ok" else SHORT[row["status"]])
+            cells.append(three_digits(1e3 * row["median_s"]) if row["status"] == "ok" else SHORT[row["status"]])
             cells += [_times(row, _only(rows, base, row["mode"])) for base in BASES]
         cells += [_mebibytes(forward.get("peak_bytes")), _mebibytes(training.get("peak_bytes"))]
         cells.append(_mebibytes(training.get("saved_bytes")))
@@ -194,7 +205,7 @@ def _only(rows: list[Row], name: str, mode: str) -> Row:
 
 
 def _times(row: Row, base: Row) -> str:
-    return f"{_figure(row['median_s'] / base['median_s'])}x" if row["status"] == base["status"] == "ok" else ""
+    return f"{three_digits(row['median_s'] / base['median_s'])}x" if row["status"] == base["status"] == "ok" else ""
 
 
 def _mebibytes(count: int | None) -> str:
@@ -232,8 +243,8 @@ def _names(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["candidate"] for row in rows))
 
 
-def _figure(value: float) -> str:
-    """Three digits."""
+def three_digits(value: float) -> str:
+    """A number as tables show it."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value < 10 else f"{value:.1f}"
 
 

@@ -285,7 +285,7 @@ class TestWholeRun:
             assert f"`{row['case']}`" in text
             if row["status"] == "ok":
                 assert row["candidate"] in text
-                assert f"{report._figure(1e3 * row['median_s'])} ({report._figure(row['ratio'])}x)" in text
+                assert f"{report.three_digits(1e3 * row['median_s'])} ({report.three_digits(row['ratio'])}x)" in text
         images = {path.name for path in tmp_path.glob("*.svg")}
         assert images == {"tiny-ops-t1.svg", "tiny-scaling-n.svg"} and all(f"]({name})" in text for name in images)
 

@@ -294,7 +294,7 @@ class TestReport:
             line = next(line for line in table.splitlines() if line.startswith("| textbook |"))
             cells = [cell.strip() for cell in line.split("|")[1:-1]]
             forward, gemm = (of_case[name, "forward"]["median_s"] for name in ("textbook", kan.GEMM))
-            assert cells[1:4] == [report._figure(1e3 * forward), f"{report._figure(forward / gemm)}x", ""]
+            assert cells[1:4] == [report.three_digits(1e3 * forward), f"{report.three_digits(forward / gemm)}x", ""]
             assert "Not measured (not installed, and no path given): efficient-kan, pykan" in table
         for case in KAN:
             assert f"| `{case.name}` | not measured | not measured |" in text

@@ -1,0 +1,187 @@
+"""The parts of a GPU day as Markdown, in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kan import GEMM
+from report import MODES, errors, limit_table, memory_table, notes, three_digits, time_table
+
+from gpu.summary import DTYPES, OURS, flat_rows
+
+Summary = Mapping[str, Any]
+
+SUITES = {
+    "ops-b8": "Scans, batch 8",
+    "kan": "KANLinear",
+    "blocks": "SS2D",
+    "ops": "Scans, batch 1",
+    "models": "Models",
+}
+PRODUCTS = (GEMM, "nn.Linear")  # which are no such layers
+LIMITS = {
+    "kan": f"Share of the limit, the time of the bare product `{GEMM}`:",
+    "ops": "Share of the physical limit, all exponentials or one pass over the map:",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+    """Markdown; the last `numbers` columns are numbers."""
+    rule = "---|" * (len(head) - numbers) + "---:|" * numbers
+    safe = [[cell.replace("|", "&#124;").replace("<", "&lt;") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in safe]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}", *lines])
+
+
+def check_section(check: Summary) -> Iterator[str]:
+    yield "## Check"
+    yield from _skipped(check)
+    if check["worst"]:
+        yield "Largest error over what is allowed, of all results of an op; above 1 it is wrong:"
+        cells = {(row["op"], row["dtype"]): row for row in check["worst"]}
+        rows = []
+        for op in dict.fromkeys(row["op"] for row in check["worst"]):
+            found = [cells.get((op, dtype)) for dtype in DTYPES]
+            texts = [f"{_share(row['share'])}, {row['result']} of `{row['case']}`" if row else "" for row in found]
+            rows.append([f"`{op}`", *texts])
+        yield table(["op", *DTYPES], rows)
+    if check["kernels"]:
+        spilling = [f"`{row['kernel']}`" for row in check["kernels"] if row["spilling"]]
+        yield f"Kernels that spill registers: {', '.join(spilling) or 'none'}. The largest of all compiled variants:"
+        names = ("variants", "spilling", "registers", "spills", "shared")
+        rows = [[f"`{row['kernel']}`", *(str(row[name]) for name in names)] for row in check["kernels"]]
+        yield table(["kernel", "variants", "that spill", "registers", "spills", "shared memory, bytes"], rows, 5)
+
+
+def _share(share: float | str) -> str:
+    return share if isinstance(share, str) else three_digits(share)
+
+
+def _skipped(part: Summary) -> Iterator[str]:
+    if part["skipped"]:
+        rows = [[", ".join(f"`{task}`" for task in tasks), reason] for reason, tasks in part["skipped"].items()]
+        yield table(["skipped", "why"], rows)
+
+
+def speed_section(speed: Summary) -> Iterator[str]:
+    rows = flat_rows(speed)
+    yield "## Speed"
+    yield (
+        f"Median milliseconds, and the ratio to `{OURS}`, or to the first candidate that was timed where `{OURS}` was "
+        "not. Memory is the peak above the inputs, in MiB. Errors are relative L2 errors against float64."
+    )
+    for build in speed["builds"]:
+        if build["code"] != 0:
+            yield f"A build failed ({build['code']}): `{build['command']}`"
+    for suite, title in SUITES.items():
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["suite"] == suite):
+            for mode, name in MODES.items():
+                found = [r for r in rows if (r["suite"], r["dtype"], r["mode"]) == (suite, dtype, mode)]
+                if found:
+                    yield f"### {title}, {dtype}, {name.lower()}"
+                    yield from _tables(found, LIMITS["kan" if suite == "kan" else "ops"])
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        yield f"### Largest errors, {dtype}"
+        yield errors({"rows": [row for row in rows if row["dtype"] == dtype]})
+
+
+def _tables(rows: list[dict[str, Any]], of_limit: str) -> Iterator[str]:
+    yield time_table(rows)
+    yield from notes(rows)
+    if any("limit_s" in row for row in rows):
+        yield of_limit
+        yield limit_table([row for row in rows if row["candidate"] not in PRODUCTS])
+    if any("peak_bytes" in row for row in rows):
+        yield "Peak memory:"
+        yield memory_table(rows)
+
+
+def tune_section(tune: Summary) -> Iterator[str]:
+    yield "## Choices"
+    yield from _skipped(tune)
+    if tune["choices"]:
+        yield "What a launcher chooses today, what of it the fastest choice changes, and the ratio of their times."
+    for kernel in dict.fromkeys(choice["kernel"] for choice in tune["choices"]):
+        yield f"### {kernel}"
+        rows = []
+        for c in tune["choices"]:
+            if c["kernel"] == kernel:
+                today, best = (dict(zip(c["fields"], c[name], strict=True)) for name in ("today", "best"))
+                changed = {field: value for field, value in best.items() if value != today[field]}
+                chosen = {field: value for field, value in today.items() if value is not None and value is not False}
+                times = [three_digits(1e3 * c[name]) for name in ("today_s", "best_s")]
+                cells = [f"`{c['shape']}`", _fields(chosen), _fields(changed) or "the same", str(c["timed"])]
+                rows.append([*cells, *times, f"{three_digits(c['today_over_best'])}x"])
+        yield table(["shape", "today", "fastest", "timed", "today, ms", "fastest, ms", "today over fastest"], rows, 4)
+    wrong = [(c, plan) for c in tune["choices"] for plan in c["wrong"]]
+    if wrong:
+        told = [[c["kernel"], f"`{c['shape']}`", _fields(dict(zip(c["fields"], p, strict=True)))] for c, p in wrong]
+        yield "Choices that gave wrong results:"
+        yield table(["kernel", "shape", "choice"], told)
+    if tune["refused"]:
+        refused = [[f"`{task}`", str(len(plans))] for task, plans in tune["refused"].items()]
+        yield "Choices that the GPU refused:"
+        yield table(["kernel and shape", "refused"], refused, 1)
+    if tune["rules"]:
+        yield "Rules, and the geometric mean of their times over those of the fastest plans:"
+        rules = []
+        for name, rule in tune["rules"].items():
+            fields = [_fields(dict(zip(rule["fields"], rule[which], strict=True))) for which in ("today", "best")]
+            ratios = [_share(rule[which]) for which in ("today_over_fastest", "worst_shape_today", "best_over_fastest")]
+            rules.append([name, str(rule["shapes"]), fields[0], *ratios[:2], fields[1], ratios[2]])
+        yield table(["pass", "shapes", "today's rule", "mean", "worst", "best rule", "mean"], rules)
+    if tune["counters"]:
+        titles = list(dict.fromkeys(title for found in tune["counters"].values() for title in found))
+        counted = [[f"`{k}`", *(found.get(title, "") for title in titles)] for k, found in tune["counters"].items()]
+        yield "Counters of the hardware, of one launch:"
+        yield table(["kernel", *titles], counted, len(titles))
+
+
+def _fields(values: Mapping[str, Any]) -> str:
+    """Such as "block 32, pair"."""
+    words = {True: "{}", False: "no {}", None: "default {}"}
+    return ", ".join(
+        words[value].format(field) if value is None or isinstance(value, bool) else f"{field} {value}"
+        for field, value in values.items()
+    )
+
+
+def train_section(train: Summary) -> Iterator[str]:
+    yield "## Trainings"
+    yield from _skipped(train)
+    scores = {
+        "Dice": ("per_image", "dice", "mean"),
+        "IoU": ("per_image", "iou", "mean"),
+        "pooled Dice": ("pooled", "dice"),
+        "mean of classes": ("mean_of_classes", "dice"),
+        "circumference, mm": ("circumference", "mean_absolute_error_mm"),
+        "without an ellipse": ("circumference", "no_ellipse"),
+    }
+    rows = []
+    for run in train["runs"]:
+        task, _, rest = run["run"].partition("/")
+        network = rest.rpartition("/")[0] or rest
+        cells = [task, f"`{network}`", *(str(run.get(name, "")) for name in ("steps", "best_epoch"))]
+        seconds, step = run.get("train_seconds"), run.get("seconds_per_step")
+        cells += ["" if seconds is None else f"{seconds:.0f}", "" if step is None else three_digits(1e3 * step)]
+        rows.append([*cells, *(_score(run.get("test"), path) for path in scores.values())])
+    if rows:
+        yield "Scores on the test subjects, means over images; the circumference is its mean absolute error."
+        head = ["task", "network", "steps", "best epoch", "seconds", "ms a step", *scores]
+        filled = [i for i in range(len(head)) if i < 3 or any(row[i] for row in rows)]
+        yield table([head[i] for i in filled], [[row[i] for i in filled] for row in rows], len(filled) - 2)
+    if train["unfinished"]:
+        names = list(dict.fromkeys(name for last in train["unfinished"].values() for name in last))
+        begun = [[f"`{t}`", *(str(last.get(name, "")) for name in names)] for t, last in train["unfinished"].items()]
+        yield "Not done; the last epoch that was seen:"
+        yield table(["training", *names], begun, len(names))
+
+
+def _score(found: Any, path: Sequence[str]) -> str:
+    """A number of nested scores, or nothing."""
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if found is None:
+        return ""
+    return str(found) if isinstance(found, int) else f"{found:.2f}" if "mm" in path[-1] else f"{found:.3f}"
