@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
 import torch
 from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from rich.markup import escape
 from rich.progress import track
 from skimage.segmentation import find_boundaries
 
+from segmentation import sitk
 from segmentation.checkpoints import Trained, load_run
 from segmentation.ellipse import head_circumference
 from segmentation.evaluation import whole_file, write_csv
@@ -113,14 +113,14 @@ def predict_volume(path: Path, out: Path, trained: Trained, predict: Predict) ->
     """Predict every sagittal slice and write a volume of class numbers on the grid of the file."""
     volume = read_volume(path)
     laid = sagittal(volume)
-    pixels = to_pixels(SimpleITK.GetArrayFromImage(laid), path)  # s h w
+    pixels = to_pixels(sitk.GetArrayFromImage(laid), path)  # s h w
     classes = np.stack([predict(plane[..., None].repeat(trained.task.in_channels, axis=2)) for plane in pixels])
-    labels = SimpleITK.GetImageFromArray(classes)
+    labels = sitk.GetImageFromArray(classes)
     labels.CopyInformation(laid)
     # Axes were only exchanged and turned, so every voxel of the file has exactly one of these at its place.
-    labels = SimpleITK.Resample(labels, volume, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)
+    labels = sitk.Resample(labels, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
     with whole_file(out / f"{stem(path)}.mha") as draft:
-        SimpleITK.WriteImage(labels, str(draft), useCompression=True)
+        sitk.WriteImage(labels, str(draft), useCompression=True)
     return {"file": path.name, "foreground": int((classes > 0).sum())}
 
 

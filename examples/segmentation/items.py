@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK
 from numpy.typing import NDArray
 from PIL import Image
 
+from segmentation import sitk
 from segmentation.tasks import Task
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
@@ -130,7 +130,7 @@ def _sixteen_bits(values: NDArray[np.integer], path: Path) -> NDArray[np.uint16]
 def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
     """Pixels (h w c) of which Pillow would keep 8 bits: colours, or grey with alpha, which is dropped."""
     try:
-        pixels = np.atleast_3d(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
+        pixels = np.atleast_3d(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{path} cannot be read as an image ({reason}): save it without alpha") from error

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
 from numpy.typing import NDArray
 
+from segmentation import sitk
 from segmentation.items import Item, Pixels, check_sizes, read_image, read_values, to_classes
 from segmentation.sources.files import IMAGES, VOLUMES, by_stem, files_in, pair_up, stem, subfolder
 from segmentation.sources.voxels import (
@@ -77,7 +77,7 @@ def read_flat(channels: int, labels: dict[int, str], files: tuple[Path, ...]) ->
 def read_stack(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w c) of one volume a channel, and mask values (s h w) of the last file."""
     values, _ = _read_mask(files)
-    channels = [to_pixels(SimpleITK.GetArrayFromImage(as_stored(read_volume(path))), path) for path in files[:-1]]
+    channels = [to_pixels(sitk.GetArrayFromImage(as_stored(read_volume(path))), path) for path in files[:-1]]
     return np.stack(channels, axis=3), values
 
 
@@ -91,7 +91,7 @@ def _read_mask(files: tuple[Path, ...]) -> tuple[NDArray[np.integer], tuple[floa
         mask.SetSpacing(header.GetSpacing())
     laid = as_stored(mask)
     width, height, _ = laid.GetSpacing()
-    return to_values(SimpleITK.GetArrayFromImage(laid), mask_path), (height, width)
+    return to_values(sitk.GetArrayFromImage(laid), mask_path), (height, width)
 
 
 def _cases(task: Task, folder: Path) -> dict[str, tuple[Path, ...]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import SimpleITK
 from numpy.typing import NDArray
 
+from segmentation import sitk
 from segmentation.items import Item, Pixels
 from segmentation.sources.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
 from segmentation.sources.voxels import (
@@ -76,7 +76,7 @@ class Mask(NamedTuple):
 def read_sagittal(image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w 1) and mask values (s h w) as in `Mask`."""
     mask = read_mask(image_path, mask_path)
-    voxels = SimpleITK.GetArrayFromImage(sagittal(read_volume(image_path)))  # s h w
+    voxels = sitk.GetArrayFromImage(sagittal(read_volume(image_path)))  # s h w
     pixels = to_pixels(voxels[:, ::-1] if mask.turned else voxels, image_path)
     return pixels[..., None], mask.values
 
@@ -97,7 +97,7 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
     mask.SetOrigin(header.GetOrigin())
     mask.SetSpacing(header.GetSpacing())
     laid = sagittal(mask)
-    values = to_values(SimpleITK.GetArrayFromImage(laid), mask_path)  # s h w
+    values = to_values(sitk.GetArrayFromImage(laid), mask_path)  # s h w
     numbers = np.unique(values)
     if odd := [value for value in numbers.tolist() if not any(value in part for part in KNOWN)]:
         raise ValueError(
@@ -114,22 +114,22 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
     return Mask(values[:, ::-1] if turned else values, (height, width), turned)
 
 
-def _is_silent(volume: SimpleITK.Image | SimpleITK.ImageFileReader) -> bool:
+def _is_silent(volume: sitk.Image | sitk.ImageFileReader) -> bool:
     """Whether a header has the direction and origin that programs write when they know of none."""
     return tuple(volume.GetDirection()) == (1, 0, 0, 0, 1, 0, 0, 0, 1) and not any(volume.GetOrigin())
 
 
-def _orientation(volume: SimpleITK.Image | SimpleITK.ImageFileReader) -> str:
+def _orientation(volume: sitk.Image | sitk.ImageFileReader) -> str:
     """Where the three axes of a volume point, e.g. "LPS": to the left, the back and the head."""
-    return SimpleITK.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
 
 
-def sagittal(volume: SimpleITK.Image) -> SimpleITK.Image:
+def sagittal(volume: sitk.Image) -> sitk.Image:
     """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
     if _is_silent(volume):
         return as_stored(volume)
     side = next(letter for letter in _orientation(volume) if letter in "LR")
-    return SimpleITK.DICOMOrient(volume, f"PI{side}")
+    return sitk.DICOMOrient(volume, f"PI{side}")
 
 
 def _counts_downwards(values: NDArray[np.integer], numbers: list[int]) -> bool:

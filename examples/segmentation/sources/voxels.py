@@ -12,9 +12,9 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import SimpleITK
 from numpy.typing import NDArray
 
+from segmentation import sitk
 from segmentation.items import Item, Pixels
 from segmentation.tasks import Task
 
@@ -65,9 +65,9 @@ def _load(loader: Loader, files: tuple[Path, ...]) -> tuple[Pixels, NDArray[np.i
     return loader(*files)
 
 
-def read_header(path: Path) -> SimpleITK.ImageFileReader:
+def read_header(path: Path) -> sitk.ImageFileReader:
     """Size, spacing and direction of a volume of three dimensions, without its voxels."""
-    reader = SimpleITK.ImageFileReader()
+    reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     _attempt(path, reader.ReadImageInformation)
     if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
@@ -81,18 +81,18 @@ def read_header(path: Path) -> SimpleITK.ImageFileReader:
     return reader
 
 
-def read_volume(path: Path) -> SimpleITK.Image:
+def read_volume(path: Path) -> sitk.Image:
     """A volume, all of it: SimpleITK itself fills what a damaged or half-copied file lacks with zeros."""
     reader = read_header(path)
     if path.name.lower().endswith(".mha"):
         image = _attempt(path, reader.Execute)
-        _check_mha(path, SimpleITK.GetArrayViewFromImage(image).nbytes)
+        _check_mha(path, sitk.GetArrayViewFromImage(image).nbytes)
         return image
     _check_nifti(path, reader)
     return _attempt(path, reader.Execute)
 
 
-def check_same_size(image: SimpleITK.ImageFileReader, image_path: Path, mask: SimpleITK.Image, mask_path: Path) -> None:
+def check_same_size(image: sitk.ImageFileReader, image_path: Path, mask: sitk.Image, mask_path: Path) -> None:
     """Refuse a mask of another size than its image."""
     if image.GetSize() != mask.GetSize():
         sizes = ["x".join(map(str, volume.GetSize())) for volume in (mask, image)]
@@ -106,10 +106,10 @@ def slice_axis(size: tuple[int, ...], spacing: tuple[float, ...]) -> int:
     return max(range(3), key=lambda axis: (size[axis] == 1, round(spacing[axis], 3), -size[axis], axis))
 
 
-def as_stored(image: SimpleITK.Image) -> SimpleITK.Image:
+def as_stored(image: sitk.Image) -> sitk.Image:
     """The volume with its slices along the last axis, its rows and columns as the file has them."""
     across = slice_axis(image.GetSize(), image.GetSpacing())
-    return SimpleITK.PermuteAxes(image, [*(axis for axis in range(3) if axis != across), across])
+    return sitk.PermuteAxes(image, [*(axis for axis in range(3) if axis != across), across])
 
 
 def to_pixels(values: NDArray, path: Path) -> Pixels:
@@ -141,7 +141,7 @@ def _attempt(path: Path, read: Callable[[], Any]) -> Any:
         raise ValueError(f"{path} cannot be read as a volume ({reason}): replace or remove it") from error
 
 
-def _check_nifti(path: Path, reader: SimpleITK.ImageFileReader) -> None:
+def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
     """Refuse a file that ends before its last voxel, or that does not unpack as it was packed."""
     voxels = int(np.prod(reader.GetSize())) * int(reader.GetMetaData("bitpix")) // 8
     start = int(float(reader.GetMetaData("vox_offset")))
