@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import assert_budget, relative_l2, says, walk
+from helpers import assert_budget, gradients, relative_l2, says, walk
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
 
@@ -243,6 +244,23 @@ def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, 
         assert relative_l2(got["dinitial"], expected["dinitial"]) <= 2e-6
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_gate_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
+    """Parameters are float32, so what their gradients lose is the rounding of y and not theirs."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, 3, 5, generator=draw).to(dtype) for name in ("u", "delta", "z")}
+    inputs |= {name: torch.randn(1, 2, 5, generator=draw).to(dtype) for name in ("B", "C")}
+    inputs |= {"A": -torch.rand(3, 2, generator=draw), "D": torch.randn(3, generator=draw)}
+
+    def grads(backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        leaves = {k: v if dtype is None else v.to(dtype) for k, v in inputs.items()}
+        function = partial(selective_scan, delta_softplus=True, backend=backend)
+        return gradients(function, leaves)[1]
+
+    found, exact = grads("triton"), grads("reference", torch.float64)
+    assert relative_l2(found["A"], exact["A"]) <= 2e-6 and relative_l2(found["D"], exact["D"]) <= 2e-6
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(h=2, w=3, tile=4, plan=Plan(32, 4, True), d=33), line(tile=4, plan=Plan(32, 8), g=2, dtype=BF16)],
@@ -335,9 +353,11 @@ def test_plans() -> None:
     assert plan(1, 16384, 32).chunk < 1000  # one image: cut it
     assert plan(1, 16384, 32, back=True).pair is False
     assert plan(1, 1, 1) == Plan(32, 16)
+    assert plan(64, 3136, 192, rule=_triton.FORWARD._replace(values=512)) == Plan(32, 3136, True)
+    assert plan(1, 16384, 32, rule=_triton.FORWARD._replace(wanted=4)).chunk > plan(1, 16384, 32).chunk
     for b, l, d, n, k in [(1, 1, 1, 1, 1), (1, 17, 3, 17, 4), (2, 4096, 96, 16, 4), (1, 100000, 64, 16, 1)]:
         for back in (False, True):
-            block, chunk, pair = plan(b, l, d, n, k, back=back)
+            block, chunk, pair, *_ = plan(b, l, d, n, k, back=back)
             assert chunk % _triton.TILE == 0 and chunk >= 16 and block in (32, 64, 128) and pair <= (k == 4)
 
 

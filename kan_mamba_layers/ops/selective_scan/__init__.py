@@ -104,7 +104,8 @@ def selective_scan(
         return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
 
     with autocast_off(u):
-        inputs = (u, delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
+        # A gate multiplies y before its one rounding, so an engine must not round y to half precision.
+        inputs = (u if z is None else u.to(dtype), delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
         skip, bias, state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
         run = _scan_fused if engine in _ENGINES else _scan_plain
         y, state = run(engine, delta_softplus, *inputs, skip, bias, state)

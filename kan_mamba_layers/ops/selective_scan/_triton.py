@@ -24,6 +24,21 @@ class Plan(NamedTuple):
     block: int  # channels a program
     chunk: int  # steps of a chunk, a multiple of TILE
     pair: bool = False  # whether a program walks its chunk there and back
+    warps: int | None = None  # of a program; by default one for 32 states
+    stages: int | None = None  # of the compiler's software pipeline; by default the compiler's own
+
+
+class Rule(NamedTuple):
+    """What a plan is chosen by."""
+
+    values: int  # of the state that a program holds, unless it has 32 channels
+    enough: int  # programs per multiprocessor with which walks are left whole
+    wanted: int  # programs per multiprocessor for which walks are cut
+    pair_steps: int  # of a cut chunk that a program walks there and back, at least
+
+
+FORWARD = Rule(values=1024, enough=4, wanted=8, pair_steps=64)
+BACKWARD = Rule(values=512, enough=4, wanted=8, pair_steps=64)
 
 
 class _Sizes(NamedTuple):
@@ -41,25 +56,36 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
     return b, k, triton.cdiv(l, TILE), n, d
 
 
-def choose_plan(b: int, l: int, d: int, k: int, g: int, n: int, multiprocessors: int, *, back: bool = False) -> Plan:
+def choose_plan(
+    b: int,
+    l: int,
+    d: int,
+    k: int,
+    g: int,
+    n: int,
+    multiprocessors: int,
+    *,
+    back: bool = False,
+    rule: Rule | None = None,
+) -> Plan:
     """Give every multiprocessor work.
 
-    A program has at most 1024 values of the state forward, 512 backward, but at least 32 channels. Four programs a
-    multiprocessor, one for each of its schedulers, are enough to leave the walks whole, since cutting them costs a
-    second pass. Otherwise they are cut for about eight, into chunks of at least two tiles. Walks go in pairs, which
-    halves the partial outputs, where that does not force a cut and leaves chunks of 64 steps or more.
+    Four programs a multiprocessor, one for each of its schedulers, are enough to leave the walks whole, since cutting
+    them costs a second pass. Otherwise they are cut into chunks of at least two tiles. Walks go in pairs, which halves
+    the partial outputs, where that does not force a cut and leaves chunks that are long enough.
     """
-    values, full = 512 if back else 1024, 4 * multiprocessors
-    widest = max(32, min(128, values // triton.next_power_of_2(n)))
+    rule = rule or (BACKWARD if back else FORWARD)
+    full = rule.enough * multiprocessors
+    widest = max(32, min(128, rule.values // triton.next_power_of_2(n)))
     block = min(widest, max(32, triton.next_power_of_2(d // g)))
     programs = b * k * g * triton.cdiv(d // g, block)
 
     def chunk(programs: int) -> int:
-        count = 1 if programs >= full else triton.cdiv(2 * full, programs)
+        count = 1 if programs >= full else triton.cdiv(rule.wanted * multiprocessors, programs)
         return min(triton.cdiv(l, TILE), max(2, triton.cdiv(l, count * TILE))) * TILE
 
     half = programs // 2
-    pair = k == 4 and not back and (half >= full or (programs < full and chunk(half) >= 64))
+    pair = k == 4 and not back and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
     return Plan(block, chunk(half if pair else programs), pair)
 
 
@@ -199,7 +225,8 @@ class _Launch:
             "GROUPS": s.g,
             "SOFTPLUS": softplus,
             "BLOCK": plan.block,
-            "num_warps": min(16, max(1, states // 32)),
+            "num_warps": plan.warps or min(16, max(1, states // 32)),
+            **({"num_stages": plan.stages} if plan.stages else {}),
         }
 
     def __call__(self, kernel: Any, walks: int, tensors: tuple[Tensor, ...], **constants: Any) -> None:
