@@ -92,11 +92,13 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
 
 def _starter(part: str, setting: Setting, args: argparse.Namespace) -> Callable[[bool], subprocess.Popen[bytes]]:
     environment = {"TRITON_INTERPRET": "1"} if setting.rehearsal else {}
+    threads = max(1, (os.cpu_count() or 1) // _workers(part, args))
     command = [sys.executable, str(Path(__file__).resolve()), *_options(setting), "--tasks", args.tasks]
 
     def start(alone: bool) -> subprocess.Popen[bytes]:
         crew = "alone" if alone else "together"
-        return start_worker([*command, "--work", part, crew], setting.out / "log.txt", environment)
+        shared = {} if alone else {"OMP_NUM_THREADS": str(threads)}
+        return start_worker([*command, "--work", part, crew], setting.out / "log.txt", {**environment, **shared})
 
     return start
 

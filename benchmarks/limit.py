@@ -7,12 +7,12 @@ exponentials and copies are measured, and the slower of the two is the limit.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from cases import Case
+from clock import seconds_per_call
 
 try:
     import numba
@@ -30,7 +30,7 @@ except ImportError:
 LANES, CHAINS = 16, 4  # floats in a vector, and states side by side: enough to keep the vector units busy
 CPU_STEPS = 2_000_000
 REPETITIONS = 10
-COPY_BYTES = 1 << 28
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # many times the cache
 
 
 Rates = dict[str, float | None]
@@ -48,13 +48,16 @@ def faster(first: Rates, second: Rates) -> Rates:
     return {name: max((r for r in (rate, second[name]) if r is not None), default=None) for name, rate in first.items()}
 
 
-def seconds(case: Case, rates: Rates, device: str, threads: int) -> float | None:
-    """The least time that the forward pass of an op can take; None where the limit is not known."""
+def seconds(case: Case, rates: Rates, device: str, threads: int, value_bytes: int = 4) -> float | None:
+    """The least time that the forward pass of an op can take; None where the limit is not known.
+
+    `value_bytes` are those of one value of the map, which a GPU's kernels read and write in its own dtype.
+    """
     rate, copy = rates["elements_per_second"], rates["copy_bytes_per_second"]
     if case.op not in ("cross_selective_scan", "selective_scan") or rate is None or copy is None:
         return None
     if device == "cuda":  # the map is read and written once, whatever happens between
-        map_bytes = 2 * 4 * case.sizes["b"] * case.length * case.sizes["d"]
+        map_bytes = 2 * value_bytes * case.sizes["b"] * case.length * case.sizes["d"]
         return max(case.elements / rate, map_bytes / copy)
     return case.elements / (rate * threads)
 
@@ -68,15 +71,9 @@ def cpu_elements_per_second(steps: int = CPU_STEPS) -> float | None:
 
 
 def _copy_rate(device: str) -> float:
-    source = torch.zeros(COPY_BYTES // 4, device=device)
+    source = torch.zeros(COPY_BYTES[device] // 4, device=device)
     target = torch.zeros_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * COPY_BYTES / _fastest(copy)
+    return 2 * COPY_BYTES[device] / _fastest(lambda: target.copy_(source), device)
 
 
 def _gpu_exponentials() -> float | None:
@@ -87,19 +84,13 @@ def _gpu_exponentials() -> float | None:
 
     def run() -> None:
         exponentials[(programs,)](out, steps, width)
-        torch.cuda.synchronize()
 
     run()
-    return programs * steps * width / _fastest(run)
+    return programs * steps * width / _fastest(run, "cuda")
 
 
-def _fastest(call: Callable[[], Any]) -> float:
-    best = float("inf")
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _fastest(call: Callable[[], Any], device: str = "cpu") -> float:
+    return min(seconds_per_call(call, 1, device) for _ in range(REPETITIONS))
 
 
 if triton is not None:

@@ -137,7 +137,8 @@ def _set_limits(rows: Iterable[dict[str, Any]], cases: dict[str, Case], rates: l
     """The least time of every forward pass; again after each case, since a busy machine can hide its true rate."""
     for row in rows:
         if row["status"] == "ok" and row["mode"] == "forward":
-            least = limit.seconds(cases[row["case"]], rates, row["device"], row["threads"])
+            bytes_of_value = DTYPES[row["dtype"]].itemsize
+            least = limit.seconds(cases[row["case"]], rates, row["device"], row["threads"], bytes_of_value)
             if least is not None:
                 row |= {"limit_s": least, "limit_fraction": least / row["median_s"]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -34,7 +35,7 @@ def _variants(kernel: Any) -> Iterator[dict[str, Any]]:
     for caches in kernel.device_caches.values():
         for binary in caches[0].values():
             binary._init_handles()  # which asks the driver
-            text = binary.asm.get("sass", "")
+            text = assembly(binary)
             yield {
                 "kernel": kernel.fn.__name__,
                 "warps": binary.metadata.num_warps,
@@ -43,3 +44,12 @@ def _variants(kernel: Any) -> Iterator[dict[str, Any]]:
                 "shared": binary.metadata.shared,
                 "instructions": {name: text.count(f" {name}") for name in COUNTED if f" {name}" in text},
             }
+
+
+def assembly(binary: Any) -> str:
+    """The machine code of a compiled kernel as text; empty where there is no disassembler."""
+    try:
+        text: str = binary.asm["sass"]
+    except (KeyError, OSError, RuntimeError, subprocess.CalledProcessError):
+        return ""
+    return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.calls import CALLS
-from gpu.tasks import Setting, Skip, Task, Wrong
+from gpu.tasks import Setting, Skip, Task, Wrong, find_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKERS = ("memcheck", "racecheck")
@@ -24,9 +23,7 @@ FOUND = 33  # its exit code where it finds something
 
 def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
     """Run a call under a checker; what it prints of a fault is the result."""
-    program = shutil.which(PROGRAM)
-    if program is None:
-        raise Skip(f"{PROGRAM} is not installed here")
+    program = find_program(PROGRAM)
     script = str(Path(__file__).resolve().parents[1] / "gpu_day.py")
     command = [
         program,
@@ -109,4 +106,4 @@ def tasks(setting: Setting) -> Iterator[Task]:
     yield Task("tests", project_tests, limit=300)
     for checker in CHECKERS:
         for call in CALLS if not setting.rehearsal else ("scan",):
-            yield Task(f"{checker}/{call}", partial(checked, checker, call), limit=180)
+            yield Task(f"{checker}/{call}", partial(checked, checker, call))

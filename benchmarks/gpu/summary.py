@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import limit
+import torch
 from cases import Case
 from kan import GEMM
 from report import GPU_DAY, SCHEMA
@@ -207,7 +208,7 @@ def _limit(case: Case, row: Record, timed: Sequence[Record], rates: Mapping[str,
         return next((r["median_s"] for r in timed if r["candidate"] == GEMM), None)
     if rates is None or row["mode"] != "forward":
         return None
-    return limit.seconds(case, dict(rates), row["device"], row["threads"])
+    return limit.seconds(case, dict(rates), row["device"], row["threads"], getattr(torch, row["dtype"]).itemsize)
 
 
 def _tune(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:

@@ -21,6 +21,13 @@ from gpu.tasks import Setting, Skip, Task, Wrong
 
 NAMES = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
 REPEATS = 20
+SIZES = (  # b h w d n r of the scans that are run under every plan
+    (1, 9, 7, 33, 16, 2),
+    (2, 5, 13, 65, 4, 1),
+    (1, 37, 31, 129, 16, 10),
+    (3, 1, 50, 31, 17, 3),
+    (1, 8, 9, 1, 1, 1),
+)
 TF32_BANDS = 500.0  # 1e-3, of factors rounded to 10 bits, in bands of float32
 CHOSEN = (
     "scan2d/9x7 d12 n16 r2",
@@ -277,37 +284,36 @@ def resources(setting: Setting) -> dict[str, Any]:
     return {"kernels": found, "spilling": spilling}
 
 
+def alone_in_memory(check: Callable[[Setting], dict[str, Any]], setting: Setting) -> dict[str, Any]:
+    """A check that needs tens of gigabytes, one of them at a time."""
+    with setting.whole_memory():
+        return check(setting)
+
+
 def tasks(setting: Setting) -> Iterator[Task]:
-    """The quick ones first; those that need most of the memory are alone."""
-    sizes = [
-        (1, 9, 7, 33, 16, 2),
-        (2, 5, 13, 65, 4, 1),
-        (1, 37, 31, 129, 16, 10),
-        (3, 1, 50, 31, 17, 3),
-        (1, 8, 9, 1, 1, 1),
-    ]
-    for size in sizes if not setting.rehearsal else [(1, 3, 6, 5, 2, 1)]:
-        name = "b{} {}x{} d{} n{} r{}".format(*size)
-        yield Task(f"plans/{name}", partial(plans_agree, size), limit=240)
-    for name in ("bf16", "fp16"):
-        yield Task(
-            f"rounding/{name}", partial(rounds_to_nearest, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+    """Those that need most of the memory lie apart, so that they seldom wait for each other."""
+    large = iter(
+        Task(f"offsets/{name}", partial(alone_in_memory, check), limit=500)
+        for name, check in (
+            ("image", scan_image_offsets),
+            ("batch", partial(scan_batch_offsets, False)),
+            ("batch back", partial(scan_batch_offsets, True)),
+            ("kan rows", kan_large_offsets),
         )
-    chosen = CHOSEN if not setting.rehearsal else ("scan2d/pixel",)
-    checks: dict[str, Callable[[Op, Setting], dict[str, Any]]] = {
-        "again": repeats,
-        "graph": graph,
-        "compiled": compiled,
-    }
-    for kind, check in checks.items():
-        for name in chosen:
+    )
+    yield next(large)
+    for size in SIZES if not setting.rehearsal else [(1, 1, 3, 3, 1, 1)]:
+        yield Task("plans/b{} {}x{} d{} n{} r{}".format(*size), partial(plans_agree, size), limit=240)
+    yield next(large)
+    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        yield Task(f"rounding/{name}", partial(rounds_to_nearest, dtype))
+    for kind, check in (("again", repeats), ("graph", graph), ("compiled", compiled)):
+        for name in CHOSEN if not setting.rehearsal else ("scan2d/pixel",):
             if kind != "compiled" or not setting.rehearsal:  # which takes the interpreter to pieces
-                yield Task(f"{kind}/{name}", partial(check, OPS[name]), limit=180)
+                yield Task(f"{kind}/{name}", partial(check, OPS[name]))
+    yield next(large)
     yield Task("tf32", tf32)
     for name in REFUSED:
         yield Task(f"refused/{name}", partial(refused, name))
     yield Task("resources", resources, limit=240)
-    yield Task("offsets/kan rows", kan_large_offsets, limit=180, alone=True)
-    yield Task("offsets/image", scan_image_offsets, limit=240, alone=True)
-    yield Task("offsets/batch", partial(scan_batch_offsets, False), limit=180, alone=True)
-    yield Task("offsets/batch back", partial(scan_batch_offsets, True), limit=180, alone=True)
+    yield from large

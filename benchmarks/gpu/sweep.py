@@ -31,7 +31,7 @@ from kan_mamba_layers import (
 
 Inputs = dict[str, Tensor | None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LONG = 4096  # steps above which the oracle is the chunked form, since the recurrence would take minutes
+LONG = 256  # steps above which the oracle is the chunked form: the recurrence takes time quadratic in the length
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def tasks(setting: Setting) -> Iterator[Task]:
     modules = {name: m for name, m in MODULES.items() if not setting.rehearsal or name == "KANLinear"}
     for dtype in DTYPES:
         for name, op in ops.items():
-            yield Task(f"{name}/{dtype}", partial(compare_op, op, DTYPES[dtype]), limit=180)
+            yield Task(f"{name}/{dtype}", partial(compare_op, op, DTYPES[dtype]))
     for dtype in DTYPES:
         for name, module in modules.items():
-            yield Task(f"module/{name}/{dtype}", partial(compare_module, module, DTYPES[dtype]), limit=180)
+            yield Task(f"module/{name}/{dtype}", partial(compare_module, module, DTYPES[dtype]))

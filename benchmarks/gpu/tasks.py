@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import io
+import os
+import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,17 @@ from gpu.journal import Journal
 
 INPUT_BYTES = 1 << 20  # of one failure; larger inputs are made again from the task's name
 ARCHIVE_BYTES = 15 << 20  # of all failures
+
+
+def find_program(name: str) -> str:
+    """A program of the CUDA toolkit, from the search path or the toolkit's own folder."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    folders = [os.environ.get("PATH", os.defpath), *([str(Path(CUDA_HOME) / "bin")] if CUDA_HOME else [])]
+    program = shutil.which(name, path=os.pathsep.join(folders))
+    if program is None:
+        raise Skip(f"{name} is not installed here")
+    return program
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,13 @@ class Setting:
     def rehearsal(self) -> bool:
         """Whether this only tries the kit."""
         return self.device == "cpu"
+
+    @contextmanager
+    def whole_memory(self) -> Iterator[None]:
+        """Wait until no other worker needs most of the GPU's memory, and keep it from them."""
+        with (self.out / "memory.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep the inputs of a failure, if there is room for them."""
@@ -65,7 +87,7 @@ class Task:
 
     name: str  # kind/what/...
     run: Callable[[Setting], dict[str, Any] | None]
-    limit: float = 90.0  # seconds after which it is killed
+    limit: float = 180.0  # seconds after which it is killed
     alone: bool = False  # timed, or in need of the whole memory
 
 

@@ -7,7 +7,6 @@ timing them again. The tiles of a KAN kernel are changed one at a time.
 from __future__ import annotations
 
 import csv
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import CLOSE, relative_l2
 from gpu.journal import WRONG, Journal
 from gpu.rules import RULES, best_rules, sizes
-from gpu.tasks import Setting, Skip, Task
+from gpu.tasks import Setting, Task, find_program
 
 Calls = dict[Any, Callable[[], Any]]  # by plan or tiles
 # b h w d n r: the levels of a base KMUNet and two stages of VMamba, one image and a batch.
@@ -181,12 +180,11 @@ def agrees(found: Any, expected: Any) -> bool:
 
 def counters(kernel: str, setting: Setting) -> dict[str, Any]:
     """Hardware counters of one launch of a heavy call: issue, special functions, memory, occupancy."""
-    program = shutil.which("ncu")
-    if program is None:
-        raise Skip("ncu is not installed here")
+    program = find_program("ncu")
     script = str(Path(__file__).resolve().parents[1] / "gpu_day.py")
     command = [program, "--clock-control", "none", "--csv", "--page", "raw", "--launch-count", "1"]
-    command += ["--kernel-name", f"regex:^{kernel}$", *(flag for name in COUNTERS for flag in ("--section", name))]
+    command += ["--kernel-name", rf"regex:^{kernel}(_\d.*)?$"]
+    command += [flag for name in COUNTERS for flag in ("--section", name)]
     command += [
         sys.executable,
         script,
@@ -235,7 +233,7 @@ def tasks(setting: Setting) -> Iterator[Task]:
         if not setting.rehearsal:
             yield Task(f"warm/{name}", partial(warm, maker), limit=240)
     for kernel in HEAVIEST:
-        yield Task(f"counters/{kernel}", partial(counters, kernel), limit=120, alone=True)
+        yield Task(f"counters/{kernel}", partial(counters, kernel), alone=True)
     for name, maker in makers.items():
-        yield Task(f"time/{name}", partial(timed, maker), limit=180, alone=True)
+        yield Task(f"time/{name}", partial(timed, maker), alone=True)
     yield Task("rule", lambda setting: {"rules": best_rules(Journal(setting.out / "tune.jsonl").ends())}, alone=True)

@@ -92,7 +92,7 @@ def work(tasks: Sequence[Task], journal: Journal, setting: Setting) -> int:
             continue
         began = time.time()
         result = perform(task, setting)
-        journal.append(event="end", task=task.name, seconds=round(time.time() - began, 3), **result)
+        journal.append(**{**result, "event": "end", "task": task.name, "seconds": round(time.time() - began, 3)})
         if any(sign in result.get("reason", "") for sign in LOST):
             return RESTART
     return 0
