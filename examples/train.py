@@ -26,8 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from segmentation import report, splits
-from segmentation.callbacks import AveragedWeights, EpochSeed, History, Patience, WholeFiles
-from segmentation.checkpoints import latest_checkpoint
+from segmentation.callbacks import AveragedWeights, EpochSeed, History, Patience, Steps, WholeFiles
+from segmentation.checkpoints import latest_checkpoint, read_checkpoint
 from segmentation.data import SegmentationData
 from segmentation.module import LOSSES, Segmentation
 from segmentation.networks import build_network
@@ -36,7 +36,7 @@ from segmentation.tasks import TASKS, get_task
 console = Console(quiet=rank_zero_only.rank != 0)
 
 # What a resumed run may change: how long and where it trains, not what is trained on which images.
-FREE_ON_RESUME = {"config", "out", "resume", "epochs", "patience", "num_workers", "trainer", "split"}
+FREE_ON_RESUME = {"config", "out", "resume", "epochs", "steps", "patience", "num_workers", "trainer", "split"}
 # Trainer arguments that this script sets itself, and those that would skip the validation after every epoch.
 OWNED = {"callbacks", "logger", "max_epochs", "default_root_dir", "enable_checkpointing", "fast_dev_run", "barebones"}
 OWNED |= {"check_val_every_n_epoch", "val_check_interval", "limit_val_batches", "overfit_batches"}
@@ -67,6 +67,7 @@ def build_parser() -> ArgumentParser:
     add("--out", type=Path | None, help="run folder (default: runs/TASK-MODEL)")
     add("--resume", action="store_true", help="go on from the last checkpoint in the run folder, if there is one")
     add("--epochs", type=int, default=40)
+    add("--steps", type=int | None, help="train for so many steps, in whole epochs, instead of --epochs")
     add("--patience", type=int | None, help="stop after so many epochs without a better validation Dice")
     add("--lr", type=float, default=4e-3, help="peak learning rate; 4e-3 was measured with the tiny models")
     add("--spline-lr", type=NonNegativeFloat, default=1.0, help="multiplies the learning rate in KANLinear")
@@ -135,6 +136,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     quieten()
     parser = build_parser()
     settings = parser.parse_args(argv)
+    if settings.trainer.max_steps != -1:
+        raise ValueError(
+            f"trainer.max_steps {settings.trainer.max_steps} would end within an epoch, without its validation: "
+            f"use --steps {settings.trainer.max_steps}"
+        )
     out = settings.out or Path("runs", f"{settings.task}-{settings.model}")
 
     lightning.seed_everything(settings.seed, verbose=False)
@@ -161,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     module = Segmentation(task, network, **{name: settings[name] for name in recipe})
     prepare_folder(parser, settings, out)
     continued = find_checkpoint(out / "checkpoints") if settings.resume else None
+    if continued is not None:
+        data.first_epoch = read_checkpoint(continued)["epoch"] + 1
     if rank_zero_only.rank == 0:
         splits.write_split(out / "split.json", data.split)
 
@@ -175,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     if settings.ema_decay is not None:
         callbacks.insert(0, AveragedWeights(settings.ema_decay))
+    if settings.steps is not None:
+        callbacks.append(Steps(settings.steps))
     if settings.patience is not None:
         callbacks.append(Patience(settings.patience))
     options = parser.instantiate(settings).trainer.as_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from pathlib import Path
@@ -69,6 +70,20 @@ class Patience(EarlyStopping):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True
+
+
+class Steps(Callback):
+    """Trains for the fewest whole epochs that have so many optimiser steps."""
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"steps {steps} must be at least 1")
+        self.steps = steps
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.fit_loop.max_epochs = 1
+            trainer.fit_loop.max_epochs = math.ceil(self.steps / trainer.estimated_stepping_batches)
 
 
 class AveragedWeights(WeightAveraging):

@@ -137,6 +137,7 @@ class SegmentationData(lightning.LightningDataModule):
         items: every item with its side; `test_items` are those that training never touches.
         train_set, val_set: the two sides that training uses, in memory.
         split: the table that `splits.write_split` writes.
+        first_epoch: the one that training begins with, more than 0 where it is continued.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class SegmentationData(lightning.LightningDataModule):
         splits.check_fractions(val_fraction, test_fraction)
         self.task, self.seed, self.augment = task, seed, augment
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.first_epoch = 0
         found = demo_items(task, image_size) if data_dir is None else find_items(task, data_dir)
         if len({item.id for item in found}) < len(found):
             raise ValueError(f"data-dir {str(data_dir)!r} holds two images of one id: rename one of them")
@@ -187,6 +189,7 @@ class SegmentationData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(self.train_set, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
+        sampler.set_epoch(self.first_epoch)  # worker processes begin before Lightning tells which epoch it is
         full = len(sampler) >= self.batch_size  # a last batch of one starves BatchNorm
         return self._loader(self.train_set, sampler=sampler, drop_last=full)
 

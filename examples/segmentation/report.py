@@ -54,6 +54,7 @@ def collect_facts(
         "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
         "split_sha256": split_hash(data.split),
         "epochs": len(rows),
+        "steps": module.global_step,
         "best_epoch": max(rows, key=lambda row: row["val/dice"])["epoch"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "metrics": module.scores,

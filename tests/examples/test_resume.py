@@ -76,6 +76,17 @@ def test_stopped_killed_and_damaged_equals_uninterrupted(examples, tmp_path):
     assert "no whole checkpoint is left in" in refused.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+def test_worker_processes_go_on_with_the_epoch_that_was_reached(examples, tmp_path):
+    """They draw their first batches before Lightning tells them the epoch."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert start(examples, unbroken, "--epochs=2").returncode == 0
+    flags = ["--epochs=2", "--num-workers=1", "--resume"]
+    assert start(examples, broken, *flags, stop_after=2, by=signal.SIGKILL).returncode == -signal.SIGKILL
+    assert start(examples, broken, *flags).returncode == 0
+    assert_same_run(unbroken, broken)
+
+
 # One process imports everything; its children train, and are killed at moments drawn at random.
 KILLER = """
 import os, random, signal, sys, time

@@ -100,6 +100,21 @@ def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
     assert again == first
 
 
+@pytest.mark.parametrize(("steps", "more", "expected"), [(4, [], 6), (3, ["--trainer.accumulate_grad_batches=2"], 4)])
+def test_steps_come_in_whole_epochs_and_the_learning_rate_falls_to_the_last(tmp_path, steps, more, expected):
+    flags = ["--batch-size=6", f"--steps={steps}", "--resume", *more]  # an epoch has three batches
+    facts = run(tmp_path, "isic2017", "unet", 99, *flags)
+    assert (facts["steps"], facts["epochs"]) == (expected, 2)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert run(tmp_path, "isic2017", "unet", 99, *flags) == facts  # a finished run trains no further
+
+
+def test_max_steps_of_the_trainer_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps 5 would end within an epoch, .* use --steps 5"):
+        run(tmp_path, "isic2017", "unet", 1, "--trainer.max_steps=5")
+
+
 def test_bfloat16_and_worker_processes(tmp_path):
     facts = run(tmp_path / "run", "fetal_head", "unet_pp", 1, "--trainer.precision=bf16-mixed", "--num-workers=1")
     assert math.isfinite(facts["metrics"]["per_image"]["iou"])
