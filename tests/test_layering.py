@@ -17,6 +17,8 @@ CORE = {"torch", "numpy", "einops"}
 # Modules that are imported when an engine is first used, and what they may import besides.
 ENGINES = {"_cpu": {"numba", "llvmlite"}, "_simd": {"numba", "llvmlite"}, "_triton": {"triton"}}
 MAX_LINES = 400
+# The one file outside the package that may reach into it: checks and searches beneath the public ops start there.
+INNER_DOOR = ROOT / "benchmarks" / "gpu" / "launchers.py"
 
 
 def modules(folder: str) -> list[Path]:
@@ -106,6 +108,8 @@ def test_examples_and_benchmarks_use_public_names_only(path: Path) -> None:
     public = set(kan_mamba_layers.__all__)
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"bare assert in line {node.lineno}"
+        if path == INNER_DOOR:
+            continue
         if isinstance(node, ast.Import):
             deep = [a.name for a in node.names if a.name.startswith(f"{PACKAGE}.")]
             assert not deep, f"line {node.lineno} imports {deep}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu import launchers
+
 Call = Callable[[str, bool], None]  # device, heavy
 
 
@@ -33,20 +35,16 @@ def scan_inputs(
 
 def scan_forward(x: dict[str, Tensor], height: int, width: int, plan: Any = None, save: bool = True) -> Any:
     """y, last states and saved states."""
-    from kan_mamba_layers.ops.selective_scan import _triton
-
     weights = (x["dt_weight"], x["dt_bias"], x["A"], x["D"])
-    return _triton.forward(x["u"], x["maps"], None, *weights, None, height, width, True, save, plan=plan)
+    return launchers.scan.forward(x["u"], x["maps"], None, *weights, None, height, width, True, save, plan=plan)
 
 
 def scan_backward(
     x: dict[str, Tensor], grad_y: Tensor, saved: Tensor, height: int, width: int, plan: Any = None
 ) -> tuple[Tensor, ...]:
     """The gradients of u, maps, steps, dt_weight, dt_bias, A, D and of the initial state."""
-    from kan_mamba_layers.ops.selective_scan import _triton
-
-    weights = (x["dt_weight"], x["dt_bias"], x["A"], x["D"])
-    return _triton.backward(grad_y, None, x["u"], x["maps"], None, *weights, saved, height, width, True, plan=plan)
+    rest = (x["dt_weight"], x["dt_bias"], x["A"], x["D"], saved, height, width, True)
+    return launchers.scan.backward(grad_y, None, x["u"], x["maps"], None, *rest, plan=plan)
 
 
 def kan_inputs(
@@ -73,11 +71,9 @@ def kan_inputs(
 
 def _scan(plan: tuple[int, int, bool] | None, back: bool) -> Call:
     def call(device: str, heavy: bool) -> None:
-        from kan_mamba_layers.ops.selective_scan._triton import Plan
-
         size = (8, 128, 128, 32, 16, 1) if heavy else (1, 5, 7, 33, 4, 2)
         inputs = scan_inputs(*size, device)
-        chosen = None if plan is None or heavy else Plan(*plan)
+        chosen = None if plan is None or heavy else launchers.scan.Plan(*plan)
         y, _, saved = scan_forward(inputs, *size[1:3], plan=chosen)
         if back:
             scan_backward(inputs, torch.ones_like(y), saved, *size[1:3], plan=chosen and chosen._replace(pair=False))
@@ -87,15 +83,13 @@ def _scan(plan: tuple[int, int, bool] | None, back: bool) -> Call:
 
 def _kan(uniform: bool, back: tuple[bool, bool]) -> Call:
     def call(device: str, heavy: bool) -> None:
-        from kan_mamba_layers.ops.kan_linear import _triton
-
         size, dtype = ((65536, 64, 64, 5, 3), torch.bfloat16) if heavy else ((37, 19, 23, 5, 3), torch.float32)
         x = kan_inputs(*size, device, dtype, uniform)
         weights = (x["base_weight"], x["spline_weight"], x["grid"])
         if any(back):
-            _triton.backward(x["grad_y"], x["x"], None, *weights, "linear", uniform, *back)
+            launchers.kan.backward(x["grad_y"], x["x"], None, *weights, "linear", uniform, *back)
         else:
-            _triton.forward(x["x"], None, *weights, None, "linear", uniform)
+            launchers.kan.forward(x["x"], None, *weights, None, "linear", uniform)
 
     return call
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import triton
+
+from gpu import launchers
 
 COUNTED = ("SHFL", "MUFU", "BAR", "LDL", "STL", "HGMMA", "HMMA", "FFMA", "LDG", "STG")
 
@@ -18,13 +19,9 @@ def compiled_kernels() -> list[dict[str, Any]]:
 
 
 def _kernels() -> Iterator[Any]:
-    from kan_mamba_layers.ops.kan_linear import _triton_backward as kan_backward
-    from kan_mamba_layers.ops.kan_linear import _triton_forward as kan_forward
-    from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward
-
-    modules: tuple[ModuleType, ...] = (_triton_forward, _triton_backward, kan_forward, kan_backward)
+    names = ("scan_forward", "scan_backward", "kan_forward", "kan_backward")
     seen = set()
-    for module in modules:
+    for module in (getattr(launchers, name) for name in names):
         for value in vars(module).values():
             if isinstance(value, triton.JITFunction) and value.fn not in seen:
                 seen.add(value.fn)

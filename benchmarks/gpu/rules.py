@@ -39,20 +39,20 @@ def best_rules(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) -> dict[str, Any]:
-    from kan_mamba_layers.ops.selective_scan._triton import BACKWARD, FORWARD, Rule, choose_plan
+    from gpu.launchers import scan  # which a report without rules does not need, nor Triton
 
-    today = BACKWARD if back else FORWARD
+    today = scan.BACKWARD if back else scan.FORWARD
     ratios: dict[tuple[int, ...], list[float]] = {tuple(today): []}
     for shape, end in shapes.items():
         times = {tuple(plan): seconds for plan, seconds in end["times"]}
         fastest = min(times.values())
         for rule in (tuple(today), *RULES):
-            plan = choose_plan(*sizes(shape), end["multiprocessors"], back=back, rule=Rule(*rule))
+            plan = scan.choose_plan(*sizes(shape), end["multiprocessors"], back=back, rule=scan.Rule(*rule))
             ratios.setdefault(rule, []).append(times.get(tuple(plan), math.inf) / fastest)
     means = {rule: _geometric_mean(values) for rule, values in ratios.items()}
     best = min(means, key=lambda rule: means[rule])
     return {
-        "fields": list(Rule._fields),
+        "fields": list(scan.Rule._fields),
         "shapes": len(shapes),
         "best": list(best),
         "best_over_fastest": means[best],

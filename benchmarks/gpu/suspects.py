@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
+from gpu import launchers
+from gpu.calls import CALLS, kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import Results, judge, moved, results, same_bits, same_numbers
 from gpu.guards import between_nan, guarded
+from gpu.kernels import compiled_kernels
 from gpu.sweep import OPS, Op, exact_products, image, line, splines
 from gpu.tasks import Setting, Skip, Task, Wrong
 
@@ -52,9 +54,6 @@ def plans_agree(size: tuple[int, ...], setting: Setting) -> dict[str, Any]:
 
     More warps than one put the values that a program exchanges through memory into lanes of different warps.
     """
-    from kan_mamba_layers.ops.selective_scan import _triton
-    from kan_mamba_layers.ops.selective_scan._triton import Plan
-
     _, height, width, d, n, _ = size
     x = {name: between_nan(value) for name, value in scan_inputs(*size, setting.device).items()}
     grad_y = torch.randn(x["u"].shape, generator=torch.Generator().manual_seed(1)).to(x["u"])
@@ -65,11 +64,11 @@ def plans_agree(size: tuple[int, ...], setting: Setting) -> dict[str, Any]:
     for block, chunk, pair, warps in tried_plans:
         if block * n > 2048:
             continue
-        steps = min(chunk, -(-height * width // _triton.TILE) * _triton.TILE)
-        plan = Plan(block, steps, pair, warps)
-        with guarded(_triton):
+        steps = min(chunk, -(-height * width // launchers.scan.TILE) * launchers.scan.TILE)
+        plan = launchers.scan.Plan(block, steps, pair, warps)
+        with guarded(launchers.scan):
             found = scan_results(x, grad_y, height, width, plan)
-        with guarded(_triton):
+        with guarded(launchers.scan):
             again = scan_results(x, grad_y, height, width, plan)
         same_bits(again, found, f"the same call again under {plan}", x)
         first = first or found
@@ -158,8 +157,6 @@ def rounds_to_nearest(dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
 
 def kan_large_offsets(setting: Setting) -> dict[str, Any]:
     """More than 2^31 values of x and y: the last rows give what they give alone, bit for bit."""
-    from kan_mamba_layers.ops.kan_linear import _triton
-
     rows = (1 << 25) + 4096 if not setting.rehearsal else 32
     tail = 1024 if not setting.rehearsal else 16
     x = kan_inputs(tail, 64, 64, 5, 3, setting.device, torch.bfloat16)
@@ -167,11 +164,11 @@ def kan_large_offsets(setting: Setting) -> dict[str, Any]:
     grad = torch.zeros_like(long)
     long[-tail:], grad[-tail:] = x["x"], x["grad_y"]
     rest = (x["base_weight"], x["spline_weight"], x["grid"])
-    tiles = _triton.Tiles(16 if setting.rehearsal else 128, 16, 64, 4, 2)
+    tiles = launchers.kan.Tiles(16 if setting.rehearsal else 128, 16, 64, 4, 2)
 
     def run(x: Tensor, grad_y: Tensor) -> Results:
-        y = _triton.forward(x, None, *rest, None, "zero", True, tiles=tiles)
-        grads = _triton.backward(grad_y, x, None, *rest, "zero", True, True, True, tiles=(tiles, None))
+        y = launchers.kan.forward(x, None, *rest, None, "zero", True, tiles=tiles)
+        grads = launchers.kan.backward(grad_y, x, None, *rest, "zero", True, True, True, tiles=(tiles, None))
         return {"y": y[-tail:], "grad x": grads[0][-tail:], "grad base": grads[2], "grad spline": grads[3]}
 
     found, alone = run(long, grad), run(x["x"], x["grad_y"])
@@ -183,8 +180,6 @@ def kan_large_offsets(setting: Setting) -> dict[str, Any]:
 
 def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
     """A batch whose offsets pass 2^31, in u forward and in the steps backward: its last image, and that image alone."""
-    from kan_mamba_layers.ops.selective_scan._triton import Plan
-
     b, side, d = (20, 512, 512) if not back else (9, 512, 256)  # 2.7e9 values of u; 2.4e9 of the steps
     if setting.rehearsal:
         b, side, d = 2, 2, 5
@@ -193,7 +188,7 @@ def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
     many = {**one, "u": torch.zeros(shape, dtype=torch.bfloat16, device=setting.device)}
     many["maps"] = torch.zeros(b, *one["maps"].shape[1:], device=setting.device)
     many["u"][-1], many["maps"][-1] = one["u"][0], one["maps"][0]
-    plan = Plan(32, 4096 if not setting.rehearsal else 16, not back)
+    plan = launchers.scan.Plan(32, 4096 if not setting.rehearsal else 16, not back)
     if not back:
         found = {"y": scan_forward(many, side, side, plan, save=False)[0][-1:]}
         same_bits(found, {"y": scan_forward(one, side, side, plan, save=False)[0]}, f"image {b} of {b}", one)
@@ -213,10 +208,8 @@ def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
 
 def scan_image_offsets(setting: Setting) -> dict[str, Any]:
     """One image just below 2^31 addresses: its last channels give what they give alone, forward and backward."""
-    from kan_mamba_layers.ops.selective_scan._triton import Plan
-
     height, width, d = (1024, 1023, 512) if not setting.rehearsal else (2, 2, 64)
-    plan = Plan(32, 4096 if not setting.rehearsal else 16)
+    plan = launchers.scan.Plan(32, 4096 if not setting.rehearsal else 16)
     whole = scan_inputs(1, height, width, d, 1, 1, setting.device, torch.bfloat16)
     part = {name: x if name == "maps" else x[..., -32:].contiguous() for name, x in whole.items()}
     part |= {name: whole[name][:, -32:].contiguous() for name in ("dt_weight", "A")}
@@ -249,10 +242,10 @@ def tf32(setting: Setting) -> dict[str, Any]:
 
 # What the kernels refuse: float64, many states, a high degree.
 REFUSED = {
-    "float64": (OPS["scan2d/9x7 d12 n16 r2"], torch.float64, "cross_selective_scan"),
-    "1025 states": (image(1, 3, 2, 2, 1, 1025), torch.float32, "cross_selective_scan"),
-    "1025 states of a sequence": (line(1, 3, 4, 1025, whole=False), torch.float32, "selective_scan"),
-    "order 6": (splines(9, 5, 4, s=6), torch.float32, "kan_linear"),
+    "float64": (OPS["scan2d/9x7 d12 n16 r2"], torch.float64),
+    "1025 states": (image(1, 3, 2, 2, 1, 1025), torch.float32),
+    "1025 states of a sequence": (line(1, 3, 4, 1025, whole=False), torch.float32),
+    "order 6": (splines(9, 5, 4, s=6), torch.float32),
 }
 
 
@@ -260,7 +253,7 @@ def refused(name: str, setting: Setting) -> dict[str, Any]:
     """Under `auto` it runs all the same, and the answer is right."""
     if setting.device != "cuda":
         raise Skip("on a CPU auto never takes triton")
-    op, dtype, _ = REFUSED[name]
+    op, dtype = REFUSED[name]
     inputs = moved(op.make(), dtype)
     with exact_products():
         found = results(partial(op.function, backend="auto"), moved(inputs, setting.device))
@@ -273,9 +266,6 @@ def resources(setting: Setting) -> dict[str, Any]:
     """Registers and spills of every kernel of a call of each, as this version of Triton compiles them."""
     if setting.device != "cuda":
         raise Skip("the interpreter compiles nothing")
-    from gpu.calls import CALLS
-    from gpu.kernels import compiled_kernels
-
     for call in CALLS.values():
         for heavy in (False, True):
             call(setting.device, heavy)

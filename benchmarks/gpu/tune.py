@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from clock import seconds_per_call
 
+from gpu import launchers
 from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import CLOSE, relative_l2
 from gpu.journal import WRONG, Journal
@@ -47,11 +48,9 @@ ROUNDS, SAMPLE_SECONDS = 7, 2e-3
 
 def plans(shape: tuple[int, ...], back: bool, multiprocessors: int) -> list[Any]:
     """Today's plan, those of all rules, and today's with other warps and stages."""
-    from kan_mamba_layers.ops.selective_scan._triton import Rule, choose_plan
-
-    choose = partial(choose_plan, *sizes(shape), multiprocessors, back=back)
+    choose = partial(launchers.scan.choose_plan, *sizes(shape), multiprocessors, back=back)
     today = choose()
-    found = [today, *(choose(rule=Rule(*rule)) for rule in RULES)]
+    found = [today, *(choose(rule=launchers.scan.Rule(*rule)) for rule in RULES)]
     found += [today._replace(warps=warps) for warps in (1, 2, 4)]
     found += [today._replace(stages=stages) for stages in (1, 2, 4)]
     found += [today._replace(pair=not today.pair)] if not back else []
@@ -72,9 +71,7 @@ def scan_calls(shape: tuple[int, ...], back: bool, setting: Setting) -> Calls:
 
 def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
     """Today's tiles of a KAN kernel, and those with one or two of them changed."""
-    from kan_mamba_layers.ops.kan_linear import _triton
-
-    today = getattr(_triton, f"{kernel}_tiles")(job, gpu)
+    today = getattr(launchers.kan, f"{kernel}_tiles")(job, gpu)
     found = [today]
     for rows in {today.rows // 2, today.rows, 2 * today.rows}:
         for warps in (4, 8):
@@ -92,22 +89,20 @@ def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
 
 def kan_calls(kernel: str, shape: tuple[int, int], dtype: torch.dtype, setting: Setting) -> Calls:
     """A KAN kernel at a shape, under every choice of tiles."""
-    from kan_mamba_layers.ops.kan_linear import _triton
-
     rows, width = shape
     x = kan_inputs(rows, width, width, 5, 3, setting.device, dtype)
     weights = (x["base_weight"], x["spline_weight"], x["grid"])
     half = dtype != torch.float32
-    job = _triton.Job(rows, width, width, 8, 3, True, half, not half)
+    job = launchers.kan.Job(rows, width, width, 8, 3, True, half, not half)
     calls: Calls = {}
-    for t in tiles(kernel, job, _triton._gpu(x["x"].device))[: 3 if setting.rehearsal else None]:
+    for t in tiles(kernel, job, launchers.kan._gpu(x["x"].device))[: 3 if setting.rehearsal else None]:
         if kernel == "forward":
-            calls[t] = partial(_triton.forward, x["x"], None, *weights, None, "zero", True, tiles=t)
+            calls[t] = partial(launchers.kan.forward, x["x"], None, *weights, None, "zero", True, tiles=t)
         else:
             wanted = (kernel == "grad_input", kernel == "grad_weights")
             chosen = (t, None) if wanted[0] else (None, t)
             rest = (*weights, "zero", True, *wanted)
-            calls[t] = partial(_triton.backward, x["grad_y"], x["x"], None, *rest, tiles=chosen)
+            calls[t] = partial(launchers.kan.backward, x["grad_y"], x["x"], None, *rest, tiles=chosen)
     return calls
 
 

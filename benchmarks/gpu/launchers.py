@@ -1,0 +1,13 @@
+"""The launchers and kernels beneath the public ops. Checks of one kernel and searches for better plans need them.
+
+No other file outside the package reaches into it.
+"""
+
+from kan_mamba_layers.ops.kan_linear import _triton as kan
+from kan_mamba_layers.ops.kan_linear import _triton_backward as kan_backward
+from kan_mamba_layers.ops.kan_linear import _triton_forward as kan_forward
+from kan_mamba_layers.ops.selective_scan import _triton as scan
+from kan_mamba_layers.ops.selective_scan import _triton_backward as scan_backward
+from kan_mamba_layers.ops.selective_scan import _triton_forward as scan_forward
+
+__all__ = ["kan", "kan_backward", "kan_forward", "scan", "scan_backward", "scan_forward"]
