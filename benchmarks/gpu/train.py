@@ -165,7 +165,7 @@ def execute(
 def read_record(run: Path) -> dict[str, Any]:
     """What a finished run came to; seconds are those of its epochs, validation included, of all sessions."""
     facts, scores = (_read_json(run / name) for name in ("metrics.json", "test/scores.json"))
-    known = ("task", "model", "model_args", "image_size", "seed", "parameters", "data", "images", "subjects")
+    known = ("model", "model_args", "image_size", "seed", "parameters", "data", "images", "subjects")
     known += ("split_sha256", "epochs", "best_epoch", "steps", "device", "versions")
     scored = ("images", "unreadable", "unit", "per_image", "pooled", "classes", "mean_of_classes", "circumference")
     return {
