@@ -53,9 +53,12 @@ class Setting:
     @contextmanager
     def whole_memory(self) -> Iterator[None]:
         """Wait until no other worker needs most of the GPU's memory, and keep it from them."""
-        with (self.out / "memory.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        folder = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(folder)
 
     def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep the inputs of a failure, if there is room for them."""
