@@ -15,28 +15,21 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import importlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import machine
-from gpu import check, speed, train, tune
-from gpu.calls import CALLS, run_call
-from gpu.journal import FAILURES, OK, SKIPPED, Journal
+from gpu.journal import FAILURES, OK, SKIPPED, Journal, Record
 from gpu.tasks import Setting, Task
 from gpu.workers import start_worker, supervise, work
-from peers import peer_path
+from peer_paths import peer_path
 
-PARTS: dict[str, Callable[[Setting], Iterable[Task]]] = {
-    "check": check.tasks,
-    "speed": speed.tasks,
-    "tune": tune.tasks,
-    "train": train.tasks,
-}
-WORKERS = {"check": 6, "speed": 6, "tune": 8, "train": 4}  # side by side, on 16 cores and one GPU
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = {"check": 6, "speed": 6, "tune": 8, "train": 4}  # of each part, side by side, on 16 cores and one GPU
 SECONDS = 540.0
 
 
@@ -47,17 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=args.out, device=args.device, peers=dict(args.peers_path), data=args.data, runs=args.runs, steps=args.steps
     )
     if args.call:
+        from gpu.calls import run_call
+
         run_call(args.call, args.device, heavy=args.heavy)
         return 0
     if args.work:
-        part, alone = args.work
-        tasks = select(part, setting, args.tasks)
-        return work([t for t in tasks if t.alone == (alone == "alone")], _journal(setting, part), setting)
+        return _work(*args.work, setting, args)
+    if not args.parts:
+        raise SystemExit(f"name a part: {', '.join(WORKERS)}")
     if args.list:
         print("\n".join(f"{part} {task.name}" for part in args.parts for task in select(part, setting, args.tasks)))
         return 0
-    if not args.parts:
-        raise SystemExit(f"name a part: {', '.join(PARTS)}")
     setting.out.mkdir(parents=True, exist_ok=True)
     builds = {command: _in_background(command, setting) for command in args.build}
     code = 0
@@ -70,37 +63,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def select(part: str, setting: Setting, pattern: str = "*") -> list[Task]:
     """The tasks of a part whose names match, the most important first."""
-    return [task for task in PARTS[part](setting) if fnmatch.fnmatch(task.name, pattern)]
+    tasks = importlib.import_module(f"gpu.{part}").tasks(setting)
+    return [task for task in tasks if fnmatch.fnmatch(task.name, pattern)]
 
 
 def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
-    """Run a part until it is done or its time is up, and print what came of it."""
-    tasks, journal = select(part, setting, args.tasks), _journal(setting, part)
-    journal.append(
-        event="session",
-        part=part,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        device=setting.device,
-        seconds=args.seconds,
-        machine=machine.describe(),
-        versions=machine.versions(),
-    )
-    began = time.time()
-    finished = supervise(tasks, journal, _starter(part, setting, args), _workers(part, args), began + args.seconds)
-    return _summary(part, tasks, journal, time.time() - began, finished)
+    """Run a part until it is done or its time is up, and print what came of it. PyTorch is left to the workers."""
+    journal, began = _journal(setting, part), time.time()
+    run = f"{os.getpid()}-{began}"
+    workers = args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
+    finished = supervise(journal, run, _starter(part, run, workers, setting, args), workers, began + args.seconds)
+    return _summary(part, run, journal, time.time() - began, finished)
 
 
-def _starter(part: str, setting: Setting, args: argparse.Namespace) -> Callable[[bool], subprocess.Popen[bytes]]:
-    environment = {"TRITON_INTERPRET": "1"} if setting.rehearsal else {}
-    threads = max(1, (os.cpu_count() or 1) // _workers(part, args))
-    command = [sys.executable, str(Path(__file__).resolve()), *_options(setting), "--tasks", args.tasks]
+def _starter(
+    part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace
+) -> Callable[[bool], subprocess.Popen[bytes]]:
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # for a machine on which the package is not installed
+    environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
+    command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
+    command += ["--tasks", args.tasks, "--seconds", str(args.seconds)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     def start(alone: bool) -> subprocess.Popen[bytes]:
         crew = "alone" if alone else "together"
-        shared = {} if alone else {"OMP_NUM_THREADS": str(threads)}
-        return start_worker([*command, "--work", part, crew], setting.out / "log.txt", {**environment, **shared})
+        variables = environment if alone else {**threads, **environment}
+        return start_worker([*command, "--work", part, run, crew], setting.out / "log.txt", variables)
 
     return start
+
+
+def _work(part: str, run: str, crew: str, setting: Setting, args: argparse.Namespace) -> int:
+    """Be a worker of a part: the first one says where it runs and what there is to do."""
+    tasks, journal = select(part, setting, args.tasks), _journal(setting, part)
+
+    def session() -> Record:
+        import machine
+
+        return {
+            "part": part,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": setting.device,
+            "seconds": args.seconds,
+            "machine": machine.describe(),
+            "versions": machine.versions(),
+            "tasks": [[task.name, task.limit, task.alone] for task in tasks],
+        }
+
+    journal.open_session(run, session)
+    return work([task for task in tasks if task.alone == (crew == "alone")], journal, setting)
 
 
 def _options(setting: Setting) -> list[str]:
@@ -109,10 +120,6 @@ def _options(setting: Setting) -> list[str]:
     flags += ["--runs", str(setting.runs), "--steps", str(setting.steps)]
     flags += ["--data", str(setting.data)] if setting.data else []
     return flags + (["--peers-path", *(f"{k}={v}" for k, v in setting.peers.items())] if setting.peers else [])
-
-
-def _workers(part: str, args: argparse.Namespace) -> int:
-    return args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
 
 
 def _in_background(command: str, setting: Setting) -> subprocess.Popen[bytes]:
@@ -137,13 +144,15 @@ def _journal(setting: Setting, part: str) -> Journal:
     return Journal(setting.out / f"{part}.jsonl")
 
 
-def _summary(part: str, tasks: Sequence[Task], journal: Journal, seconds: float, finished: bool) -> int:
-    ends = {name: end for name, end in journal.ends().items() if name in {task.name for task in tasks}}
+def _summary(part: str, run: str, journal: Journal, seconds: float, finished: bool) -> int:
+    session = journal.session(run)
+    names = {name for name, *_ in session["tasks"]} if session else set()
+    ends = {name: end for name, end in journal.ends().items() if name in names}
     count = {status: sum(end["status"] == status for end in ends.values()) for status in (OK, SKIPPED, *FAILURES)}
     for end in ends.values():
         if end["status"] in FAILURES:
             print(f"{end['status']:8} {end['task']}: {end.get('reason', '')[:300]}")
-    left = len(tasks) - len(ends)
+    left = len(names) - len(ends)
     words = [f"{number} {status}" for status, number in count.items() if number] + ([f"{left} left"] if left else [])
     print(f"{part}: {', '.join(words) or 'nothing to do'} in {seconds:.0f} s" + ("" if finished else ", time is up"))
     return int(any(count[status] for status in FAILURES))
@@ -151,7 +160,7 @@ def _summary(part: str, tasks: Sequence[Task], journal: Journal, seconds: float,
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *WORKERS], help=f"of {', '.join(WORKERS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each part")
@@ -163,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folders isic2017, hc18, lumbar_spine for `train`")
     parser.add_argument("--runs", type=Path, default=Setting.runs, metavar="DIR", help="run folders of `train`")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="of each network in `train`")
-    parser.add_argument("--call", choices=tuple(CALLS), help="launch one kernel once and stop, for profilers")
+    parser.add_argument("--call", metavar="NAME", help="launch one kernel once and stop, for profilers")
     parser.add_argument("--heavy", action="store_true", help="the large size of --call")
-    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     return parser
 
 

@@ -21,12 +21,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import gpu_day
 from gpu import page
 from gpu.chart import plot
-from gpu.journal import Journal
 from gpu.summary import summarise
-from gpu.tasks import Setting
 
 RESULTS, DOCS = Path("benchmarks/results"), Path("docs/benchmarks")
 
@@ -34,7 +31,7 @@ RESULTS, DOCS = Path("benchmarks/results"), Path("docs/benchmarks")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the three files and print what has to be known first."""
     args = _parser().parse_args(arguments)
-    day = summarise(args.folder, args.name, tasks(args.folder))
+    day = summarise(args.folder, args.name)
     if day["device"] == "cpu" and None in (args.results, args.docs):
         raise SystemExit("this was a rehearsal on a CPU and holds no measurements: give --results DIR and --docs DIR")
     results, docs = args.results or RESULTS, args.docs or DOCS
@@ -46,22 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = [image] if plot(day, docs / image) else []
     (docs / f"{stem}.md").write_text(page.render(day, images), encoding="utf-8")
     print(page.terminal(day))
-
-
-def tasks(folder: Path) -> dict[str, list[str]]:
-    """The names of all tasks by part, as the device and the steps of the sessions make them."""
-    found = {}
-    for part in gpu_day.PARTS:
-        records = Journal(folder / f"{part}.jsonl").records()
-        devices = {record["device"] for record in records if record["event"] == "session"}
-        steps = [int(name[1]) for r in records if (name := re.search(r"/(\d+)$", r.get("task", "")))]
-        setting = Setting(
-            out=folder,
-            device="cpu" if devices == {"cpu"} else "cuda",
-            steps=min(steps) if part == "train" and steps else Setting.steps,
-        )
-        found[part] = [task.name for task in gpu_day.select(part, setting)]
-    return found
 
 
 def _name(text: str) -> str:

@@ -6,7 +6,6 @@ empty stand-in for it, for the time of that import only: the functions measured 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import sys
@@ -36,22 +35,11 @@ FILES = {
     "fast_kan": "fastkan/fastkan.py",
     "pykan": "kan/KANLayer.py",
 }
-NAMES = ("mamba_ssm", "vmamba", "mambapy", "efficient_kan", "fast_kan", "pykan")  # of checkouts
 STAND_INS = (
     *("causal_conv1d.cpp_functions", "mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm"),
     *("sklearn.linear_model", "yaml"),
 )
 LAST: Layout = dict.fromkeys(("u", "delta", "B", "C", "z", "y"), (0, 2, 1))
-
-
-def peer_path(text: str) -> tuple[str, str]:
-    """The name and the path of a checkout, from the command line."""
-    name, _, path = text.partition("=")
-    if name not in NAMES or not path:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PATH with {', '.join(NAMES[:-1])} or {NAMES[-1]} as NAME"
-        )
-    return name, path
 
 
 class PeerError(Exception):

@@ -28,7 +28,8 @@ import torch
 from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
 from cases import CASES, QUICK, SUITES, Case, scaling_cases
 from measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
-from peers import peer_path, peers
+from peer_paths import peer_path
+from peers import peers
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

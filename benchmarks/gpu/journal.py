@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ FAILURES = (WRONG, FAILED, CRASHED, TIMEOUT)
 class Journal:
     """An append-only file that several processes write.
 
-    Its records are `{"event": "session", ...}` where a run starts, `{"event": "begin", "task": ..., "pid": ...}`, and
-    `{"event": "end", "task": ..., "status": ..., ...}`. A task without an end is run again by the next session.
+    Its records are `{"event": "session", "run": ..., "tasks": [[name, limit, alone], ...], ...}` where a run starts,
+    `{"event": "begin", "task": ..., "pid": ...}`, and `{"event": "end", "task": ..., "status": ..., ...}`. A task
+    without an end is run again by the next session.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,10 +40,19 @@ class Journal:
         with self._locked() as file:
             _write(file, record)
 
+    def open_session(self, run: str, make: Callable[[], Record]) -> None:
+        """Start the session of a run, unless another of its workers has."""
+        with self._locked() as file:
+            if _session(list(_parsed(_read(file))), run) is None:
+                _write(file, {"event": "session", "run": run, **make()})
+
+    def session(self, run: str) -> Record | None:
+        """The session of a run, once one of its workers has started it."""
+        return _session(self.records(), run)
+
     def claim(self, task: str) -> bool:
         """Begin a task, unless it has ended already or another worker of this session has begun it."""
         with self._locked() as file:
-            os.lseek(file, 0, os.SEEK_SET)
             records = list(_parsed(_read(file)))
             if task in ended(records) or task in _begun(records):
                 return False
@@ -76,6 +86,10 @@ def ended(records: list[Record]) -> dict[str, Record]:
     return {record["task"]: record for record in records if record["event"] == "end"}
 
 
+def _session(records: list[Record], run: str) -> Record | None:
+    return next((record for record in records if record["event"] == "session" and record["run"] == run), None)
+
+
 def _begun(records: list[Record]) -> dict[str, Record]:
     """What was begun since the last session started."""
     started = max((i for i, record in enumerate(records) if record["event"] == "session"), default=0)
@@ -93,6 +107,7 @@ def _parsed(content: bytes) -> Iterator[Record]:
 
 
 def _read(file: int) -> bytes:
+    os.lseek(file, 0, os.SEEK_SET)
     parts = []
     while part := os.read(file, 1 << 20):
         parts.append(part)

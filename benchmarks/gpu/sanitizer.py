@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.calls import CALLS
+from gpu.processes import run
 from gpu.tasks import Setting, Skip, Task, Wrong, find_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
     command += ["--out", str(setting.out), "--device", setting.device, "--call", call]
     # With a cache of its own PyTorch would hide writes behind the end of a tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = run(command, environment)
     faults = count_faults(result.stdout)
     if faults:
         raise Wrong(f"{faults} faults: {first_fault(result.stdout)}", output=result.stdout[:8000])
@@ -70,14 +70,7 @@ def project_tests(setting: Setting) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    result = subprocess.run(
-        [*command, f"--junitxml={file.resolve()}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    result = run([*command, f"--junitxml={file.resolve()}"], environment, cwd=ROOT)
     if not file.is_file():
         raise RuntimeError(f"pytest ended with {result.returncode}: {(result.stdout + result.stderr)[-1500:]}")
     try:

@@ -93,7 +93,8 @@ def _options(dtype: str, setting: Setting) -> run.Options:
 
 def limits(setting: Setting) -> dict[str, Any]:
     """What the GPU can do at most: a copy, exponentials, and products in the tensor cores."""
-    rates = limit.measure(setting.device)
+    unknown = dict.fromkeys(("elements_per_second", "copy_bytes_per_second"))
+    rates = unknown if setting.rehearsal else limit.measure(setting.device)
     sizes = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
     products = {name: product_rate(dtype, name == "tf32", setting) for name, dtype in sizes.items()}
     return {"rates": {**rates, "product_flops_per_second": products}}

@@ -44,13 +44,15 @@ COUNTERS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def summarise(folder: Path, name: str, known: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The content of `gpu-NAME.json`; `known` are the names of all tasks by part."""
-    records = {part: Journal(folder / f"{part}.jsonl").records() for part in known}
+def summarise(folder: Path, name: str) -> dict[str, Any]:
+    """The content of `gpu-NAME.json`."""
+    records = {part: Journal(folder / f"{part}.jsonl").records() for part in _CONTENT}
     records = {part: found for part, found in records.items() if found}
     begun = sorted((r for found in records.values() for r in found if r["event"] == "session"), key=lambda r: r["date"])
     if not begun:
-        raise ValueError(f"{folder.name} holds no session of {', '.join(known)}; give the folder that gpu_day.py wrote")
+        raise ValueError(
+            f"{folder.name} holds no session of {', '.join(_CONTENT)}; give the folder that gpu_day.py wrote"
+        )
     devices = {session["device"] for session in begun}
     if len(devices) > 1:
         raise ValueError(f"{folder.name} mixes the devices {', '.join(sorted(devices))}; report each in a folder")
@@ -67,7 +69,7 @@ def summarise(folder: Path, name: str, known: Mapping[str, Sequence[str]]) -> di
         "versions": last["versions"],
         "failures": failures(ends, saved),
         "parts": {
-            part: {**_progress(found, ends[part], known[part]), **_CONTENT[part](ends[part], found)}
+            part: {**_progress(found, ends[part]), **_CONTENT[part](ends[part], found)}
             for part, found in records.items()
         },
     }
@@ -110,9 +112,10 @@ def _file(path: str) -> str:
     return kept[0] if kept else "PATH"
 
 
-def _progress(records: Sequence[Record], ends: Mapping[str, Record], known: Sequence[str]) -> dict[str, Any]:
+def _progress(records: Sequence[Record], ends: Mapping[str, Record]) -> dict[str, Any]:
     """Sessions, how the tasks ended, and those that did not."""
     statuses = [end["status"] for end in ends.values()]
+    planned = [name for record in records if record["event"] == "session" for name, *_ in record["tasks"]]
     skipped: dict[str, list[str]] = {}
     for task, end in ends.items():
         if end["status"] == SKIPPED:
@@ -121,7 +124,7 @@ def _progress(records: Sequence[Record], ends: Mapping[str, Record], known: Sequ
         "sessions": _sessions(records),
         "counts": {status: statuses.count(status) for status in (OK, SKIPPED, *FAILURES) if status in statuses},
         "task_seconds": sum(end.get("seconds", 0.0) for end in ends.values()),
-        "left": [task for task in known if task not in ends],
+        "left": [task for task in dict.fromkeys(planned) if task not in ends],
         "skipped": skipped,
     }
 

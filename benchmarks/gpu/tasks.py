@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
-import io
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gpu.journal import Journal
+
+if TYPE_CHECKING:  # the supervisor starts at once, without PyTorch
+    from torch import Tensor
 
 INPUT_BYTES = 1 << 20  # of one failure; larger inputs are made again from the task's name
 ARCHIVE_BYTES = 15 << 20  # of all failures
@@ -62,6 +59,8 @@ class Setting:
 
     def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep the inputs of a failure, if there is room for them."""
+        from gpu.archive import pack
+
         file = Journal(self.out / "failures.jsonl")
         text = pack(tensors)
         used = file.path.stat().st_size if file.path.is_file() else 0
@@ -92,17 +91,3 @@ class Task:
     run: Callable[[Setting], dict[str, Any] | None]
     limit: float = 180.0  # seconds after which it is killed
     alone: bool = False  # timed, or in need of the whole memory
-
-
-def pack(tensors: Mapping[str, Tensor]) -> str:
-    """Tensors as text."""
-    buffer = io.BytesIO()
-    torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, buffer)
-    return base64.b64encode(zlib.compress(buffer.getvalue())).decode()
-
-
-def unpack(text: str) -> dict[str, Tensor]:
-    """The tensors of `pack`."""
-    buffer = io.BytesIO(zlib.decompress(base64.b64decode(text)))
-    tensors: dict[str, Tensor] = torch.load(buffer, weights_only=True)
-    return tensors

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.journal import Journal
+from gpu.processes import end_with_parent
 from gpu.tasks import Setting, Skip, Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,11 +144,13 @@ def environment(setting: Setting) -> dict[str, str]:
 def execute(
     script: Sequence[tuple[str, list[str]]], log: Path, variables: dict[str, str], meanwhile: Callable[[], None]
 ) -> None:
-    """Run scripts of the examples one after the other, in a process that ends with this one's process group."""
+    """Run scripts of the examples one after the other, in a process that ends with this one."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", RUN, json.dumps(script)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=ROOT, preexec_fn=end_with_parent
+        )
     try:
         while process.poll() is None:
             try:

@@ -7,8 +7,8 @@ timing them again. The tiles of a KAN kernel are changed one at a time.
 from __future__ import annotations
 
 import csv
+import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +23,7 @@ from gpu import launchers
 from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import CLOSE, relative_l2
 from gpu.journal import WRONG, Journal
+from gpu.processes import run
 from gpu.rules import RULES, best_rules, sizes
 from gpu.tasks import Setting, Task, find_program
 
@@ -191,7 +192,7 @@ def counters(kernel: str, setting: Setting) -> dict[str, Any]:
         kernel,
         "--heavy",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run(command, os.environ)
     found = read_counters(result.stdout)
     if not found:
         raise RuntimeError(f"ncu told nothing ({result.returncode}): {(result.stdout + result.stderr)[-1500:]}")

@@ -14,45 +14,53 @@ from pathlib import Path
 from typing import Any
 
 from gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal
+from gpu.processes import end_with_parent_in_own_group
 from gpu.tasks import Setting, Skip, Task, Wrong
 
 POLL = 0.2  # seconds
 LOST = ("CUDA error", "an illegal memory access", "unspecified launch failure", "CUBLAS_STATUS", "device-side assert")
+MOST_STARTS = 3  # of workers that stop before they say what there is to do
 RESTART = 75  # exit code of a worker whose GPU context is lost
 
 
 def supervise(
-    tasks: Sequence[Task], journal: Journal, start: Callable[[bool], subprocess.Popen[bytes]], workers: int, end: float
+    journal: Journal, run: str, start: Callable[[bool], subprocess.Popen[bytes]], workers: int, end: float
 ) -> bool:
-    """Keep workers running until every task has ended; False if the time `end` came first.
+    """Keep workers running until every task of the run has ended; False if the time `end` came first.
 
-    First the tasks that may run side by side, then those that want to be alone. `start(alone)` starts a worker.
+    The first worker writes what there is to do. Tasks that may run side by side come first, then those that want to be
+    alone. `start(alone)` starts a worker.
     """
     for alone, count in ((False, workers), (True, 1)):
-        mine = {task.name: task for task in tasks if task.alone == alone}
-        if not _run_crew(mine, journal, lambda alone=alone: start(alone), count, end):
-            return False
+        crew: list[subprocess.Popen[bytes]] = []
+        starts = 0
+        try:
+            while (left := _left(journal, run, alone)) is None or left:
+                if time.time() > end:
+                    return False
+                crew = [worker for worker in crew if not _gone(worker, left or {}, journal)]
+                if left is None and starts >= MOST_STARTS and not crew:
+                    raise RuntimeError("no worker comes to its first task; what they said stands in log.txt")
+                for _ in range(min(count, count if left is None else len(left)) - len(crew)):
+                    crew.append(start(alone))
+                    starts += 1
+                time.sleep(POLL)
+        finally:
+            for worker in crew:
+                _kill(worker)
     return True
 
 
-def _run_crew(
-    tasks: dict[str, Task], journal: Journal, start: Callable[[], subprocess.Popen[bytes]], count: int, end: float
-) -> bool:
-    crew: list[subprocess.Popen[bytes]] = []
-    try:
-        while left := len(tasks.keys() - journal.ends().keys()):
-            if time.time() > end:
-                return False
-            crew = [worker for worker in crew if not _gone(worker, tasks, journal)]
-            crew += [start() for _ in range(min(count, left) - len(crew))]
-            time.sleep(POLL)
-        return True
-    finally:
-        for worker in crew:
-            _kill(worker)
+def _left(journal: Journal, run: str, alone: bool) -> dict[str, float] | None:
+    """The limits in seconds of tasks that have not ended; None before the first worker has said what there is to do."""
+    session = journal.session(run)
+    if session is None:
+        return None
+    done = journal.ends()
+    return {name: limit for name, limit, kind in session["tasks"] if kind == alone and name not in done}
 
 
-def _gone(worker: subprocess.Popen[bytes], tasks: dict[str, Task], journal: Journal) -> bool:
+def _gone(worker: subprocess.Popen[bytes], limits: dict[str, float], journal: Journal) -> bool:
     """Whether a worker has stopped; what it leaves open, or holds for too long, is ended for it."""
     code = worker.poll()
     task = journal.open_task(worker.pid)
@@ -60,9 +68,9 @@ def _gone(worker: subprocess.Popen[bytes], tasks: dict[str, Task], journal: Jour
         if task is not None:
             journal.append(event="end", task=task["task"], status=CRASHED, reason=f"its process ended with {code}")
         return True
-    if task is not None and time.time() - task["time"] > tasks[task["task"]].limit:
+    limit = limits.get(task["task"]) if task is not None else None
+    if task is not None and limit is not None and time.time() - task["time"] > limit:
         _kill(worker)
-        limit = tasks[task["task"]].limit
         journal.append(event="end", task=task["task"], status=TIMEOUT, reason=f"not done after {limit:.0f} s")
         return True
     return False
@@ -76,18 +84,17 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
 
 
 def start_worker(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A worker in a process group of its own, but not a session: what ends the session ends it too."""
+    """A worker; what it prints goes to the log."""
     environment = {**os.environ, **environment}
     with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=os.setpgrp)
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent_in_own_group
+        )
 
 
 def work(tasks: Sequence[Task], journal: Journal, setting: Setting) -> int:
-    """Do what no other worker has begun, until nothing is left or the supervisor is gone; returns the exit code."""
-    supervisor = os.getppid()
+    """Do what no other worker has begun, until nothing is left; returns the exit code."""
     for task in tasks:
-        if os.getppid() != supervisor:
-            return 0
         if not journal.claim(task.name):
             continue
         began = time.time()

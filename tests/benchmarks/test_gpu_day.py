@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +31,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_day  # noqa: E402
 from gpu import check, sanitizer, speed, tune  # noqa: E402
+from gpu.archive import pack, unpack  # noqa: E402
 from gpu.compare import judge, relative_l2, same_bits  # noqa: E402
 from gpu.guards import between_nan, guarded  # noqa: E402
 from gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal  # noqa: E402
 from gpu.rules import RULES, best_rules  # noqa: E402
-from gpu.tasks import Setting, Skip, Task, Wrong, find_program, pack, unpack  # noqa: E402
+from gpu.tasks import Setting, Skip, Task, Wrong, find_program  # noqa: E402
 from gpu.workers import perform, start_worker, supervise, work  # noqa: E402
 
 PARTS = ("check", "speed", "tune", "train")
@@ -63,25 +66,31 @@ def ends(folder: Path, part: str) -> list[dict]:
 class TestRehearsal:
     def test_every_part_starts_is_killed_goes_on_and_is_reported(self, tmp_path: Path) -> None:
         out, runs = tmp_path / "out", tmp_path / "runs"
-        flags = ("--out", str(out), "--runs", str(runs), "--workers", "1")
-        running = {part: start(part, *flags) for part in PARTS}
-        wait_until(lambda: all(ends(out, part) for part in ("check", "speed", "tune")))
-        wait_until(lambda: (out / "train.jsonl").is_file())
-        for process in running.values():
+
+        def kill_and_go_on(part: str) -> tuple[list[str], int, str]:
+            """What had ended when the part was killed, and how its second run ended."""
+            flags = (part, "--out", str(out), "--runs", str(runs), "--workers", "1")
+            process = start(*flags)
+            sign = "begin" if part == "train" else "end"  # there is one training only
+            wait_until(lambda: any(r["event"] == sign for r in Journal(out / f"{part}.jsonl").records()))
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        before = {part: [end["task"] for end in ends(out, part)] for part in PARTS}
+            before = [end["task"] for end in ends(out, part)]
+            process = start(*flags)
+            printed = process.communicate(timeout=300)[0].decode()
+            return before, process.returncode, printed
 
-        running = {part: start(part, *flags) for part in PARTS}
-        printed = {part: process.communicate(timeout=300)[0].decode() for part, process in running.items()}
-        for part, process in running.items():
-            assert process.returncode == 0, printed[part] + (out / "log.txt").read_text()[-3000:]
-            expected = {task.name for task in gpu_day.PARTS[part](Setting(out=out, device="cpu", runs=runs))}
+        with ThreadPoolExecutor() as pool:
+            outcomes = dict(zip(PARTS, pool.map(kill_and_go_on, PARTS), strict=True))
+        for part, (before, code, printed) in outcomes.items():
+            assert code == 0, printed + (out / "log.txt").read_text()[-3000:]
+            expected = {task.name for task in gpu_day.select(part, Setting(out=out, device="cpu", runs=runs))}
             done = [end["task"] for end in ends(out, part)]
             assert sorted(done) == sorted(expected), part  # each task has ended once
-            assert set(before[part]) <= set(done)
+            assert set(before) <= set(done) and len(Journal(out / f"{part}.jsonl").records()) > len(done)
             assert {end["status"] for end in ends(out, part)} <= {OK, SKIPPED}
             assert sum(end["status"] == OK for end in ends(out, part)) >= 1
+            assert sum(r["event"] == "session" for r in Journal(out / f"{part}.jsonl").records()) == 2
         sizes = {file.name: file.stat().st_size for file in out.rglob("*") if file.is_file()}
         assert len(sizes) <= 8 and max(sizes.values()) < 16 << 20, sizes
 
@@ -114,7 +123,7 @@ class TestRehearsal:
     def test_tasks_have_names_of_their_own_and_most_telling_first(self) -> None:
         setting = Setting(out=Path("nowhere"))
         for part in PARTS:
-            names = [task.name for task in gpu_day.PARTS[part](setting)]
+            names = [task.name for task in gpu_day.select(part, setting)]
             assert len(set(names)) == len(names) > 10, part
         assert next(iter(check.tasks(setting))).name == "tests"
         kinds = {name.split("/")[0] for name in (task.name for task in check.tasks(setting))}
@@ -136,15 +145,22 @@ class TestJournal:
 
     def test_a_task_is_claimed_once_in_a_session_and_again_in_the_next_unless_it_ended(self, tmp_path: Path) -> None:
         journal = Journal(tmp_path / "j.jsonl")
-        journal.append(event="session")
+        journal.append(event="session", run="1")
         assert journal.claim("a") and not journal.claim("a")
         assert journal.open_task(os.getpid())["task"] == "a"
-        journal.append(event="session")
+        journal.append(event="session", run="2")
         assert journal.claim("a")
         journal.append(event="end", task="a", status=OK)
         assert journal.open_task(os.getpid()) is None
-        journal.append(event="session")
+        journal.append(event="session", run="3")
         assert not journal.claim("a")
+
+    def test_the_first_worker_of_a_run_starts_its_session(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path / "j.jsonl")
+        for run, number in (("a", 1), ("a", 2), ("b", 3)):
+            journal.open_session(run, lambda number=number: {"tasks": [], "number": number})
+        assert journal.session("a")["number"] == 1 and journal.session("b")["number"] == 3
+        assert journal.session("c") is None
 
     def test_tensors_survive_as_text(self) -> None:
         tensors = {"x": torch.randn(3, 4).bfloat16(), "n": torch.tensor([float("nan"), 1.0])}
@@ -183,6 +199,8 @@ TASKS = [
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     alone = sys.argv[2] == "alone"
+    plan = [[t.name, t.limit, t.alone] for t in TASKS]
+    Journal(out / "j.jsonl").open_session("run", lambda: {{"tasks": plan}})
     sys.exit(work([t for t in TASKS if t.alone == alone], Journal(out / "j.jsonl"), Setting(out=out)))
 """
 
@@ -192,16 +210,12 @@ class TestWorkers:
         script = tmp_path / "some_tasks.py"
         script.write_text(TASKS.format(benchmarks=str(BENCHMARKS)))
         journal = Journal(tmp_path / "j.jsonl")
-        journal.append(event="session")
-        limits = {"hang": 1.0}
-        names = ("good", "skip", "wrong", "broken", "lost", "after", "crash", "hang", "last", "alone")
-        tasks = [Task(name, lambda setting: None, limits.get(name, 60.0), alone=name == "alone") for name in names]
 
         def start(alone: bool) -> subprocess.Popen[bytes]:
             crew = "alone" if alone else "together"
             return start_worker([sys.executable, str(script), str(tmp_path), crew], tmp_path / "log.txt", {})
 
-        assert supervise(tasks, journal, start, workers=1, end=time.time() + 120)
+        assert supervise(journal, "run", start, workers=1, end=time.time() + 120)
         found = journal.ends()
         assert {name: end["status"] for name, end in found.items()} == {
             **{"good": OK, "skip": SKIPPED, "wrong": WRONG, "broken": FAILED, "lost": FAILED, "after": OK},
@@ -212,12 +226,17 @@ class TestWorkers:
 
     def test_time_that_is_up_leaves_tasks_for_the_next_session(self, tmp_path: Path) -> None:
         journal = Journal(tmp_path / "j.jsonl")
-        journal.append(event="session")
+        journal.open_session("run", lambda: {"tasks": [["a", 60.0, False]]})
         sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
         began = time.time()
-        task = Task("a", lambda setting: None)
-        assert not supervise([task], journal, lambda alone: start_worker(sleep, tmp_path / "log.txt", {}), 2, began + 1)
+        start = partial(start_worker, sleep, tmp_path / "log.txt", {})
+        assert not supervise(journal, "run", lambda alone: start(), 2, began + 1)
         assert time.time() - began < 30 and not journal.ends()
+
+    def test_workers_that_never_begin_are_told(self, tmp_path: Path) -> None:
+        start = partial(start_worker, [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "log.txt", {})
+        with pytest.raises(RuntimeError, match=r"log\.txt"):
+            supervise(Journal(tmp_path / "j.jsonl"), "run", lambda alone: start(), 1, time.time() + 60)
 
     def test_results_cannot_hide_the_task_that_they_belong_to(self, tmp_path: Path) -> None:
         journal = Journal(tmp_path / "j.jsonl")

@@ -30,6 +30,7 @@ SIZES = {
 # 4 * 8 * 128^2 * 32 * 16 exponentials at 1e12 a second, which is more than the 3.4e7 bytes take.
 RATES = {"elements_per_second": 1e12, "copy_bytes_per_second": 1e12, "product_flops_per_second": {"bf16": 6e14}}
 LIMIT = 268435456 / 1e12
+PLANNED = {"check": ("scan2d/row/bf16", "tf32"), "train": ("fetal_head/unet_pp/2000",)}
 TUNED = "b8 128x128 d32 n16 r1"
 SECRET = "/home/alice/checkout/kernels.py"
 
@@ -44,9 +45,9 @@ class Day:
         machine = {"cpu": "A processor", "cores": 16, "gpu": gpu if self.device == "cuda" else None}
         versions = {"python": "3.11.7", "torch": "2.13.0", "cuda": "12.8", "triton": None, "commit": commit}
         date = f"2026-12-01T10:{minute:02}:00+00:00"
-        self.journal(part).append(
-            event="session", part=part, date=date, device=self.device, seconds=60.0, machine=machine, versions=versions
-        )
+        found = {"device": self.device, "seconds": 60.0, "machine": machine, "versions": versions}
+        tasks = [[name, 60.0, False] for name in PLANNED.get(part, ())]
+        self.journal(part).append(event="session", run=date, part=part, date=date, tasks=tasks, **found)
 
     def task(self, part: str, name: str, seconds: float = 2.0, **end: object) -> None:
         self.journal(part).append(event="begin", task=name, pid=1, time=self.now)
@@ -323,7 +324,7 @@ class TestPage:
         day = Day(tmp_path)
         day.session("check", 0)
         day.session("check", 9, commit="def456", gpu={**GPU, "name": "NVIDIA H200"})
-        found = page.environment(gpu_report.summarise(tmp_path, "x", {"check": []}))
+        found = page.environment(gpu_report.summarise(tmp_path, "x"))
         assert "commit abc123, def456." in found
         assert "several GPUs, NVIDIA H100 80GB HBM3, NVIDIA H200: times of different sessions do not compare" in found
 
