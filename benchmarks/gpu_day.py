@@ -79,7 +79,10 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
 def _starter(
     part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace
 ) -> Callable[[bool], subprocess.Popen[bytes]]:
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # for a machine on which the package is not installed
+    paths = [
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+        str(ROOT),
+    ]  # for a machine on which the package is not installed
     environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
     command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
     command += ["--tasks", args.tasks, "--seconds", str(args.seconds)]
