@@ -79,13 +79,11 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
 def _starter(
     part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace
 ) -> Callable[[bool], subprocess.Popen[bytes]]:
-    paths = [
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-        str(ROOT),
-    ]  # for a machine on which the package is not installed
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # the package may not be installed there
     environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
     command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
     command += ["--tasks", args.tasks, "--seconds", str(args.seconds)]
+    command += ["--commit", args.commit] if args.commit else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     def start(alone: bool) -> subprocess.Popen[bytes]:
@@ -109,7 +107,7 @@ def _work(part: str, run: str, crew: str, setting: Setting, args: argparse.Names
             "device": setting.device,
             "seconds": args.seconds,
             "machine": machine.describe(),
-            "versions": machine.versions(),
+            "versions": {**machine.versions(), **({"commit": args.commit} if args.commit else {})},
             "tasks": [[task.name, task.limit, task.alone] for task in tasks],
         }
 
@@ -175,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folders isic2017, hc18, lumbar_spine for `train`")
     parser.add_argument("--runs", type=Path, default=Setting.runs, metavar="DIR", help="run folders of `train`")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="of each network in `train`")
+    parser.add_argument("--commit", metavar="ID", help="of the sources, where there is no git to tell")
     parser.add_argument("--call", metavar="NAME", help="launch one kernel once and stop, for profilers")
     parser.add_argument("--heavy", action="store_true", help="the large size of --call")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)

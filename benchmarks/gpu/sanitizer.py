@@ -29,6 +29,8 @@ def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
         program,
         "--tool",
         checker,
+        "--report-api-errors",
+        "no",  # PyTorch asks for what a driver may not have
         "--error-exitcode",
         str(FOUND),
         "--print-limit",

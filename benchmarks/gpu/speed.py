@@ -13,6 +13,7 @@ from candidates import MODES, Candidate
 from cases import CASES, Case, block, cross, kan, model
 from clock import seconds_per_call
 from kan import EFFICIENT, GEMM, TUNED
+from measure import call_of
 from peers import MAMBA_CUDA, VMAMBA_CUDA
 
 from gpu.sweep import exact_products
@@ -68,7 +69,7 @@ def warm(case: Case, dtype: str, setting: Setting) -> None:
         for mode in MODES:
             if not candidate.refuses(case, mode):
                 try:
-                    candidate.bind(case, setting.device, run.DTYPES[dtype]).step(mode)
+                    call_of(candidate.bind(case, setting.device, run.DTYPES[dtype]), mode)()
                 except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
                     print(f"{candidate.name} on {case.name}: {error}")  # the measurement records it
 

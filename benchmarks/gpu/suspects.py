@@ -18,7 +18,7 @@ from gpu.calls import CALLS, kan_inputs, scan_backward, scan_forward, scan_input
 from gpu.compare import Results, judge, moved, results, same_bits, same_numbers
 from gpu.guards import between_nan, guarded
 from gpu.kernels import compiled_kernels
-from gpu.sweep import OPS, Op, exact_products, image, line, splines
+from gpu.sweep import MODULES, OPS, Module, Op, as_op, exact_products, image, line, splines
 from gpu.tasks import Setting, Skip, Task, Wrong
 
 NAMES = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
@@ -31,6 +31,7 @@ SIZES = (  # b h w d n r of the scans that are run under every plan
     (1, 8, 9, 1, 1, 1),
 )
 TF32_BANDS = 500.0  # 1e-3, of factors rounded to 10 bits, in bands of float32
+CHOSEN_MODULES = ("SS2D wide", "KANBlock", "km_unet_tiny", "km_unet_pp_tiny")
 CHOSEN = (
     "scan2d/9x7 d12 n16 r2",
     "scan2d/40x36 d96",
@@ -131,12 +132,12 @@ def graph(op: Op, setting: Setting) -> dict[str, Any]:
     return {"worst": same_numbers(found, expected, "a replayed graph", inputs=fresh)}
 
 
-def compiled(op: Op, setting: Setting) -> dict[str, Any]:
-    """`torch.compile` of the op, whole and with dynamic shapes, forward and backward."""
+def compiled(op: Op, setting: Setting, dynamic: bool | None = True) -> dict[str, Any]:
+    """`torch.compile` of the op as a whole, forward and backward."""
     function = partial(op.function, backend=op.backend)
     inputs = moved(op.make(), setting.device)
     expected = results(function, inputs)
-    found = results(torch.compile(function, fullgraph=True, dynamic=True), inputs)
+    found = results(torch.compile(function, fullgraph=True, dynamic=dynamic), inputs)
     return {"worst": same_numbers(found, expected, "under torch.compile", inputs=inputs)}
 
 
@@ -277,7 +278,28 @@ def resources(setting: Setting) -> dict[str, Any]:
 def alone_in_memory(check: Callable[[Setting], dict[str, Any]], setting: Setting) -> dict[str, Any]:
     """A check that needs tens of gigabytes, one of them at a time."""
     with setting.whole_memory():
-        return check(setting)
+        try:
+            return check(setting)
+        finally:
+            torch.cuda.empty_cache()  # or this worker would keep it from the next one
+
+
+def on_module(check: Callable[[Op, Setting], dict[str, Any]], module: Module, setting: Setting) -> dict[str, Any]:
+    """A check of an op, of a module as a function of its input."""
+    return check(as_op(module, setting.device), setting)
+
+
+def _behaviours() -> Iterator[Task]:
+    static = partial(compiled, dynamic=None)  # Inductor cannot decide some sizes of a whole model
+    for kind, of_op, of_module in (
+        ("again", repeats, repeats),
+        ("graph", graph, graph),
+        ("compiled", compiled, static),
+    ):
+        for name in CHOSEN:
+            yield Task(f"{kind}/{name}", partial(of_op, OPS[name]))
+        for name in CHOSEN_MODULES:
+            yield Task(f"{kind}/{name}", partial(on_module, of_module, MODULES[name]), limit=400)
 
 
 def tasks(setting: Setting) -> Iterator[Task]:
@@ -297,10 +319,11 @@ def tasks(setting: Setting) -> Iterator[Task]:
     yield next(large)
     for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
         yield Task(f"rounding/{name}", partial(rounds_to_nearest, dtype))
-    for kind, check in (("again", repeats), ("graph", graph), ("compiled", compiled)):
-        for name in CHOSEN if not setting.rehearsal else ("scan2d/pixel",):
-            if kind != "compiled" or not setting.rehearsal:  # which takes the interpreter to pieces
-                yield Task(f"{kind}/{name}", partial(check, OPS[name]))
+    if setting.rehearsal:  # a compiler would take the interpreter to pieces
+        yield Task("again/scan2d/pixel", partial(repeats, OPS["scan2d/pixel"]))
+        yield Task("graph/scan2d/pixel", partial(graph, OPS["scan2d/pixel"]))
+    else:
+        yield from _behaviours()
     yield next(large)
     yield Task("tf32", tf32)
     for name in REFUSED:

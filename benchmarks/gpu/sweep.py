@@ -237,6 +237,19 @@ def compare_module(module: Module, dtype: torch.dtype, setting: Setting) -> dict
     return judge(actual, exact, plain, inputs, bands=50.0 if module.joint else 4.0)
 
 
+def as_op(module: Module, device: str) -> Op:
+    """A module of fixed weights as a function of its input."""
+    torch.backends.cudnn.deterministic = True  # convolutions may otherwise add in another order each time
+    torch.manual_seed(0)
+    network, x = module.build().eval().to(device), torch.randn(module.shape)
+
+    def function(x: Tensor, **_: Any) -> Tensor:
+        out = network(x, *module.sizes)
+        return torch.stack(out) if isinstance(out, list) else out
+
+    return Op(lambda: {"x": x}, function, ())
+
+
 def set_backends(network: nn.Module, scans: Any, splines: Any) -> None:
     """The backend of every layer that has one."""
     for layer in network.modules():

@@ -44,6 +44,7 @@ SHAPES = [
 KAN_SHAPES = [(65536, 64), (16384, 128), (4096, 256), (2048, 320), (1024, 160), (1048576, 64)]  # rows, features
 COUNTERS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "InstructionStats", "MemoryWorkloadAnalysis", "Occupancy")
 HEAVIEST = ("scan", "scan_backward", "kan_forward", "grad_weights")  # calls, and the kernels that they are there for
+LARGEST_TILE = 1 << 15  # rows times outs: more does not fit into the registers, and compiles for minutes
 ROUNDS, SAMPLE_SECONDS = 7, 2e-3
 
 
@@ -85,7 +86,7 @@ def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
     if kernel == "grad_weights":
         found += [today._replace(slots=slots) for slots in (1, 2, 3)]
         found += [today._replace(parts=max(1, int(today.parts * factor))) for factor in (0.5, 2, 4)]
-    return list(dict.fromkeys(found))
+    return [t for t in dict.fromkeys(found) if t.rows * t.outs <= LARGEST_TILE]
 
 
 def kan_calls(kernel: str, shape: tuple[int, int], dtype: torch.dtype, setting: Setting) -> Calls:
