@@ -72,8 +72,13 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
     journal, began = _journal(setting, part), time.time()
     run = f"{os.getpid()}-{began}"
     workers = args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
-    finished = supervise(journal, run, _starter(part, run, workers, setting, args), workers, began + args.seconds)
-    return _summary(part, run, journal, time.time() - began, finished)
+    start = _starter(part, run, workers, setting, args)
+    try:
+        left = "" if supervise(journal, run, start, workers, began + args.seconds) else ", time is up"
+    except KeyboardInterrupt:
+        _summary(part, run, journal, time.time() - began, ", interrupted; the same command goes on")
+        raise SystemExit(130) from None
+    return _summary(part, run, journal, time.time() - began, left)
 
 
 def _starter(
@@ -145,7 +150,7 @@ def _journal(setting: Setting, part: str) -> Journal:
     return Journal(setting.out / f"{part}.jsonl")
 
 
-def _summary(part: str, run: str, journal: Journal, seconds: float, finished: bool) -> int:
+def _summary(part: str, run: str, journal: Journal, seconds: float, remark: str) -> int:
     session = journal.session(run)
     names = {name for name, *_ in session["tasks"]} if session else set()
     ends = {name: end for name, end in journal.ends().items() if name in names}
@@ -155,7 +160,7 @@ def _summary(part: str, run: str, journal: Journal, seconds: float, finished: bo
             print(f"{end['status']:8} {end['task']}: {end.get('reason', '')[:300]}")
     left = len(names) - len(ends)
     words = [f"{number} {status}" for status, number in count.items() if number] + ([f"{left} left"] if left else [])
-    print(f"{part}: {', '.join(words) or 'nothing to do'} in {seconds:.0f} s" + ("" if finished else ", time is up"))
+    print(f"{part}: {', '.join(words) or 'nothing to do'} in {seconds:.0f} s{remark}")
     return int(any(count[status] for status in FAILURES))
 
 
