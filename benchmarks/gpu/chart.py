@@ -77,6 +77,8 @@ def _height(rows: Sequence[Row]) -> float:
 
 def _bars(panel: Any, rows: Sequence[Row]) -> None:
     """Cases one below the other, each with its candidates in the order of `DRAWN`."""
+    from matplotlib.ticker import LogLocator
+
     place, ticks = 0.0, {}
     longest = max(1e3 * row["median_s"] for row in rows)
     shortest = min(1e3 * row["median_s"] for row in rows)
@@ -105,7 +107,9 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
     panel.set_yticks(list(ticks), list(ticks.values()))
     panel.tick_params(axis="y", length=0)
     panel.set(xscale="log", xlim=(shortest / 2, longest * 2), ylim=(place - GAP - 0.3, -0.7))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
     panel.set_xlabel("median, ms; beside the bars, multiples of this library's time")
     panel.set_axisbelow(True)
     panel.grid(axis="x", color="#e4e6e9")
