@@ -39,7 +39,7 @@ def test_two_processes_equal_one_with_twice_the_batch(examples, tmp_path, model)
     one = curves(examples, tmp_path / "one", f"--model={model}", "--batch-size=6")
     two = in_two(examples, tmp_path / "two", f"--model={model}")
     # The U-Net normalises each image by itself; BatchNorm sees half the batch in each process, and with each step the
-    # two part further: by 2 to 7 per cent in the third epoch, by the roundings of the processor.
+    # two part further, by less than 5 or by 6.5 per cent in the third epoch, as the processor rounds.
     within = {"unet": 1e-4, "km_unet_tiny": 0.1}[model]
     assert two["train/loss"] == pytest.approx(one["train/loss"], rel=within)
     assert two["val/loss"] == pytest.approx(one["val/loss"], rel=within)
