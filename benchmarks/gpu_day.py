@@ -75,6 +75,9 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
     start = _starter(part, run, workers, setting, args)
     try:
         left = "" if supervise(journal, run, start, workers, began + args.seconds) else ", time is up"
+    except RuntimeError as error:
+        said = (setting.out / "log.txt").read_text(errors="replace").strip().splitlines()
+        raise SystemExit(f"{part}: {error}, the last of it: {said[-1] if said else ''}") from None
     except KeyboardInterrupt:
         _summary(part, run, journal, time.time() - began, ", interrupted; the same command goes on")
         raise SystemExit(130) from None
