@@ -1,6 +1,6 @@
 """Use minutes on a GPU well: check the kernels, time them, tune them, train with them.
 
-    python benchmarks/gpu_day.py check speed --out DIR
+    python benchmarks/gpu_day.py check speed --seconds 230 280 --out DIR
     python benchmarks/gpu_day.py tune --out DIR --seconds 300
     python benchmarks/gpu_day.py train --out DIR --data PATH
     python benchmarks/gpu_report.py DIR --name h100
@@ -54,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting.out.mkdir(parents=True, exist_ok=True)
     builds = {command: _in_background(command, setting) for command in args.build}
     code = 0
-    for part in args.parts:
+    for part, seconds in zip(args.parts, _seconds(args), strict=True):
+        end = time.time() + seconds
         if part == "speed":  # which times what was built
-            _await(builds, _journal(setting, part), args.seconds)
-        code = max(code, run_part(part, setting, args))
+            _await(builds, setting, end)
+        code = max(code, run_part(part, setting, args, seconds, end))
+    if "speed" not in args.parts:
+        _await(builds, setting, end)
     return code
 
 
@@ -67,14 +70,14 @@ def select(part: str, setting: Setting, pattern: str = "*") -> list[Task]:
     return [task for task in tasks if fnmatch.fnmatch(task.name, pattern)]
 
 
-def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
+def run_part(part: str, setting: Setting, args: argparse.Namespace, seconds: float, end: float) -> int:
     """Run a part until it is done or its time is up, and print what came of it. PyTorch is left to the workers."""
     journal, began = _journal(setting, part), time.time()
     run = f"{os.getpid()}-{began}"
     workers = args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
-    start = _starter(part, run, workers, setting, args)
+    start = _starter(part, run, workers, setting, args, seconds)
     try:
-        left = "" if supervise(journal, run, start, workers, began + args.seconds) else ", time is up"
+        left = "" if supervise(journal, run, start, workers, end) else ", time is up"
     except RuntimeError as error:
         said = (setting.out / "log.txt").read_text(errors="replace").strip().splitlines()
         raise SystemExit(f"{part}: {error}, the last of it: {said[-1] if said else ''}") from None
@@ -85,12 +88,12 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace) -> int:
 
 
 def _starter(
-    part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace
+    part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace, seconds: float
 ) -> Callable[[bool], subprocess.Popen[bytes]]:
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # the package may not be installed there
     environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
     command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
-    command += ["--tasks", args.tasks, "--seconds", str(args.seconds)]
+    command += ["--tasks", args.tasks, "--seconds", str(seconds)]
     command += ["--commit", args.commit] if args.commit else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
@@ -113,7 +116,7 @@ def _work(part: str, run: str, crew: str, setting: Setting, args: argparse.Names
             "part": part,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "device": setting.device,
-            "seconds": args.seconds,
+            "seconds": args.seconds[0],
             "machine": machine.describe(),
             "versions": {**machine.versions(), **({"commit": args.commit} if args.commit else {})},
             "tasks": [[task.name, task.limit, task.alone] for task in tasks],
@@ -137,11 +140,20 @@ def _in_background(command: str, setting: Setting) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["bash", "-c", command], stdout=log, stderr=subprocess.STDOUT)
 
 
-def _await(builds: dict[str, subprocess.Popen[bytes]], journal: Journal, seconds: float) -> None:
+def _seconds(args: argparse.Namespace) -> list[float]:
+    """Of each part: as many as there are parts, or one number for all."""
+    given: list[float] = args.seconds
+    if len(given) not in (1, len(args.parts)):
+        raise SystemExit(f"--seconds has {len(given)} numbers for {len(args.parts)} parts: give one, or one for each")
+    return given * len(args.parts) if len(given) == 1 else given
+
+
+def _await(builds: dict[str, subprocess.Popen[bytes]], setting: Setting, end: float) -> None:
     """Wait until the builds are done, and record how they ended; one that fails stops nothing."""
+    journal = _journal(setting, "speed")
     for command, process in builds.items():
         try:
-            code: int | None = process.wait(seconds)
+            code: int | None = process.wait(max(0.0, end - time.time()))
         except subprocess.TimeoutExpired:
             code = None
         journal.append(event="build", command=command, code=code)
@@ -172,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *WORKERS], help=f"of {', '.join(WORKERS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each part")
+    parser.add_argument("--seconds", nargs="+", type=float, default=[SECONDS], help="of all parts, or of each")
     parser.add_argument("--workers", type=int, help="processes side by side")
     parser.add_argument("--tasks", default="*", metavar="PATTERN", help="names of tasks, as in a shell")
     parser.add_argument("--list", action="store_true", help="print the names of the tasks and stop")
