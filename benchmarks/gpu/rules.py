@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -49,7 +50,7 @@ def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) ->
         for rule in (tuple(today), *RULES):
             plan = scan.choose_plan(*sizes(shape), end["multiprocessors"], back=back, rule=scan.Rule(*rule))
             ratios.setdefault(rule, []).append(times.get(tuple(plan), math.inf) / fastest)
-    means = {rule: _geometric_mean(values) for rule, values in ratios.items()}
+    means = {rule: statistics.geometric_mean(values) for rule, values in ratios.items()}
     best = min(means, key=lambda rule: means[rule])
     return {
         "fields": list(scan.Rule._fields),
@@ -60,8 +61,3 @@ def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) ->
         "today_over_fastest": means[tuple(today)],
         "worst_shape_today": max(ratios[tuple(today)]),
     }
-
-
-def _geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
