@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from candidates import BACKENDS
@@ -79,13 +79,13 @@ def headlines(day: Summary) -> list[str]:
         if ratios:
             found.append(
                 f"{SUITES[suite]}, bfloat16, forward and backward: the fastest alternative takes "
-                f"{three_digits(statistics.geometric_mean(ratios))} times our time, the geometric mean of {len(ratios)} cases "
+                f"{three_digits(geometric_mean(ratios))} times our time, the geometric mean of {len(ratios)} cases "
                 f"({three_digits(min(ratios))} to {three_digits(max(ratios))})."
             )
     choices = day["parts"].get("tune", {}).get("choices", [])
     if choices:
         worst = max(choices, key=lambda choice: choice["today_over_best"])
-        mean = statistics.geometric_mean(choice["today_over_best"] for choice in choices)
+        mean = geometric_mean(choice["today_over_best"] for choice in choices)
         found.append(
             f"Today's plans and tiles take {three_digits(mean)} times the time of the fastest, the geometric mean of "
             f"{len(choices)}; at worst {three_digits(worst['today_over_best'])} times: "
