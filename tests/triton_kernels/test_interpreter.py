@@ -8,10 +8,12 @@ between sentinels, and the sentinels are looked at afterwards.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +32,12 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
 from kan_mamba_layers.ops.selective_scan import _triton
 from kan_mamba_layers.ops.selective_scan._triton import Plan
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from gpu.guards import between_nan, guarded
+
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BAND, SENTINEL = 64, 12345.0
 INPUTS = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
 
 
@@ -198,36 +203,19 @@ def make_grads(case: Case) -> tuple[Tensor, Tensor | None]:
     return between_nan(grad_y), torch.randn(case.b, case.k, case.d, case.n, generator=draw) if case.initial else None
 
 
-def between_nan(x: Tensor) -> Tensor:
-    buffer = torch.full((x.numel() + 2 * BAND,), float("nan"), dtype=x.dtype)
-    inside = buffer[BAND : BAND + x.numel()].view(x.shape)
-    return inside.copy_(x)
-
-
 @pytest.fixture(autouse=True)
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def buffers() -> Iterator[list[Tensor]]:
     """Every buffer of the launcher lies between sentinels, which must be there afterwards."""
-    buffers: list[Tensor] = []
-
-    def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        size = torch.Size(shape).numel()
-        buffer = torch.full((size + 2 * BAND,), SENTINEL, dtype=dtype, device=like.device)
-        buffers.append(buffer)
-        return buffer[BAND : BAND + size].fill_(float("nan")).view(shape)
-
-    monkeypatch.setattr(_triton, "_empty", empty)
-    yield buffers
-    for buffer in buffers:
-        expected = torch.full((BAND,), SENTINEL, dtype=buffer.dtype)
-        assert torch.equal(buffer[:BAND], expected) and torch.equal(buffer[-BAND:], expected)
+    with guarded(_triton) as found:
+        yield found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, guarded: list[Tensor]) -> None:
+def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, buffers: list[Tensor]) -> None:
     monkeypatch.setattr(_triton, "TILE", case.tile)
     inputs, (grad_y, grad_last) = make_inputs(case), make_grads(case)
     got = run(case, inputs, grad_y, grad_last)
-    assert len(guarded) > 5
+    assert len(buffers) > 5
     expected = oracle_gradients(case, inputs, grad_y, grad_last, torch.float64)
     half = case.dtype != torch.float32
     single = oracle_gradients(case, inputs, grad_y, grad_last, torch.float32) if half else {}

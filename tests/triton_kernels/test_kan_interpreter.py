@@ -8,9 +8,11 @@ inside and lies between sentinels, and the sentinels are looked at afterwards.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +31,12 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
 from kan_mamba_layers.ops.kan_linear import _triton
 from kan_mamba_layers.ops.kan_linear._triton import Gpu, Job, Tiles
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from gpu.guards import BAND, between_nan, guarded
+
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BAND, SENTINEL = 64, 12345.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = Tiles(16, 16, 16, 4, 2)
 LARGE = Tiles(512, 16, 16, 4, 2)
@@ -155,40 +160,24 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**got, "dactivated": dactivated} if case.given else got
 
 
-def between_nan(x: Tensor) -> Tensor:
-    buffer = torch.full((x.numel() + 2 * BAND,), float("nan"), dtype=x.dtype)
-    return buffer[BAND : BAND + x.numel()].view(x.shape).copy_(x)
-
-
 @pytest.fixture(autouse=True)
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Every buffer of the launcher lies between sentinels, which must be there afterwards; its tables between NaN."""
-    buffers: list[Tensor] = []
-
-    def empty(like: Tensor, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
-        size = torch.Size(shape).numel()
-        buffer = torch.full((size + 2 * BAND,), SENTINEL, dtype=dtype, device=like.device)
-        buffers.append(buffer)
-        return buffer[BAND : BAND + size].fill_(float("nan")).view(shape)
-
     packed, knots = _triton._Launch.packed, _triton._Launch.knots
-    monkeypatch.setattr(_triton, "_empty", empty)
     monkeypatch.setattr(_triton._Launch, "packed", lambda self: between_nan(packed(self)))
     monkeypatch.setattr(_triton._Launch, "knots", lambda self: tuple(map(between_nan, knots(self))))
-    yield buffers
-    for buffer in buffers:
-        band = torch.full((BAND,), SENTINEL, dtype=buffer.dtype)
-        assert torch.equal(buffer[:BAND], band) and torch.equal(buffer[-BAND:], band)
+    with guarded(_triton) as found:
+        yield found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_every_gradient(case: Case, guarded: list[Tensor]) -> None:
+def test_output_and_every_gradient(case: Case, buffers: list[Tensor]) -> None:
     inputs = make_inputs(case)
     got, exact = run(case, inputs), expected(case, inputs, torch.float64)
     dtype = case.weights or case.dtype
     for name in exact:
         assert got[name].dtype == (case.dtype if name in ("dx", "dactivated") else dtype)
-    assert len(guarded) >= 5
+    assert len(buffers) >= 5
     if case.s == 1:  # at knots the slope jumps
         distance = (inputs["x"].double()[..., None] - inputs["grid"].double()).abs().amin(-1)
         for grads in (got, exact):
@@ -314,10 +303,10 @@ def test_no_rows(given: bool) -> None:
     assert torch.equal(got["dbase"], torch.zeros(4, 3)) and torch.equal(got["dspline"], torch.zeros(4, 3, 8))
 
 
-def test_nothing_of_the_size_of_the_bases_is_stored(guarded: list[Tensor]) -> None:
+def test_nothing_of_the_size_of_the_bases_is_stored(buffers: list[Tensor]) -> None:
     case = Case(rows=1000, i=16, o=8, tiles=LARGE, back_tiles=(LARGE, LARGE))
     run(case, make_inputs(case))
-    assert max(buffer.numel() - 2 * BAND for buffer in guarded) <= case.rows * case.i
+    assert max(buffer.numel() - 2 * BAND for buffer in buffers) <= case.rows * case.i
 
 
 def test_coinciding_knots() -> None:
