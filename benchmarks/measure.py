@@ -40,7 +40,7 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the expected value, infinite where a value is not finite."""
     if actual.shape != expected.shape:
         raise ValueError(f"actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; compare like")
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = actual.detach().double(), expected.detach().to(actual.device).double()
     if not torch.isfinite(actual).all():
         return math.inf
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

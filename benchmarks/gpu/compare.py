@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from measure import relative_l2
 from torch import Tensor
 
 from gpu.tasks import Wrong
@@ -17,13 +19,16 @@ CLOSE = 2e-5  # relative L2 of float32 results that are added in another order
 BANDS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-12}
 
 
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; infinite where `actual` alone is not finite."""
-    actual, expected = actual.detach().double(), expected.detach().to(actual.device).double()
-    if actual.shape != expected.shape or not actual.isfinite().all():
-        return math.inf
-    scale = float(expected.norm())
-    return float((actual - expected).norm()) / (scale if scale else 1.0)
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products and convolutions of float32 whose factors may be rounded to TF32, or may not."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def moved(inputs: Mapping[str, Tensor | None], *to: object) -> dict[str, Tensor | None]:

@@ -65,13 +65,9 @@ def first_fault(output: str) -> str:
 
 def project_tests(setting: Setting) -> dict[str, Any]:
     """`pytest -m gpu`; every test that fails is told by name."""
-    if not (ROOT / "tests").is_dir():
-        raise Skip("the tests are not here")
     file = setting.out / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n0", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
     result = run([*command, f"--junitxml={file.resolve()}"], environment, cwd=ROOT)
     if not file.is_file():
         raise RuntimeError(f"pytest ended with {result.returncode}: {(result.stdout + result.stderr)[-1500:]}")

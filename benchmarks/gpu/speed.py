@@ -16,7 +16,7 @@ from kan import EFFICIENT, GEMM, TUNED
 from measure import call_of
 from peers import MAMBA_CUDA, VMAMBA_CUDA
 
-from gpu.sweep import exact_products
+from gpu.compare import tf32
 from gpu.tasks import Setting, Task
 
 DTYPES = ("bfloat16", "float32")
@@ -76,7 +76,7 @@ def warm(case: Case, dtype: str, setting: Setting) -> None:
 
 def measured(case: Case, dtype: str, setting: Setting) -> dict[str, Any]:
     """Error, time and memory of every candidate, as `run.py` measures them; float32 without TF32."""
-    with exact_products():
+    with tf32(False):
         return {"rows": run.measure_case(case, chosen(case, dtype, setting), _options(dtype, setting))}
 
 
@@ -101,17 +101,14 @@ def limits(setting: Setting) -> dict[str, Any]:
     return {"rates": {**rates, "product_flops_per_second": products}}
 
 
-def product_rate(dtype: torch.dtype, tf32: bool, setting: Setting) -> float:
+def product_rate(dtype: torch.dtype, rounded: bool, setting: Setting) -> float:
     """Operations per second of a large product of random matrices."""
     size = 64 if setting.rehearsal else PRODUCT
     a, b = (torch.randn(size, size, device=setting.device).to(dtype) for _ in range(2))
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
-    try:
+    with tf32(rounded):
         for _ in range(3):
             a @ b
         seconds = min(seconds_per_call(lambda: a @ b, 5, setting.device) for _ in range(5))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 / seconds
 
 

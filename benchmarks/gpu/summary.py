@@ -21,9 +21,9 @@ from report import GPU_DAY, SCHEMA
 from gpu.failures import failures
 from gpu.journal import FAILURES, OK, SKIPPED, Journal, Record, ended
 from gpu.rules import best_rules
+from gpu.sweep import DTYPES
 
 OURS = "triton"
-DTYPES = ("fp32", "bf16", "fp16")
 DIGITS = 4  # of a number
 SHARED = ("case", "suite", "op", "sizes", "dtype", "device", "threads")  # by all rows of a case
 URL = re.compile(r"\b\w[\w+.-]*://\S+")

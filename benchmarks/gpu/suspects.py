@@ -15,10 +15,11 @@ from torch import Tensor
 
 from gpu import launchers
 from gpu.calls import CALLS, kan_inputs, scan_backward, scan_forward, scan_inputs
-from gpu.compare import Results, judge, moved, results, same_bits, same_numbers
+from gpu.compare import Results, judge, moved, results, same_bits, same_numbers, tf32
 from gpu.guards import between_nan, guarded
 from gpu.kernels import compiled_kernels
-from gpu.sweep import MODULES, OPS, Module, Op, as_op, exact_products, image, line, splines
+from gpu.processes import only_one
+from gpu.sweep import MODULES, OPS, Module, Op, as_op, image, line, splines
 from gpu.tasks import Setting, Skip, Task, Wrong
 
 NAMES = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
@@ -225,17 +226,14 @@ def scan_image_offsets(setting: Setting) -> dict[str, Any]:
     return {"addresses": height * width * 4 * d}
 
 
-def tf32(setting: Setting) -> dict[str, Any]:
+def rounded_products(setting: Setting) -> dict[str, Any]:
     """With TF32 switched on the factors of products are rounded to 10 bits, and no more is lost."""
     if setting.device != "cuda":
         raise Skip("there is no TF32 on a CPU")
     op = OPS["kan/1024x160"]
     inputs = op.make()
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
-    try:
+    with tf32(True):
         found = results(partial(op.function, backend=op.backend), moved(inputs, setting.device))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     exact = results(partial(op.function, backend="reference"), moved(inputs, torch.float64))
     return judge(found, exact, exact, inputs, bands=TF32_BANDS)
 
@@ -255,7 +253,7 @@ def refused(name: str, setting: Setting) -> dict[str, Any]:
         raise Skip("on a CPU auto never takes triton")
     op, dtype = REFUSED[name]
     inputs = moved(op.make(), dtype)
-    with exact_products():
+    with tf32(False):
         found = results(partial(op.function, backend="auto"), moved(inputs, setting.device))
     exact = results(partial(op.function, backend="reference"), moved(inputs, torch.float64))
     plain = results(partial(op.function, backend="reference"), inputs)
@@ -270,13 +268,14 @@ def resources(setting: Setting) -> dict[str, Any]:
         for heavy in (False, True):
             call(setting.device, heavy)
     found = compiled_kernels()
-    spilling = sorted({row["kernel"] for row in found if row["spills"]})
-    return {"kernels": found, "spilling": spilling}
+    if spilling := sorted({row["kernel"] for row in found if row["spills"]}):
+        raise Wrong(f"registers spill in {', '.join(spilling)}; ahead of time none did for sm_90", kernels=found)
+    return {"kernels": found}
 
 
 def alone_in_memory(check: Callable[[Setting], dict[str, Any]], setting: Setting) -> dict[str, Any]:
     """A check that needs tens of gigabytes, one of them at a time."""
-    with setting.whole_memory():
+    with only_one(setting.out):
         try:
             return check(setting)
         finally:
@@ -324,7 +323,7 @@ def tasks(setting: Setting) -> Iterator[Task]:
     else:
         yield from _behaviours()
     yield next(large)
-    yield Task("tf32", tf32)
+    yield Task("tf32", rounded_products)
     for name in REFUSED:
         yield Task(f"refused/{name}", partial(refused, name))
     yield Task("resources", resources, limit=240)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu.compare import Results, judge, moved, results
+from gpu.compare import Results, judge, moved, results, tf32
 from gpu.tasks import Setting, Task
 from kan_mamba_layers import (
     EMA,
@@ -45,7 +44,7 @@ class Op:
     backend: str = "triton"
 
 
-def image(b: int, h: int, w: int, d: int, r: int, n: int, function: Callable[..., Tensor] = cross_selective_scan) -> Op:
+def image(b: int, h: int, w: int, d: int, r: int, n: int) -> Op:
     """A scan in four directions."""
 
     def make() -> Inputs:
@@ -60,7 +59,7 @@ def image(b: int, h: int, w: int, d: int, r: int, n: int, function: Callable[...
             "D": normal(4 * d),
         }
 
-    return Op(make, function, ("x",), h * w)
+    return Op(make, cross_selective_scan, ("x",), h * w)
 
 
 def line(b: int, d: int, l: int, n: int, groups: int = 1, whole: bool = True) -> Op:
@@ -173,7 +172,7 @@ def compare_op(op: Op, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
     """The kernels on the device, and the plain formula in the same dtype and in float64 on the CPU."""
     inputs = {k: x if x is None or k not in op.halves else x.to(dtype) for k, x in op.make().items()}
     plain = "chunked" if op.length > LONG else "reference"
-    with exact_products():
+    with tf32(False):
         actual = results(partial(op.function, backend=op.backend), moved(inputs, setting.device))
     exact = results(partial(op.function, backend=plain), moved(inputs, torch.float64))
     return judge(actual, exact, results(partial(op.function, backend=plain), inputs), inputs)
@@ -211,7 +210,8 @@ def compare_module(module: Module, dtype: torch.dtype, setting: Setting) -> dict
     torch.manual_seed(0)
     fresh = module.build().eval()
     there, here = (copy.deepcopy(fresh) for _ in range(2))
-    set_backends(there, "triton" if setting.rehearsal else "auto", "triton" if setting.rehearsal else "auto")
+    ours = "triton" if setting.rehearsal else "auto"
+    set_backends(there, ours, ours)
     set_backends(here, "chunked", "reference")
     inputs = {"x": torch.randn(module.shape)}
 
@@ -228,7 +228,7 @@ def compare_module(module: Module, dtype: torch.dtype, setting: Setting) -> dict
             return {"output": out.detach().to(kind), "gradients": torch.cat([g.flatten() for g in grads]).to(kind)}
         return {k: v.detach().to(kind) for k, v in zip(["output", "grad x", *leaves], [out, *grads], strict=True)}
 
-    with exact_products():
+    with tf32(False):
         actual = run(there.to(setting.device), setting.device, dtype)
     exact = run(copy.deepcopy(here).double(), "cpu", torch.float64)
     # PyTorch's convolutions in float16 are not there on every CPU; bfloat16 is, and its errors are larger.
@@ -257,18 +257,6 @@ def set_backends(network: nn.Module, scans: Any, splines: Any) -> None:
             layer.backend = scans
         elif hasattr(layer, "backend"):
             layer.backend = splines
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products and convolutions of float32 that are not rounded to TF32."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = False
-    try:
-        yield
-    finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def tasks(setting: Setting) -> Iterator[Task]:

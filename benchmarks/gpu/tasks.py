@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,16 +45,6 @@ class Setting:
         """Whether this only tries the kit."""
         return self.device == "cpu"
 
-    @contextmanager
-    def whole_memory(self) -> Iterator[None]:
-        """Wait until no other worker needs most of the GPU's memory, and keep it from them."""
-        folder = os.open(self.out, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
-
     def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep the inputs of a failure, if there is room for them."""
         from gpu.archive import pack
@@ -92,4 +80,4 @@ class Task:
     name: str  # kind/what/...
     run: Callable[[Setting], dict[str, Any] | None]
     limit: float = 180.0  # seconds after which it is killed
-    alone: bool = False  # timed, or in need of the whole memory
+    alone: bool = False  # as what is timed must be

@@ -7,7 +7,6 @@ Every training is a process of its own and goes on from its last epoch if it is 
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -15,14 +14,13 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpu.journal import Journal
-from gpu.processes import end_with_parent
+from gpu.processes import end_with_parent, only_one
 from gpu.tasks import Setting, Skip, Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,7 +197,7 @@ def keep(folder: Path, name: str, version: str, archive: Path, most: int = WEIGH
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
     draft = archive.with_name(f"{archive.name}.part")
-    with _only_here(archive.parent):
+    with only_one(archive.parent):
         with tarfile.open(draft, "w") as new:
             if archive.is_file():
                 with tarfile.open(archive) as old:
@@ -214,17 +212,6 @@ def keep(folder: Path, name: str, version: str, archive: Path, most: int = WEIGH
         else:
             draft.unlink()
     return fits
-
-
-@contextmanager
-def _only_here(folder: Path) -> Iterator[None]:
-    """Other processes that ask for the same folder wait."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from clock import seconds_per_call
+from measure import relative_l2
 
 from gpu import launchers
 from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
-from gpu.compare import CLOSE, relative_l2
+from gpu.compare import CLOSE
 from gpu.journal import WRONG, Journal
 from gpu.processes import run
 from gpu.rules import RULES, best_rules, sizes

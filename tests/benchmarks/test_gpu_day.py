@@ -30,14 +30,16 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_day  # noqa: E402
+import gpu_report  # noqa: E402
 from gpu import check, sanitizer, speed, tune  # noqa: E402
 from gpu.archive import pack, unpack  # noqa: E402
-from gpu.compare import judge, relative_l2, same_bits  # noqa: E402
+from gpu.compare import judge, same_bits  # noqa: E402
 from gpu.guards import between_nan, guarded  # noqa: E402
 from gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal  # noqa: E402
 from gpu.rules import RULES, best_rules  # noqa: E402
 from gpu.tasks import Setting, Skip, Task, Wrong, find_program  # noqa: E402
 from gpu.workers import perform, start_worker, supervise, work  # noqa: E402
+from measure import relative_l2  # noqa: E402
 
 PARTS = ("check", "speed", "tune", "train")
 
@@ -94,9 +96,8 @@ class TestRehearsal:
         sizes = {file.name: file.stat().st_size for file in out.rglob("*") if file.is_file()}
         assert len(sizes) <= 8 and max(sizes.values()) < 16 << 20, sizes
 
-        report = [sys.executable, str(BENCHMARKS / "gpu_report.py"), str(out), "--name", "rehearsal"]
         folders = [f"--results={tmp_path / 'results'}", f"--docs={tmp_path / 'docs'}"]
-        subprocess.run([*report, *folders], check=True, capture_output=True)
+        gpu_report.main([str(out), "--name=rehearsal", *folders])
         result = json.loads((tmp_path / "results" / "gpu-rehearsal.json").read_text())
         assert result["kind"] == "gpu day" and set(result["parts"]) == set(PARTS)
         assert "no measurements" in (tmp_path / "docs" / "gpu-rehearsal.md").read_text()

@@ -48,7 +48,6 @@ def test_volumes_name_what_is_missing(monkeypatch, tmp_path, layout):
 
 
 def test_deep_colours_name_what_is_missing(monkeypatch, tmp_path):
-
     path = tmp_path / "deep.png"
     pixels = np.zeros((4, 5, 3), np.uint16)
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(path))

@@ -13,14 +13,14 @@ from numba import cfunc, types
 
 from kan_mamba_layers.ops.selective_scan import _cpu_backward, _cpu_forward
 
-# A triple, a processor and its features, and a fused multiply-add or what stands for it there.
+# A triple, a processor's features, a fused multiply-add or what stands for it there, and registers for 16 floats.
 TARGETS = {
-    "aarch64": ("aarch64-unknown-linux-gnu", "", r"\bfmla\b"),
-    "macos-arm64": ("arm64-apple-macosx11.0", "", r"\bfmla"),
-    "avx512": ("x86_64-unknown-linux-gnu", "+avx512f,+avx512dq,+avx512vl,+fma", r"vfmadd\w+\s.*%zmm"),
-    "avx2": ("x86_64-unknown-linux-gnu", "+avx2,+fma", r"vfmadd\w+\s.*%ymm"),
-    "sse2": ("x86_64-unknown-linux-gnu", "", r"\bmulps\b"),
-    "windows": ("x86_64-pc-windows-msvc", "+avx2,+fma", r"vfmadd\w+\s.*%ymm"),
+    "aarch64": ("aarch64-unknown-linux-gnu", "", r"\bfmla\b", 4),
+    "macos-arm64": ("arm64-apple-macosx11.0", "", r"\bfmla", 4),
+    "avx512": ("x86_64-unknown-linux-gnu", "+avx512f,+avx512dq,+avx512vl,+fma", r"vfmadd\w+\s.*%zmm", 1),
+    "avx2": ("x86_64-unknown-linux-gnu", "+avx2,+fma", r"vfmadd\w+\s.*%ymm", 2),
+    "sse2": ("x86_64-unknown-linux-gnu", "", r"\bmulps\b", 4),
+    "windows": ("x86_64-pc-windows-msvc", "+avx2,+fma", r"vfmadd\w+\s.*%ymm", 2),
 }
 
 
@@ -36,7 +36,7 @@ def code(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
-    triple, features, instruction = TARGETS[name]
+    triple, features, instruction, registers = TARGETS[name]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     try:
@@ -46,6 +46,8 @@ def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
     module = llvm.parse_assembly(code)
     module.triple, module.data_layout = triple, str(machine.target_data)
     assembly = machine.emit_assembly(module)
-    # How many there are depends on the processor for which Numba has unrolled the loops, that of this machine.
-    assert len(re.findall(instruction, assembly)) > 25
+    # How many there are depends on how far Numba has unrolled for this machine; a few are joined or left out.
+    vectors = len(re.findall(r"call .*@llvm\.fmuladd\.v16f32", code))
+    assert vectors > 25
+    assert len(re.findall(instruction, assembly)) >= 0.9 * registers * vectors
     assert not re.search(r"\b(bl|callq?)\s+_?(exp2?f?|fmaf?|logf?|log1pf?|expm1f?|powf?)\b", assembly)
