@@ -55,7 +55,7 @@ def shared(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Callable[[str], Golden]:
-    """Load one golden file by its stem: `golden("ss2d_0")`."""
+    """Load the values of a whole model by the stem of their file: `golden("km_unet_0")`."""
 
     def load(name: str) -> Golden:
         path = shared / "golden" / f"{name}.npz"

@@ -23,6 +23,7 @@ from torch import Tensor
 from helpers import assert_budget, gradients, relative_l2, says, walk
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
+from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -347,6 +348,11 @@ def test_plans() -> None:
         for back in (False, True):
             block, chunk, pair, *_ = plan(b, l, d, n, k, back=back)
             assert chunk % _triton.TILE == 0 and chunk >= 16 and block in (32, 64, 128) and pair <= (k == 4)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYER_FILES if name.startswith("ss2d")])
+def test_layer_of_the_original(name: str) -> None:
+    check_layer(name, "triton")
 
 
 def test_enough_cases() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from helpers import assert_budget, assert_close, basis_oracle, to_array
 from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops.kan_linear import reference
+from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -367,6 +368,11 @@ def test_tiles(gpu: Gpu) -> None:
                 assert 1 <= plans[2].parts <= max(1, rows // 8)
     many = Job(65536, 64, 64, 8, 3, True, True, False)
     assert (_triton.forward_tiles(many, gpu).slots > 1) == (80 <= gpu.architecture < 100)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYER_FILES if name.startswith("kan")])
+def test_layer_of_the_original(name: str) -> None:
+    check_layer(name, "triton")
 
 
 def test_enough_cases() -> None:
