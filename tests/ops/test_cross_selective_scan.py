@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import LAYOUTS, assert_budget, assert_close, cross_scan_oracle, gradients, largest, strided, to_array
+from helpers import LAYOUTS, assert_budget, assert_close, gradients, largest
 from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
+from ops.scan_calls import image_inputs, image_oracle, on_images
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 BACKENDS = ("reference", "chunked", "cpu")
 TWICE_DIFFERENTIABLE = ("reference", "chunked")
+make_inputs = partial(image_inputs, dtype=torch.float64)
 WEIGHTS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
-
-
-def make_inputs(
-    b: int = 2,
-    h: int = 3,
-    w: int = 4,
-    d: int = 3,
-    r: int = 2,
-    n: int = 2,
-    *,
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float64,
-    weight_dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(weight_dtype or dtype)
-
-    return {
-        "x": strided(randn(b, h, w, d).to(dtype), layout),
-        "x_proj_weight": randn(4, r + 2 * n, d) * d**-0.5,
-        "dt_proj_weight": randn(4, d, r),
-        "dt_proj_bias": randn(4, d) - 1,
-        "A_log": randn(4 * d, n),
-        "D": randn(4 * d),
-    }
-
-
-def oracle(inputs: dict[str, Tensor]) -> object:
-    return cross_scan_oracle(**{k: to_array(v) for k, v in inputs.items()})
 
 
 @st.composite
@@ -76,19 +48,16 @@ class TestAgainstTheOracle:
     def test_output_and_every_gradient(self, case: dict) -> None:
         inputs = make_inputs(**case)
         dtype = case["dtype"]
-        expected = oracle(inputs)
+        expected = image_oracle(inputs)
         double = {k: v.double() for k, v in inputs.items()}
-
-        def run(backend: str):
-            return lambda **x: cross_selective_scan(**x, backend=backend)
 
         # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
         positive = {k: v.abs() if k in ("x", "D", "x_proj_weight") else v for k, v in double.items()}
-        terms, grad_terms = gradients(run("reference"), positive, absolute=True)
-        _, true_grads = gradients(run("reference"), double)
-        reference, reference_grads = gradients(run("reference"), inputs)
+        terms, grad_terms = gradients(on_images("reference"), positive, absolute=True)
+        _, true_grads = gradients(on_images("reference"), double)
+        reference, reference_grads = gradients(on_images("reference"), inputs)
         for backend in BACKENDS:
-            out, grads = gradients(run(backend), inputs)
+            out, grads = gradients(on_images(backend), inputs)
             assert out.dtype == dtype and out.shape == inputs["x"].shape
             assert_budget(f"{backend} out", out, reference, expected, dtype, bands=2, terms=largest(terms))
             for name, grad in grads.items():
@@ -206,9 +175,9 @@ class TestNumerics:
     def test_equals_reference_on_a_real_map(self, backend: str) -> None:
         inputs = make_inputs(1, 48, 40, 32, 2, 16, dtype=torch.float32)
         inputs["A_log"] = torch.arange(1.0, 17).log().expand(128, 16).contiguous()
-        out, grads = gradients(lambda **x: cross_selective_scan(**x, backend=backend), inputs)
+        out, grads = gradients(on_images(backend), inputs)
         double = {k: v.double() for k, v in inputs.items()}
-        expected, expected_grads = gradients(lambda **x: cross_selective_scan(**x, backend="reference"), double)
+        expected, expected_grads = gradients(on_images("reference"), double)
         assert_close("out", out, expected, 1e-5)
         for name, grad in grads.items():
             assert_close(f"d{name}", grad, expected_grads[name], 1e-5)
@@ -219,11 +188,11 @@ class TestNumerics:
         inputs = make_inputs(1, 12, 12, 4, 1, 4, dtype=dtype, weight_dtype=torch.float32)
         inputs["A_log"] = torch.linspace(-9, 4, 64).view(16, 4)
         inputs["dt_proj_bias"] = torch.linspace(-14, 10, 16).view(4, 4)
-        out, grads = gradients(lambda **x: cross_selective_scan(**x, backend=backend), inputs)
+        out, grads = gradients(on_images(backend), inputs)
         assert out.isfinite().all()
         assert all(grad.isfinite().all() for grad in grads.values())
         rtol = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-        assert_close("out", out, oracle(inputs), rtol)
+        assert_close("out", out, image_oracle(inputs), rtol)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_autocast_does_not_reach_inside(self, backend: str) -> None:
@@ -235,7 +204,7 @@ class TestNumerics:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_same_bits_again(self, backend: str) -> None:
         inputs = make_inputs(2, 20, 20, 8, 2, 4, dtype=torch.float32)
-        first, second = (gradients(lambda **x: cross_selective_scan(**x, backend=backend), inputs) for _ in range(2))
+        first, second = (gradients(on_images(backend), inputs) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 

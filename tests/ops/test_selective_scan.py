@@ -12,70 +12,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import (
-    LAYOUTS,
-    assert_budget,
-    assert_close,
-    fresh_process,
-    gradients,
-    largest,
-    scan_oracle,
-    strided,
-    to_array,
-)
+from helpers import LAYOUTS, assert_budget, assert_close, fresh_process, gradients, largest
 from kan_mamba_layers import resolve, selective_scan
+from ops.scan_calls import line_inputs, line_oracle, on_lines
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 BACKENDS = ("reference", "chunked", "cpu")
+make_inputs = partial(line_inputs, dtype=torch.float64)
 TWICE_DIFFERENTIABLE = ("reference", "chunked")
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-
-
-def make_inputs(
-    b: int = 2,
-    d: int = 4,
-    length: int = 7,
-    n: int = 3,
-    *,
-    B: str = "bnl",
-    C: str = "bnl",
-    groups: int = 2,
-    skip: bool = True,
-    gate: bool = False,
-    bias: bool = False,
-    initial: bool = False,
-    positive: bool = True,
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> dict[str, Tensor | None]:
-    """Inputs drawn in float64 and rounded to `dtype`; what Mamba keeps at float32 or more stays there."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return strided(torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype), layout)
-
-    def parameter(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
-
-    shapes = {"dn": (d, n), "bnl": (b, n, length), "bgnl": (b, groups, n, length)}
-    delta = randn(b, d, length)
-    return {
-        "u": randn(b, d, length),
-        "delta": strided((delta.abs() * 0.5).contiguous(), layout) if positive else delta,
-        "A": -parameter(d, n).exp(),
-        "B": randn(*shapes[B]) if B != "dn" else parameter(d, n),
-        "C": randn(*shapes[C]) if C != "dn" else parameter(d, n),
-        "D": parameter(d) if skip else None,
-        "z": randn(b, d, length) if gate else None,
-        "delta_bias": parameter(d) * 0.3 if bias else None,
-        "initial_state": parameter(b, d, n) if initial else None,
-    }
-
-
-def oracle(inputs: dict[str, Tensor | None], softplus: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    return scan_oracle(**{k: None if v is None else to_array(v) for k, v in inputs.items()}, delta_softplus=softplus)
 
 
 @st.composite
@@ -109,15 +55,13 @@ class TestAgainstTheOracle:
         inputs = make_inputs(**case)
         dtype, softplus = case["dtype"], not case.get("positive", True)
         wide = torch.promote_types(dtype, torch.float32)
-        double = {k: None if v is None else v.double() for k, v in inputs.items()}
-        expected, expected_state = oracle(inputs, softplus)
+        double = {k: v.double() for k, v in inputs.items()}
+        expected, expected_state = line_oracle(inputs, softplus)
 
-        def run(backend: str):
-            return lambda **x: selective_scan(**x, delta_softplus=softplus, backend=backend)
-
+        run = partial(on_lines, delta_softplus=softplus)
         # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
-        absolute = {k: v if v is None or k in ("A", "delta", "delta_bias") else v.abs() for k, v in double.items()}
-        terms, state_terms = (largest(x) for x in oracle(absolute, softplus))
+        absolute = {k: v if k in ("A", "delta", "delta_bias") else v.abs() for k, v in double.items()}
+        terms, state_terms = (largest(x) for x in line_oracle(absolute, softplus))
         _, grad_terms = gradients(run("reference"), absolute, absolute=True)
 
         _, true_grads = gradients(run("reference"), double)
@@ -143,7 +87,7 @@ class TestAgainstTheOracle:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_long_sequence(self, backend: str) -> None:
         inputs = make_inputs(1, 2, 1000, 2)
-        expected, state = oracle(inputs)
+        expected, state = line_oracle(inputs)
         out, last = selective_scan(**inputs, return_last_state=True, backend=backend)
         assert_close("out", out, expected, 1e-12)
         assert_close("state", last, state, 1e-12)
@@ -151,8 +95,8 @@ class TestAgainstTheOracle:
     def test_several_segments_of_the_chunked_scan(self) -> None:
         """So wide a state that the chunked backend cuts the sequence into many segments with a ragged last one."""
         inputs = make_inputs(4, 64, 75, 256, skip=False, dtype=torch.float32)
-        out, grads = gradients(lambda **x: selective_scan(**x, backend="chunked"), inputs)
-        expected, expected_grads = gradients(lambda **x: selective_scan(**x, backend="reference"), inputs)
+        out, grads = gradients(on_lines("chunked"), inputs)
+        expected, expected_grads = gradients(on_lines("reference"), inputs)
         assert_close("out", out, expected, 2e-6)
         for name, grad in grads.items():
             assert_close(name, grad, expected_grads[name], 2e-6)
@@ -160,7 +104,7 @@ class TestAgainstTheOracle:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestIdentities:
-    def run(self, backend: str, inputs: dict[str, Tensor | None], **changes: Tensor | None) -> Tensor:
+    def run(self, backend: str, inputs: dict[str, Tensor], **changes: Tensor | None) -> Tensor:
         return selective_scan(**{**inputs, **changes}, backend=backend)
 
     @settings(max_examples=40)
@@ -217,7 +161,7 @@ class TestIdentities:
 
     def test_a_row_of_the_batch_does_not_see_the_others(self, backend: str) -> None:
         x = make_inputs(3, length=20)
-        alone = {k: v[1:2] if v is not None and v.ndim == 3 else v for k, v in x.items()}
+        alone = {k: v[1:2] if v.ndim == 3 else v for k, v in x.items()}
         assert_close("out", self.run(backend, alone), self.run(backend, x)[1:2], 1e-14)
 
     @pytest.mark.parametrize("name", ["B", "C"])
@@ -233,7 +177,7 @@ class TestIdentities:
     def test_groups_of_B_and_C_that_do_not_divide_each_other(self, backend: str) -> None:
         x = make_inputs(2, 6, 5, 2)
         x["B"], x["C"] = torch.randn(2, 2, 2, 5).double(), torch.randn(2, 3, 2, 5).double()
-        assert_close("out", self.run(backend, x), oracle(x)[0], 1e-13)
+        assert_close("out", self.run(backend, x), line_oracle(x)[0], 1e-13)
 
     def test_zero_step_keeps_the_state(self, backend: str) -> None:
         x = make_inputs(skip=False)
@@ -259,7 +203,7 @@ class TestDerivatives:
     )
     def test_gradcheck(self, backend: str, options: dict) -> None:
         inputs = make_inputs(**{"b": 1, "d": 2, "length": 5, "n": 2, **options})
-        present = {k: v.requires_grad_() for k, v in inputs.items() if v is not None}
+        present = {k: v.requires_grad_() for k, v in inputs.items()}
 
         def function(*values: Tensor) -> tuple[Tensor, Tensor]:
             softplus = not options.get("positive", True)
@@ -281,7 +225,7 @@ class TestDerivatives:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_the_last_state_alone_has_gradients(self, backend: str) -> None:
         inputs = make_inputs(length=9, initial=True)
-        leaves = {k: v.requires_grad_() for k, v in inputs.items() if v is not None}
+        leaves = {k: v.requires_grad_() for k, v in inputs.items()}
         _, state = selective_scan(**leaves, return_last_state=True, backend=backend)
         state.square().sum().backward()
         for name in ("u", "delta", "A", "B", "initial_state"):
@@ -296,8 +240,8 @@ class TestNumerics:
         x = make_inputs(1, 2, length, 16, skip=False, dtype=torch.float32)
         x["A"] = -torch.arange(1.0, 17).expand(2, 16).contiguous()
         x["delta"] = torch.full_like(x["delta"], 0.3)
-        out, grads = gradients(lambda **v: selective_scan(**v, backend=backend), x)
-        expected, _ = oracle(x)
+        out, grads = gradients(on_lines(backend), x)
+        expected, _ = line_oracle(x)
         assert_close("out", out, expected, 1e-6)
         for name, grad in grads.items():
             assert grad.isfinite().all(), name
@@ -314,9 +258,9 @@ class TestNumerics:
             "C": torch.randn(1, n, length, generator=draw),
         }
         double = {k: v.double() for k, v in x.items()}
-        expected, expected_grads = gradients(lambda **v: selective_scan(**v, backend="reference"), double)
+        expected, expected_grads = gradients(on_lines("reference"), double)
         for backend in ("chunked", "cpu"):  # in one test, since the recurrence takes by far the longest
-            out, grads = gradients(partial(selective_scan, backend=backend), x)
+            out, grads = gradients(on_lines(backend), x)
             assert_close(f"{backend} out", out, expected, 1e-5)
             for name, grad in grads.items():
                 assert_close(f"{backend} d{name}", grad, expected_grads[name], 1e-4)
@@ -326,8 +270,8 @@ class TestNumerics:
     def test_constant_input(self, backend: str, value: float) -> None:
         x = make_inputs(1, 2, 50, 2, dtype=torch.float32)
         x["u"] = torch.full_like(x["u"], value)
-        out, grads = gradients(lambda **v: selective_scan(**v, backend=backend), x)
-        assert_close("out", out, oracle(x)[0], 1e-5 if value != 1e-42 else 0.5)
+        out, grads = gradients(on_lines(backend), x)
+        assert_close("out", out, line_oracle(x)[0], 1e-5 if value != 1e-42 else 0.5)
         assert all(grad.isfinite().all() for grad in grads.values())
 
     @pytest.mark.parametrize("backend", BACKENDS)
@@ -340,7 +284,7 @@ class TestNumerics:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_same_bits_again(self, backend: str) -> None:
         x = make_inputs(2, 8, 200, 4, initial=True, dtype=torch.float32)
-        first, second = (gradients(lambda **v: selective_scan(**v, backend=backend), x) for _ in range(2))
+        first, second = (gradients(on_lines(backend), x) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
@@ -382,6 +326,6 @@ class TestBackends:
     def test_positional_arguments_are_those_of_mamba(self) -> None:
         x = make_inputs(gate=True, bias=True, positive=False)
         out, state = selective_scan(*(x[k] for k in TENSORS), True, True)
-        expected, expected_state = oracle(x, softplus=True)
+        expected, expected_state = line_oracle(x, softplus=True)
         assert_close("out", out, expected, 1e-12)
         assert_close("state", state, expected_state, 1e-12)
