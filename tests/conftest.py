@@ -76,3 +76,11 @@ def poisoned_empty() -> Iterator[None]:
     """Uninitialised memory reads as NaN, so a value that was never written shows up in the results."""
     with nan_filled_empty():
         yield
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from helpers import assert_close, gradients, relative_l2
 from kan_mamba_layers import (
@@ -21,6 +21,7 @@ from kan_mamba_layers import (
     resolve,
     selective_scan,
 )
+from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytestmark = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -55,52 +56,15 @@ def test_same_numbers_as_on_the_cpu(name: str) -> None:
 # The scans. Shapes: below a chunk, ragged, one wide, one long enough to be cut into chunks.
 
 
-def image_inputs(b: int, h: int, w: int, d: int, r: int, n: int) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(b, h, w, d),
-        "x_proj_weight": torch.randn(4, r + 2 * n, d) * d**-0.5,
-        "dt_proj_weight": torch.randn(4, d, r) * r**-0.5,
-        "dt_proj_bias": torch.randn(4, d) - 2,
-        "A_log": torch.randn(4 * d, n) * 0.5,
-        "D": torch.randn(4 * d),
-    }
-
-
-def line_inputs(b: int, d: int, l: int, n: int, groups: int) -> dict[str, Tensor]:
-    return {
-        "u": torch.randn(b, d, l),
-        "delta": torch.randn(b, d, l),
-        "A": -(torch.randn(d, n) * 0.5).exp(),
-        "B": torch.randn(b, groups, n, l),
-        "C": torch.randn(b, n, l),
-        "D": torch.randn(d),
-        "z": torch.randn(b, d, l),
-        "delta_bias": torch.randn(d) - 1,
-        "initial_state": torch.randn(b, d, n),
-    }
-
-
-def on_images(backend: str) -> Callable[..., Tensor]:
-    return lambda **x: cross_selective_scan(**x, backend=backend)
-
-
-def on_lines(backend: str) -> Callable[..., Tensor]:
-    def function(**x: Tensor) -> Tensor:
-        y, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend=backend)
-        return torch.cat([y, last.to(y.dtype)], -1)
-
-    return function
-
-
-SCANS: dict[str, tuple[Callable[[str], Callable[..., Tensor]], Callable[[], dict[str, Tensor]]]] = {
+SCANS: dict[str, tuple[Callable[[str], Call], Callable[[], Inputs]]] = {
     "pixel": (on_images, lambda: image_inputs(1, 1, 1, 3, 1, 1)),
     "image": (on_images, lambda: image_inputs(2, 9, 7, 12, 2, 16)),
     "row": (on_images, lambda: image_inputs(2, 1, 45, 33, 3, 5)),
     "column": (on_images, lambda: image_inputs(2, 45, 1, 33, 10, 17)),
     "map": (on_images, lambda: image_inputs(1, 40, 36, 96, 3, 16)),
-    "line": (on_lines, lambda: line_inputs(2, 12, 37, 16, 1)),
-    "groups": (on_lines, lambda: line_inputs(3, 40, 70, 4, 2)),
-    "long line": (on_lines, lambda: line_inputs(1, 8, 1500, 5, 1)),
+    "line": (on_lines_with_state, lambda: full_line_inputs(2, 12, 37, 16)),
+    "groups": (on_lines_with_state, lambda: full_line_inputs(3, 40, 70, 4, groups=2)),
+    "long line": (on_lines_with_state, lambda: full_line_inputs(1, 8, 1500, 5)),
 }
 HALF = ("x", "u", "delta", "B", "C", "z")  # what a model under half precision hands over; parameters stay float32
 
@@ -173,7 +137,7 @@ class TestTriton:
             resolve("cross_selective_scan", "cpu", x)
 
     def test_auto_is_chunked_beyond_the_limits(self) -> None:
-        inputs = {k: v.cuda() for k, v in line_inputs(1, 2, 3, 1025, 1).items()}
+        inputs = {k: v.cuda() for k, v in full_line_inputs(1, 2, 3, 1025).items()}
         assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
         with pytest.raises(ValueError, match="A has 1025 states"):
             selective_scan(**inputs, backend="triton")

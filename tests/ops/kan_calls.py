@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import strided
 from kan_mamba_layers import kan_linear
 
 FUSED = ("cpu", "chunked")
@@ -16,23 +17,48 @@ fused = pytest.mark.parametrize("backend", FUSED)
 
 
 def kan_inputs(
-    rows: int = 20, i: int = 3, o: int = 4, g: int = 5, s: int = 3, dtype: torch.dtype = torch.float32
-) -> dict:
-    """Everything that a gradient may be asked for, and the grid."""
-    knots = -1 + 2 / g * torch.arange(-s, g + s + 1)
-    return {
-        "x": 1.5 * torch.randn(rows, i, dtype=dtype),
-        "base_weight": torch.randn(o, i, dtype=dtype),
-        "spline_weight": torch.randn(o, i, g + s, dtype=dtype),
-        "spline_scaler": torch.randn(o, i, dtype=dtype),
-        "bias": torch.randn(o, dtype=dtype),
-        "grid": knots.to(torch.promote_types(dtype, torch.float32)).repeat(i, 1),
+    rows: int | tuple[int, ...] = 20,
+    i: int = 3,
+    o: int = 4,
+    g: int = 5,
+    s: int = 3,
+    *,
+    uniform: bool = True,
+    scaler: bool = True,
+    bias: bool = True,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    spread: float = 1.5,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of `kan_linear`, all that a gradient may be asked for and the grid; x has `rows` or leading sizes."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    knots = (-1 + 2 / g * torch.arange(-s, g + s + 1, dtype=torch.float64)).repeat(i, 1)  # i m
+    if not uniform:
+        knots = knots + 1.2 / g * torch.rand(knots.shape, generator=draw, dtype=torch.float64)
+    x = spread * randn(*([rows] if isinstance(rows, int) else rows), i)
+    inputs = {
+        "x": strided(x, layout) if x.ndim > 1 else x,
+        "base_weight": randn(o, i),
+        "spline_weight": randn(o, i, g + s),
     }
+    if scaler:
+        inputs["spline_scaler"] = randn(o, i)
+    if bias:
+        inputs["bias"] = randn(o)
+    return {**inputs, "grid": knots.to(torch.promote_types(dtype, torch.float32))}
 
 
-def kan(backend: str, grid: Tensor, **options: object) -> Callable[..., Tensor]:
+def kan(
+    backend: str, grid: Tensor, extrapolation: str = "zero", uniform: bool = False, **options: object
+) -> Callable[..., Tensor]:
     """A function of all inputs but the grid."""
-    return lambda **x: kan_linear(**x, grid=grid, backend=backend, **options)
+    options = {"extrapolation": extrapolation, "uniform": uniform, "backend": backend, **options}
+    return lambda spline_scaler=None, **x: kan_linear(**x, spline_scaler=spline_scaler, grid=grid, **options)
 
 
 def case(backend: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[Callable[..., Tensor], dict]:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import assert_close, gradients, nan_filled_empty, relative_error, relative_l2
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
+from ops.scan_calls import (
+    Call,
+    Inputs,
+    full_line_inputs,
+    image_inputs,
+    line_inputs,
+    on_images,
+    on_lines,
+    on_lines_with_state,
+)
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -19,71 +30,22 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
 
 
-def image_inputs(b: int, h: int, w: int, d: int, r: int, n: int, *, seed: int = 0) -> dict:
-    """In float64 but representable in float32."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).double()
-
-    return {
-        "x": randn(b, h, w, d),
-        "x_proj_weight": (randn(4, r + 2 * n, d) * d**-0.5).float().double(),
-        "dt_proj_weight": (randn(4, d, r) * r**-0.5).float().double(),
-        "dt_proj_bias": (randn(4, d) - 1).float().double(),
-        "A_log": randn(4 * d, n) * 0.5,
-        "D": randn(4 * d),
-    }
-
-
-def as_in_a_new_layer(inputs: dict) -> dict:
+def as_in_a_new_layer(inputs: Inputs) -> Inputs:
     """The same image under the initial values of `SS2D`."""
     d, n = inputs["x"].shape[-1], inputs["A_log"].shape[1]
     layer = SS2D(d, d_state=n, expand=1, dt_rank=inputs["dt_proj_weight"].shape[2])
     weights = (layer.x_proj_weight, layer.dt_projs_weight, layer.dt_projs_bias, layer.A_logs, layer.Ds)
-    return {"x": inputs["x"], **{k: w.detach().double() for k, w in zip(list(inputs)[1:], weights, strict=True)}}
+    return {"x": inputs["x"], **{k: w.detach() for k, w in zip(list(inputs)[1:], weights, strict=True)}}
 
 
-def line_inputs(b: int, d: int, l: int, n: int, groups: int = 1, *, seed: int = 0) -> dict:
-    draw = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).double()
-
-    return {
-        "u": randn(b, d, l),
-        "delta": randn(b, d, l),
-        "A": -(randn(d, n) * 0.5).exp().float().double(),
-        "B": randn(b, groups, n, l),
-        "C": randn(b, n, l),
-        "D": randn(d),
-        "z": randn(b, d, l),
-        "delta_bias": randn(d) - 1,
-        "initial_state": randn(b, d, n),
-    }
-
-
-def on_images(backend: str):
-    return lambda **x: cross_selective_scan(**x, backend=backend)
-
-
-def on_lines(backend: str):
-    """Output and last state in one tensor, so that gradients flow through both."""
-
-    def function(**x: Tensor) -> Tensor:
-        y, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend=backend)
-        return torch.cat([y, last.to(y.dtype)], -1)
-
-    return function
-
-
-def compare(function, inputs: dict, dtype: torch.dtype, tolerance: float, oracle: str = "reference") -> None:
-    out, grads = gradients(function("cpu"), {k: v.to(dtype) for k, v in inputs.items()})
-    expected, expected_grads = gradients(function(oracle), inputs)
-    assert_close("out", out, expected, tolerance)
+def compare(function: Callable[[str], Call], inputs: Inputs) -> None:
+    """In their dtype, with the recurrence in float64."""
+    out, grads = gradients(function("cpu"), inputs)
+    expected, expected_grads = gradients(function("reference"), {k: v.double() for k, v in inputs.items()})
+    assert_close("out", out, expected, TOLERANCE[out.dtype])
     for name, grad in grads.items():
-        assert grad.dtype == dtype
-        assert_close(f"d{name}", grad, expected_grads[name], tolerance)
+        assert grad.dtype == inputs[name].dtype
+        assert_close(f"d{name}", grad, expected_grads[name], TOLERANCE[out.dtype])
 
 
 class TestShapes:
@@ -92,30 +54,30 @@ class TestShapes:
         ("h", "w"), [(1, 1), (1, 31), (32, 1), (3, 11), (1, 33), (63, 1), (8, 8), (5, 13), (9, 7), (31, 2), (2, 48)]
     )
     def test_lengths_around_the_chunk(self, h: int, w: int, dtype: torch.dtype) -> None:
-        compare(on_images, image_inputs(2, h, w, 5, 2, 3), dtype, TOLERANCE[dtype])
+        compare(on_images, image_inputs(2, h, w, 5, 2, 3, dtype=dtype))
 
     @DTYPES
     @pytest.mark.parametrize("l", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100])
     def test_sequences_around_the_chunk(self, l: int, dtype: torch.dtype) -> None:
-        compare(on_lines, line_inputs(2, 4, l, 3, groups=2), dtype, TOLERANCE[dtype])
+        compare(on_lines_with_state, full_line_inputs(2, 4, l, 3, groups=2, dtype=dtype))
 
     @DTYPES
     @pytest.mark.parametrize("d", [1, 7, 15, 16, 17, 32, 33, 130, 160])
     def test_channels_around_the_tile(self, d: int, dtype: torch.dtype) -> None:
         """130 channels are more than the tiles of one team."""
-        compare(on_images, image_inputs(1, 5, 7, d, 2, 3), dtype, TOLERANCE[dtype])
+        compare(on_images, image_inputs(1, 5, 7, d, 2, 3, dtype=dtype))
 
     @DTYPES
     @pytest.mark.parametrize(("d", "groups"), [(6, 1), (6, 2), (6, 6), (32, 2), (34, 2), (51, 3), (48, 3), (320, 2)])
     def test_groups(self, d: int, groups: int, dtype: torch.dtype) -> None:
         """Of less than a tile, of whole tiles, of a tile and a bit, and more tiles than a team has."""
-        compare(on_lines, line_inputs(2, d, 35, 2, groups), dtype, TOLERANCE[dtype])
+        compare(on_lines_with_state, full_line_inputs(2, d, 35, 2, groups=groups, dtype=dtype))
 
     @DTYPES
     @pytest.mark.parametrize("n", [1, 4, 16, 17])
     @pytest.mark.parametrize("r", [1, 2, 10])
     def test_states_and_ranks(self, r: int, n: int, dtype: torch.dtype) -> None:
-        compare(on_images, image_inputs(1, 6, 7, 18, r, n), dtype, TOLERANCE[dtype])
+        compare(on_images, image_inputs(1, 6, 7, 18, r, n, dtype=dtype))
 
     @pytest.mark.parametrize("case", ["images", "sequences"])
     def test_no_batch(self, case: str) -> None:
@@ -123,14 +85,14 @@ class TestShapes:
             out, grads = gradients(on_images("cpu"), image_inputs(0, 3, 4, 5, 2, 3))
             assert out.shape == (0, 3, 4, 5)
         else:
-            out, grads = gradients(on_lines("cpu"), line_inputs(0, 5, 40, 3))
+            out, grads = gradients(on_lines_with_state("cpu"), full_line_inputs(0, 5, 40, 3))
             assert out.shape == (0, 5, 43)
         assert all(not grad.any() and grad.isfinite().all() for grad in grads.values())
 
     def test_more_images_than_are_worked_on_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from kan_mamba_layers.ops.selective_scan import _cpu
 
-        inputs = image_inputs(7, 5, 6, 20, 2, 3)
+        inputs = image_inputs(7, 5, 6, 20, 2, 3, dtype=torch.float64)
         whole = gradients(on_images("cpu"), inputs)
         monkeypatch.setattr(_cpu, "_MAPS_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so blocks of 3, 3 and 1
@@ -141,19 +103,15 @@ class TestShapes:
 
     @DTYPES
     def test_without_softplus_bias_or_skip_and_with_any_sign(self, dtype: torch.dtype) -> None:
-        inputs = line_inputs(2, 5, 40, 3)
-        inputs = {k: inputs[k] for k in ("u", "delta", "A", "B", "C")}
+        inputs = line_inputs(2, 5, 40, 3, positive=False, skip=False, dtype=dtype)
         inputs["A"], inputs["delta"] = inputs["A"] * 0.1, inputs["delta"] * 0.3  # steps of both signs
 
-        def function(backend: str):
-            return lambda **x: selective_scan(**x, backend=backend)
-
-        compare(function, inputs, dtype, TOLERANCE[dtype])
-        compare(function, {**inputs, "A": -inputs["A"]}, dtype, TOLERANCE[dtype])
+        compare(on_lines, inputs)
+        compare(on_lines, {**inputs, "A": -inputs["A"]})
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_is_computed_in_single(self, dtype: torch.dtype) -> None:
-        inputs = {k: v.to(dtype) for k, v in image_inputs(1, 6, 7, 18, 2, 4).items()}
+        inputs = image_inputs(1, 6, 7, 18, 2, 4, dtype=dtype)
         out, grads = gradients(on_images("cpu"), inputs)
         single, single_grads = gradients(on_images("cpu"), {k: v.float() for k, v in inputs.items()})
         assert out.dtype == dtype and torch.equal(out, single.to(dtype))
@@ -163,9 +121,9 @@ class TestShapes:
 
 class TestAccuracy:
     @staticmethod
-    def errors(function, inputs: dict, backend: str = "cpu") -> tuple[float, dict[str, float]]:
-        out, grads = gradients(function(backend), {k: v.float() for k, v in inputs.items()})
-        expected, expected_grads = gradients(function("chunked"), inputs)
+    def errors(function: Callable[[str], Call], inputs: Inputs, backend: str = "cpu") -> tuple[float, dict[str, float]]:
+        out, grads = gradients(function(backend), inputs)
+        expected, expected_grads = gradients(function("chunked"), {k: v.double() for k, v in inputs.items()})
         return relative_l2(out, expected), {k: relative_l2(grad, expected_grads[k]) for k, grad in grads.items()}
 
     SIZES = pytest.mark.parametrize(
@@ -190,7 +148,7 @@ class TestAccuracy:
 
     @pytest.mark.parametrize(("d", "l", "n"), [(32, 256, 16), (9, 2000, 4), (16, 16384, 2)])
     def test_sequences(self, d: int, l: int, n: int) -> None:
-        error, grad_errors = self.errors(on_lines, line_inputs(1, d, l, n))
+        error, grad_errors = self.errors(on_lines_with_state, full_line_inputs(1, d, l, n))
         assert error <= FORWARD_BAR
         assert max(grad_errors.values()) <= GRADIENT_BAR, grad_errors
 
@@ -212,17 +170,17 @@ class TestStress:
     @DTYPES
     def test_sequences(self, dtype: torch.dtype) -> None:
         length, d, n = 16384, 6, 4
-        inputs = line_inputs(1, d, length, n, groups=2)
+        inputs = full_line_inputs(1, d, length, n, groups=2)
         draw = torch.Generator().manual_seed(1)
         steps = torch.exp(torch.empty(1, d, length).uniform_(np.log(1e-6), np.log(10), generator=draw)).double()
         inputs["delta"] = steps + torch.log(-torch.expm1(-steps))  # what softplus turns into the steps
         inputs["delta_bias"] = torch.zeros(d).double()
         inputs["u"] *= 1e4 / inputs["u"].abs().max()
         inputs["A"] = -torch.logspace(-4, np.log10(64), d * n).view(d, n).double()
-        self.check(on_lines, inputs, dtype)
+        self.check(on_lines_with_state, inputs, dtype)
 
     @staticmethod
-    def check(function, inputs: dict, dtype: torch.dtype) -> None:
+    def check(function: Callable[[str], Call], inputs: Inputs, dtype: torch.dtype) -> None:
         inputs = {k: v.float().double() for k, v in inputs.items()}
         out, grads = gradients(function("cpu"), {k: v.to(dtype) for k, v in inputs.items()})
         expected, expected_grads = gradients(function("chunked"), inputs)
@@ -248,10 +206,10 @@ class TestNotANumber:
     @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "initial_state"])
     def test_spreads_as_in_the_recurrence(self, name: str, value: float) -> None:
         """What is not finite there is not finite here, and nothing else; the other image is untouched."""
-        inputs = {k: v.float() for k, v in line_inputs(2, 18, 50, 3).items() if k != "z"}
-        clean = on_lines("cpu")(**inputs)
+        inputs = full_line_inputs(2, 18, 50, 3, gate=False)
+        clean = on_lines_with_state("cpu")(**inputs)
         inputs[name][(0, *(s // 2 for s in inputs[name].shape[1:]))] = value
-        out, expected = on_lines("cpu")(**inputs), on_lines("reference")(**inputs)
+        out, expected = on_lines_with_state("cpu")(**inputs), on_lines_with_state("reference")(**inputs)
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.isposinf(), expected.isposinf())
         assert out[0].isfinite().all() == (name == "delta" and value == -float("inf")), "which is a step of 0"
@@ -259,7 +217,7 @@ class TestNotANumber:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_one_image_does_not_touch_another(self, value: float) -> None:
-        inputs = {k: v.float() for k, v in image_inputs(3, 6, 7, 18, 2, 3).items()}
+        inputs = image_inputs(3, 6, 7, 18, 2, 3)
         clean = on_images("cpu")(**inputs)
         inputs["x"][1, 2, 3, 4] = value
         leaf = inputs["x"].detach().requires_grad_()
@@ -273,7 +231,8 @@ class TestNotANumber:
 
     def test_gradients(self) -> None:
         """A gradient of NaN at one time reaches that time and those before it, in its channel."""
-        inputs = {k: v.requires_grad_() for k, v in line_inputs(1, 18, 70, 3).items() if k != "z"}
+        inputs = full_line_inputs(1, 18, 70, 3, gate=False, dtype=torch.float64)
+        inputs = {k: v.requires_grad_() for k, v in inputs.items()}
         weights = torch.ones(1, 18, 70).double()
         weights[0, 5, 40] = float("nan")
         results = []
@@ -287,7 +246,7 @@ class TestNotANumber:
 
 def test_nothing_unwritten_is_read() -> None:
     """With uninitialised memory filled with NaN the results are the same to the bit."""
-    inputs = {k: v.float() for k, v in image_inputs(2, 5, 7, 21, 3, 5).items()}
+    inputs = image_inputs(2, 5, 7, 21, 3, 5)
     torch.use_deterministic_algorithms(False)
     plain = gradients(on_images("cpu"), inputs)
     with nan_filled_empty():

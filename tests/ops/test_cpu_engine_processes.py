@@ -6,16 +6,16 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import assert_close, fresh_process, gradients, says
-from kan_mamba_layers import SS2D, cross_selective_scan, resolve, selective_scan
+from kan_mamba_layers import SS2D, cross_selective_scan, resolve
 from kan_mamba_layers.ops import _threads, backend
+from ops.scan_calls import full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytest.importorskip("numba")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -24,43 +24,13 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 THREADS = (1, 2, 4, 7)
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def image_inputs(b: int, h: int, w: int, d: int, seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"x": (b, h, w, d), "x_proj_weight": (4, 2 + 2 * 3, d), "dt_proj_weight": (4, d, 2)}
-    shapes |= {"dt_proj_bias": (4, d), "A_log": (4 * d, 3), "D": (4 * d,)}
-    scales = {"x_proj_weight": d**-0.5, "A_log": 0.5}
-    return {k: torch.randn(v, generator=draw) * scales.get(k, 1) for k, v in shapes.items()}
-
-
-def line_inputs(b: int, d: int, l: int, groups: int, seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"u": (b, d, l), "delta": (b, d, l), "B": (b, groups, 3, l), "C": (b, groups, 3, l), "D": (d,)}
-    inputs = {k: torch.randn(v, generator=draw) for k, v in shapes.items()}
-    return {**inputs, "A": -torch.rand(d, 3, generator=draw), "initial_state": torch.randn(b, d, 3, generator=draw)}
-
-
-def on_images(**x: Tensor) -> Tensor:
-    return cross_selective_scan(**x, backend="cpu")
-
-
-def on_lines(**x: Tensor) -> Tensor:
-    return selective_scan(**x, delta_softplus=True, backend="cpu")
-
-
 # One image of many tiles, many small images, few channels, groups: what is divided among the threads differs.
 CASES = {
-    "one wide image": (on_images, image_inputs(1, 9, 11, 150)),
-    "one narrow image": (on_images, image_inputs(1, 20, 17, 7)),
-    "images": (on_images, image_inputs(5, 7, 6, 20)),
-    "one sequence": (on_lines, line_inputs(1, 40, 70, 1)),
-    "groups": (on_lines, line_inputs(2, 120, 40, 3)),
+    "one wide image": (on_images("cpu"), image_inputs(1, 9, 11, 150, 2, 3)),
+    "one narrow image": (on_images("cpu"), image_inputs(1, 20, 17, 7, 2, 3)),
+    "images": (on_images("cpu"), image_inputs(5, 7, 6, 20, 2, 3)),
+    "one sequence": (on_lines_with_state("cpu"), full_line_inputs(1, 40, 70)),
+    "groups": (on_lines_with_state("cpu"), full_line_inputs(2, 120, 40, groups=3, C="bgnl")),
 }
 
 
@@ -93,8 +63,8 @@ class TestThreads:
         if pool == "plain":
             monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
         set_threads(threads)
-        problems = [image_inputs(2, 9 + i, 8, 20 + i, seed=i) for i in range(4)]
-        expected = [gradients(on_images, x) for x in problems]
+        problems = [image_inputs(2, 9 + i, 8, 20 + i, 2, 3, seed=i) for i in range(4)]
+        expected = [gradients(on_images("cpu"), x) for x in problems]
         wrong: list[str] = []
         start = threading.Barrier(4)
 
@@ -102,7 +72,7 @@ class TestThreads:
             torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
             start.wait(60)
             for _ in range(15):
-                out, grads = gradients(on_images, problems[i])
+                out, grads = gradients(on_images("cpu"), problems[i])
                 if not torch.equal(out, expected[i][0]):
                     wrong.append(f"out of {i}")
                 wrong.extend(f"d{k} of {i}" for k, v in grads.items() if not torch.equal(v, expected[i][1][k]))

@@ -9,13 +9,13 @@ from shutil import which
 
 import pytest
 import torch
-from kan_calls import ALL, case, fused, kan, kan_inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import assert_close, gradients
 from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops import backend as choice
+from ops.kan_calls import ALL, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
 

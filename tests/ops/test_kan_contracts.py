@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kan_calls import FUSED, case, fused, kan, kan_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +14,7 @@ from helpers import assert_budget, assert_close, gradients, says, strided
 from kan_mamba_layers import kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
 from kan_mamba_layers.ops.kan_linear import _library
+from ops.kan_calls import FUSED, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers import assert_budget, gradients, largest
 from kan_mamba_layers import bspline_basis, kan_linear
+from ops.kan_calls import kan
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -49,7 +50,8 @@ def make_inputs(
 ) -> Inputs:
     """Places inside and outside of the interval and, for degrees that have slopes there, on knots; in float64.
 
-    All values are representable in ``dtype``.
+    Knots and places are those that break a kernel first, which random ones seldom are. All values are representable in
+    ``dtype``.
     """
     draw = torch.Generator().manual_seed(seed)
     grid = knots(kind, i, g, s, draw).to(torch.promote_types(dtype, torch.float32)).double()
@@ -66,11 +68,6 @@ def make_inputs(
         "bias": torch.randn(o, generator=draw, dtype=WIDE),
     }
     return {**{k: v.to(dtype).double() for k, v in inputs.items()}, "grid": grid}
-
-
-def run(backend: str, grid: Tensor, extrapolation: str, uniform: bool, **options: object) -> Callable[..., Tensor]:
-    options = {"extrapolation": extrapolation, "uniform": uniform, "backend": backend, **options}
-    return lambda **x: kan_linear(**x, spline_scaler=None, grid=grid, **options)
 
 
 def sizes_of_terms(inputs: Inputs, extrapolation: str, uniform: bool) -> dict[str, float]:
@@ -103,14 +100,14 @@ def check(inputs: Inputs, dtype: torch.dtype, extrapolation: str, uniform: bool,
     wide = {k: v for k, v in inputs.items() if k != "grid"}
     narrow, own_grid = {k: v.to(dtype) for k, v in wide.items()}, grid.to(torch.promote_types(dtype, torch.float32))
     sizes = sizes_of_terms(inputs, extrapolation, uniform)
-    plain, plain_grads = gradients(run("reference", own_grid, extrapolation, uniform), narrow)
+    plain, plain_grads = gradients(kan("reference", own_grid, extrapolation, uniform), narrow)
     # The oracle's knots are about 0, where differences of neighbouring numbers do not count.
     origin = grid[0, 0].round() if grid[0, 0] > 100 else 0.0
-    exact = run("reference", grid - origin, extrapolation, uniform, base_activation=lambda x: F.silu(x + origin))
+    exact = kan("reference", grid - origin, extrapolation, uniform, base_activation=lambda x: F.silu(x + origin))
     true, true_grads = gradients(exact, {**wide, "x": wide["x"] - origin})
     bands = 32 if dtype == WIDE else 4  # in float64 the formula's own error is not known
     for backend in backends:
-        out, grads = gradients(run(backend, own_grid, extrapolation, uniform), narrow)
+        out, grads = gradients(kan(backend, own_grid, extrapolation, uniform), narrow)
         assert out.dtype == dtype
         assert_budget(f"{backend} out", out, plain, true, dtype, bands=bands, terms=sizes["out"])
         for name, grad in grads.items():
@@ -176,9 +173,9 @@ class TestSizes:
         wide = make_inputs(45, 5, 120, dtype=dtype)
         inputs = {k: v.to(dtype) for k, v in wide.items()}
         grid = inputs.pop("grid")
-        expected, expected_grads = gradients(run("cpu", grid, "linear", True), inputs)
+        expected, expected_grads = gradients(kan("cpu", grid, "linear", True), inputs)
         monkeypatch.setattr(_cpu, "vector_registers", lambda bits: registers)
-        out, grads = gradients(run("cpu", grid, "linear", True), inputs)
+        out, grads = gradients(kan("cpu", grid, "linear", True), inputs)
         assert torch.equal(out, expected)
         assert torch.equal(grads["base_weight"], expected_grads["base_weight"])
         assert torch.equal(grads["spline_weight"], expected_grads["spline_weight"])
@@ -189,7 +186,7 @@ class TestSizes:
     def test_no_rows(self, backend: str) -> None:
         inputs = make_inputs(0, 5, 6)
         grid = inputs.pop("grid")
-        out, grads = gradients(run(backend, grid, "zero", True), inputs)
+        out, grads = gradients(kan(backend, grid, "zero", True), inputs)
         assert out.shape == (0, 6) and grads["x"].shape == (0, 5)
         assert all(not grad.any() and grad.isfinite().all() for grad in grads.values())
 
@@ -201,8 +198,8 @@ class TestPrecision:
         """To the bit: what goes into the products is not rounded to half precision."""
         inputs = make_inputs(45, 17, 33, kind=kind, dtype=dtype)
         grid = inputs.pop("grid").float()
-        out, grads = gradients(run("cpu", grid, "linear", kind == "even"), {k: v.to(dtype) for k, v in inputs.items()})
-        single = gradients(run("cpu", grid, "linear", kind == "even"), {k: v.float() for k, v in inputs.items()})
+        out, grads = gradients(kan("cpu", grid, "linear", kind == "even"), {k: v.to(dtype) for k, v in inputs.items()})
+        single = gradients(kan("cpu", grid, "linear", kind == "even"), {k: v.float() for k, v in inputs.items()})
         assert out.dtype == dtype and torch.equal(out, single[0].to(dtype))
         assert all(grad.dtype == dtype for grad in grads.values())
         for name in ("x", "base_weight", "spline_weight"):
@@ -248,13 +245,6 @@ class TestPrecision:
             assert_budget("gradient", actual, plain, true, torch.float32, bands=2)
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class TestThreadsAndRows:
     @DTYPES
     @pytest.mark.parametrize(("rows", "i", "o"), [(5, 3, 2), (400, 10, 160), (515, 64, 33)])
@@ -267,8 +257,8 @@ class TestThreadsAndRows:
         results = []
         for threads in (1, 2, 3, 8):
             set_threads(threads)
-            out, grads = gradients(run("cpu", grid, "zero", True), inputs)
-            again, grads_again = gradients(run("cpu", grid, "zero", True), inputs)
+            out, grads = gradients(kan("cpu", grid, "zero", True), inputs)
+            again, grads_again = gradients(kan("cpu", grid, "zero", True), inputs)
             assert torch.equal(out, again) and all(torch.equal(v, grads_again[k]) for k, v in grads.items())
             results.append((out, grads))
         for out, grads in results[1:]:
@@ -286,7 +276,7 @@ class TestThreadsAndRows:
 
         def of(rows: slice) -> tuple[Tensor, Tensor]:
             x = inputs["x"][rows].clone().requires_grad_()
-            y = run("cpu", grid, "linear", kind == "even")(**{**inputs, "x": x})
+            y = kan("cpu", grid, "linear", kind == "even")(**{**inputs, "x": x})
             return y.detach(), *torch.autograd.grad(y, x, grad_y[rows])
 
         together = of(slice(None))
@@ -301,7 +291,7 @@ class TestSpecialValues:
     @pytest.mark.parametrize("kind", ["even", "uneven", "some coincide"])
     def test_nan_stays_in_its_row(self, kind: str, extrapolation: str, backend: str) -> None:
         inputs = {k: v.float() for k, v in make_inputs(150, 18, 20, kind=kind, dtype=torch.float32).items()}
-        function = run(backend, inputs.pop("grid"), extrapolation, kind == "even")
+        function = kan(backend, inputs.pop("grid"), extrapolation, kind == "even")
         clean, clean_grads = gradients(function, inputs)
         x = inputs["x"].clone()
         x[77, 5] = float("nan")
@@ -328,7 +318,7 @@ class TestSpecialValues:
         grid, x = inputs.pop("grid"), inputs["x"].clone()
         x[7, 5] = value
         for extrapolation in EXTRAPOLATIONS:
-            function = run(backend, grid, extrapolation, kind == "even")
+            function = kan(backend, grid, extrapolation, kind == "even")
             clean, clean_grads = gradients(function, inputs)
             out, grads = gradients(function, {**inputs, "x": x})
             others = torch.arange(40) != 7
@@ -355,7 +345,7 @@ class TestSpecialValues:
             inputs = {k: v.to(dtype) for k, v in inputs.items()}
             inputs["x"] = torch.tensor([[0.0], [tiny], [-tiny], [-(tiny**0.5)], [tiny**0.5], [-1e-3]], dtype=dtype)
             (out, grads), (expected, true) = (
-                gradients(run(name, grid, extrapolation, kind == "even"), inputs) for name in (backend, "reference")
+                gradients(kan(name, grid, extrapolation, kind == "even"), inputs) for name in (backend, "reference")
             )
             assert largest(out - expected) <= 8 * eps * largest(expected), (kind, extrapolation)
             assert largest(grads["x"] - true["x"]) <= 32 * eps * largest(true["x"]), (kind, extrapolation)
@@ -371,8 +361,8 @@ class TestSpecialValues:
             "base_weight": torch.randn(2, 1, dtype=WIDE),
             "spline_weight": torch.randn(2, 1, 7, dtype=WIDE),
         }
-        out, grads = gradients(run(backend, grid, extrapolation, False), inputs)
-        expected, true = gradients(run("reference", grid, extrapolation, False), inputs)
+        out, grads = gradients(kan(backend, grid, extrapolation, False), inputs)
+        expected, true = gradients(kan("reference", grid, extrapolation, False), inputs)
         assert largest(out - expected) <= 1e-13 * largest(expected)
         for name, grad in grads.items():
             assert largest(grad - true[name]) <= 1e-13 * largest(true[name]), name

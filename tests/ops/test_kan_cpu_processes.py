@@ -13,27 +13,14 @@ import torch
 from torch import Tensor
 
 from helpers import fresh_process, gradients, nan_filled_empty
-from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops import _threads
+from ops.kan_calls import kan, kan_inputs
 
 pytest.importorskip("numba")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-
-
-def make_inputs(rows: int, i: int, o: int, uniform: bool, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"x": (rows, i), "base_weight": (o, i), "spline_weight": (o, i, 8), "bias": (o,)}
-    inputs = {k: torch.randn(v, generator=draw, dtype=dtype) for k, v in shapes.items()}
-    noise = 0 if uniform else 0.3 * torch.rand(i, 12, generator=draw, dtype=dtype)
-    return {**inputs, "grid": torch.linspace(-2.2, 2.2, 12, dtype=dtype).repeat(i, 1) + noise}
-
-
-def run(grid: Tensor, extrapolation: str, uniform: bool) -> Callable[..., Tensor]:
-    options = {"extrapolation": extrapolation, "uniform": uniform, "backend": "cpu"}
-    return lambda **x: kan_linear(**x, spline_scaler=None, grid=grid, **options)
 
 
 class Fenced:
@@ -76,13 +63,13 @@ class TestMemory:
         self, rows: int, i: int, o: int, uniform: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of the inputs, the results and each thread's own memory, with places that are on no grid."""
-        inputs = make_inputs(rows, i, o, uniform, dtype)
+        inputs = kan_inputs(rows, i, o, uniform=uniform, dtype=dtype)
         inputs["x"][0, 0], inputs["x"][-1, -1] = float("inf"), float("nan")
         grid, grad_y = inputs.pop("grid"), torch.randn(rows, o, dtype=dtype)
 
         def results(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
             leaves = {k: place(v).requires_grad_() for k, v in inputs.items()}
-            y = run(place(grid), "zero", uniform)(**leaves)
+            y = kan("cpu", place(grid), "zero", uniform)(**leaves)
             return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), place(grad_y))]
 
         expected = results(torch.clone)
@@ -95,8 +82,8 @@ class TestMemory:
 
     def test_nothing_unwritten_is_read(self) -> None:
         """With uninitialised memory filled with NaN the results are the same to the bit."""
-        inputs = make_inputs(37, 21, 35, False)
-        function = run(inputs.pop("grid"), "linear", False)
+        inputs = kan_inputs(37, 21, 35, uniform=False)
+        function = kan("cpu", inputs.pop("grid"), "linear", False)
         plain = gradients(function, inputs)
         with nan_filled_empty():
             filled = gradients(function, inputs)
@@ -137,8 +124,8 @@ def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) 
     if pool == "plain":  # as where PyTorch's runtime does not lend its threads
         monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
     monkeypatch.setattr(_threads, "team_size", lambda tasks: max(1, min(3, tasks)))
-    problems = [make_inputs(200 + i, 20 + i, 30, i % 2 == 0, seed=i) for i in range(4)]
-    functions = [run(p.pop("grid"), "zero", i % 2 == 0) for i, p in enumerate(problems)]
+    problems = [kan_inputs(200 + i, 20 + i, 30, uniform=i % 2 == 0, seed=i) for i in range(4)]
+    functions = [kan("cpu", p.pop("grid"), "zero", i % 2 == 0) for i, p in enumerate(problems)]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     expected = [gradients(f, p) for f, p in zip(functions, problems, strict=True)]

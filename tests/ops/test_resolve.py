@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,8 @@ from helpers import fresh_process, says
 from kan_mamba_layers import resolve
 from kan_mamba_layers.ops import _limits
 from kan_mamba_layers.ops import backend as choice
+from ops.kan_calls import kan_inputs
+from ops.scan_calls import Inputs, image_inputs, line_inputs
 
 OPS: dict[str, Callable[..., Tensor]] = {
     name: getattr(kml, name) for name in ("selective_scan", "cross_selective_scan", "kan_linear")
@@ -43,60 +46,22 @@ def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.as_subclass(OnGpu).requires_grad_(v.requires_grad) for k, v in inputs.items()}
 
 
-def scan_inputs(
-    b: int = 2,
-    d: int = 4,
-    length: int = 5,
-    n: int = 3,
-    *,
-    B: str = "bnl",
-    C: str = "bnl",
-    groups: int = 2,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    shapes = {"dn": (d, n), "bnl": (b, n, length), "bgnl": (b, groups, n, length)}
-    return {
-        "u": torch.randn(b, d, length).to(dtype),
-        "delta": torch.rand(b, d, length).to(dtype),
-        "A": -torch.rand(d, n),
-        "B": torch.randn(shapes[B]),
-        "C": torch.randn(shapes[C]),
-    }
+def scan_inputs(dtype: torch.dtype = torch.float32, **changes: object) -> Inputs:
+    """Signals in `dtype` beside maps in float32."""
+    inputs = line_inputs(**{"length": 5, "skip": False, **changes})
+    return {k: v.to(dtype) if k in ("u", "delta") else v for k, v in inputs.items()}
 
 
-def cross_inputs(
-    b: int = 1, h: int = 3, w: int = 2, d: int = 4, n: int = 3, r: int = 1, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(b, h, w, d).to(dtype),
-        "x_proj_weight": torch.randn(4, r + 2 * n, d),
-        "dt_proj_weight": torch.randn(4, d, r),
-        "dt_proj_bias": torch.randn(4, d),
-        "A_log": torch.randn(4 * d, n),
-        "D": torch.randn(4 * d),
-    }
+cross_inputs = partial(image_inputs, b=1, w=2, d=4, r=1, n=3, weight_dtype=torch.float32)
 
 
-def kan_inputs(
-    rows: int = 5,
-    i: int = 3,
-    o: int = 4,
-    g: int = 7,
-    s: int = 3,
-    *,
-    learned_grid: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(rows, i).to(dtype),
-        "base_weight": torch.randn(o, i).to(dtype),
-        "spline_weight": torch.randn(o, i, g + s).to(dtype),
-        "spline_scaler": torch.randn(o, i).to(dtype),
-        "grid": torch.linspace(-2, 2, g + 2 * s + 1).repeat(i, 1).requires_grad_(learned_grid),
-    }
+def kan_call(*, learned_grid: bool = False, **changes: object) -> Inputs:
+    inputs = kan_inputs(**{"rows": 5, **changes})
+    inputs["grid"].requires_grad_(learned_grid)
+    return inputs
 
 
-MAKE = {"selective_scan": scan_inputs, "cross_selective_scan": cross_inputs, "kan_linear": kan_inputs}
+MAKE = {"selective_scan": scan_inputs, "cross_selective_scan": cross_inputs, "kan_linear": kan_call}
 
 
 def answer(op: str, backend: str, inputs: dict[str, Tensor]) -> str:
@@ -276,7 +241,7 @@ class TestOnAGpu:
         assert resolve("cross_selective_scan", "auto", inputs["x"]) == "triton"
         assert resolve("cross_selective_scan", "auto", inputs["x"], A_log=inputs["A_log"]) == "chunked"
         assert resolve("cross_selective_scan", "auto", inputs["x"], dt_proj_weight=inputs["dt_proj_weight"]) == "triton"
-        inputs = on_gpu(kan_inputs(s=6))
+        inputs = on_gpu(kan_call(s=6))
         assert resolve("kan_linear", "auto", inputs["x"], grid=inputs["grid"]) == "triton"
         assert resolve("kan_linear", "auto", inputs["x"], spline_weight=inputs["spline_weight"]) == "triton"
 

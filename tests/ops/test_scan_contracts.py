@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import assert_close, fresh_process, gradients, strided
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.selective_scan._library import fused_scan
+from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines, operator_inputs
 
 pytest.importorskip("numba")
 
@@ -24,33 +25,17 @@ NAMES = ("u", "maps", "x_proj_weight", "delta", "dt_weight", "dt_bias", "A", "D"
 BOTH = (torch.float32, torch.float64)
 
 
-def image_form(b: int = 2, h: int = 5, w: int = 8, d: int = 6, n: int = 3, r: int = 2) -> tuple[dict, tuple]:
+Form = tuple[Inputs, tuple[int, int, bool]]  # tensors, and height, width and whether there is softplus
+
+
+def image_form() -> Form:
     """Four walks over an image, whose maps the engine makes."""
-    tensors = {
-        "u": torch.randn(b, h * w, d),
-        "x_proj_weight": torch.randn(4, r + 2 * n, d) * d**-0.5,
-        "dt_weight": torch.randn(4, d, r),
-        "dt_bias": torch.randn(4, d) - 1,
-        "A": -torch.randn(4, d, n).exp(),
-        "D": torch.randn(d),
-    }
-    return tensors, (h, w, True)
+    return operator_inputs(2, 5 * 8, 6, 3, 2, walks=4, maps=False), (5, 8, True)
 
 
-def line_form(
-    b: int = 2, l: int = 37, d: int = 6, n: int = 3, groups: int = 1, initial: bool = False
-) -> tuple[dict, tuple]:
+def line_form(l: int = 37, groups: int = 1, initial: bool = False) -> Form:
     """One walk along a sequence, with given maps and steps."""
-    tensors = {
-        "u": torch.randn(b, l, d),
-        "maps": torch.randn(b, l, groups, 2 * n),
-        "delta": torch.rand(b, l, 1, d),
-        "dt_weight": torch.empty(1, d, 0),
-        "dt_bias": torch.randn(1, d),
-        "A": -torch.randn(1, d, n).exp(),
-        "D": torch.randn(d),
-    }
-    return tensors | ({"initial": torch.randn(b, 1, d, n)} if initial else {}), (1, l, True)
+    return operator_inputs(2, l, 6, 3, groups=groups, initial=initial), (1, l, True)
 
 
 FORMS = {
@@ -69,29 +54,12 @@ def prepared(form: str, dtype: torch.dtype, layout: str, requires_grad: bool) ->
     return [tensors[k].requires_grad_(requires_grad) if k in tensors else None for k in NAMES], sizes
 
 
-def scan_inputs(b: int = 2, d: int = 4, l: int = 37, n: int = 3, dtype: torch.dtype = torch.float32) -> dict:
-    return {
-        "u": torch.randn(b, d, l, dtype=dtype),
-        "delta": torch.rand(b, d, l, dtype=dtype),
-        "A": -torch.randn(d, n, dtype=dtype).exp(),
-        "B": torch.randn(b, n, l, dtype=dtype),
-        "C": torch.randn(b, 2, n, l, dtype=dtype),
-        "D": torch.randn(d, dtype=dtype),
-        "z": torch.randn(b, d, l, dtype=dtype),
-        "delta_bias": torch.randn(d, dtype=dtype) * 0.1,
-        "initial_state": torch.randn(b, d, n, dtype=dtype),
-    }
+def line(b: int = 2, d: int = 4, length: int = 37, n: int = 3, **options: object) -> Inputs:
+    return full_line_inputs(b, d, length, n, B="bnl", C="bgnl", groups=2, **options)
 
 
-def image_inputs(b: int = 2, h: int = 5, w: int = 8, d: int = 6, n: int = 3, r: int = 2) -> dict:
-    return {
-        "x": torch.randn(b, h, w, d),
-        "x_proj_weight": torch.randn(4, r + 2 * n, d) * d**-0.5,
-        "dt_proj_weight": torch.randn(4, d, r),
-        "dt_proj_bias": torch.randn(4, d) - 1,
-        "A_log": torch.randn(4 * d, n),
-        "D": torch.randn(4 * d),
-    }
+def image(b: int = 2, h: int = 5, w: int = 8) -> Inputs:
+    return image_inputs(b, h, w, 6, 2, 3)
 
 
 class TestRegistration:
@@ -141,9 +109,9 @@ class TestRegistration:
 
 
 needs_compiler = pytest.mark.skipif(not (which("c++") or which("g++") or which("clang++")), reason="no C++ compiler")
-COMPILED: dict[str, tuple[Callable[..., Tensor], Callable[..., dict]]] = {
-    "selective_scan": (lambda **x: selective_scan(**x, delta_softplus=True), scan_inputs),
-    "cross_selective_scan": (lambda **x: cross_selective_scan(**x), image_inputs),
+COMPILED: dict[str, tuple[Call, Callable[[], Inputs]]] = {
+    "selective_scan": (on_lines("auto", delta_softplus=True), line),
+    "cross_selective_scan": (on_images("auto"), image),
 }
 
 
@@ -185,7 +153,7 @@ class TestCompile:
                 out, expected = compiled(x), layer(x)
                 (grad,), (expected_grad,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
             else:
-                inputs = image_inputs(b, h, w) if name == "cross_selective_scan" else scan_inputs(b, l=h * w)
+                inputs = image(b, h, w) if name == "cross_selective_scan" else line(b, length=h * w)
                 first = next(iter(inputs))
                 (out, grads), (expected, expected_grads) = (gradients(f, inputs) for f in (compiled, function))
                 grad, expected_grad = grads[first], expected_grads[first]
@@ -195,8 +163,8 @@ class TestCompile:
 
     def test_a_compiled_gradient_is_not_differentiated_to_zeros(self) -> None:
         torch._dynamo.reset()
-        inputs = {k: v.requires_grad_() for k, v in image_inputs().items()}
-        out = torch.compile(lambda **x: cross_selective_scan(**x), backend="aot_eager", fullgraph=True)(**inputs)
+        inputs = {k: v.requires_grad_() for k, v in image().items()}
+        out = torch.compile(on_images("auto"), backend="aot_eager", fullgraph=True)(**inputs)
 
         def second_derivative() -> None:
             (grad,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
@@ -228,7 +196,7 @@ class TestExport:
     def test_images_of_any_size(self, strict: bool) -> None:
         """Also below one chunk of 32 pixels, from an example that is longer."""
         b, h, w = (torch.export.Dim(name, min=1) for name in "bhw")
-        x, *weights = image_inputs().values()
+        x, *weights = image().values()
         shapes = {"x": {0: b, 1: h, 2: w}, "weights": [None] * 5}
         program = torch.export.export(Image(), (x, weights), dynamic_shapes=shapes, strict=strict)
         assert "kan_mamba_layers.scan" in program.graph_module.print_readable(print_output=False)
@@ -239,11 +207,11 @@ class TestExport:
 
     def test_sequences_of_any_length(self) -> None:
         b, l = torch.export.Dim("b", min=1), torch.export.Dim("l", min=1)
-        inputs = {k: v for k, v in scan_inputs().items() if k in ("u", "delta", "A", "B", "C")}
+        inputs = {k: v for k, v in line().items() if k in ("u", "delta", "A", "B", "C")}
         dynamic = {k: None if k == "A" else {0: b, v.ndim - 1: l} for k, v in inputs.items()}
         module = self.round_trip(torch.export.export(Line(), (), inputs, dynamic_shapes=dynamic))
         for b, l in [(1, 1), (3, 31), (2, 32), (1, 33), (4, 200)]:
-            inputs = {k: v for k, v in scan_inputs(b, l=l).items() if k in inputs}
+            inputs = {k: v for k, v in line(b, length=l).items() if k in inputs}
             assert torch.equal(module(**inputs), Line()(**inputs)), (b, l)
 
     def test_layer_and_its_weights(self) -> None:
@@ -279,7 +247,7 @@ class TestGradients:
     @pytest.mark.parametrize("softplus", [False, True])
     @pytest.mark.parametrize("frozen", [(), ("initial_state",), ("u", "delta")], ids=str)
     def test_gradcheck_with_a_state_before_and_after(self, frozen: tuple[str, ...], softplus: bool) -> None:
-        inputs = scan_inputs(1, 4, 5, 2, torch.float64)
+        inputs = line(1, 4, 5, 2, dtype=torch.float64)
         inputs = {k: v.requires_grad_(k not in frozen) for k, v in inputs.items()}
         options = {"delta_softplus": softplus, "return_last_state": True, "backend": "cpu"}
         assert torch.autograd.gradcheck(
@@ -288,9 +256,9 @@ class TestGradients:
 
     @pytest.mark.parametrize("through", ["y", "last", "both"])
     def test_every_input_against_the_reference(self, through: str) -> None:
-        inputs = scan_inputs(2, 6, 70, 4, torch.float64)
+        inputs = line(2, 6, 70, 4, dtype=torch.float64)
 
-        def run(backend: str) -> Callable[..., Tensor]:
+        def run(backend: str) -> Call:
             def function(**x: Tensor) -> Tensor:
                 y, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend=backend)
                 return {"y": y, "last": last, "both": torch.cat([y, last], -1)}[through]
@@ -325,7 +293,7 @@ class TestGradients:
                     AGAIN[how](grad.sum(), target)
 
     def test_the_gates_gradient_can_be_differentiated(self) -> None:
-        inputs = {k: v.requires_grad_() for k, v in scan_inputs(dtype=torch.float64).items()}
+        inputs = {k: v.requires_grad_() for k, v in line(dtype=torch.float64).items()}
         results = []
         for backend in ("cpu", "reference"):
             out = selective_scan(**inputs, delta_softplus=True, backend=backend)
@@ -335,7 +303,7 @@ class TestGradients:
             assert_close(name, actual, expected, 1e-12)
 
     def test_vmap_is_refused_with_a_way_out(self) -> None:
-        inputs = scan_inputs()
+        inputs = line()
         many = torch.randn(3, *inputs["u"].shape)
         with pytest.raises(RuntimeError, match=r"(?s)vmap.*batch.*backend='reference'"):
             torch.vmap(lambda u: selective_scan(**{**inputs, "u": u}, backend="cpu"))(many)
@@ -361,7 +329,7 @@ class TestGradients:
 class TestCost:
     def test_operations(self) -> None:
         b, h, w, d, n, r = 2, 5, 8, 6, 3, 2
-        inputs = {k: v.requires_grad_() for k, v in image_inputs(b, h, w, d, n, r).items()}
+        inputs = {k: v.requires_grad_() for k, v in image_inputs(b, h, w, d, r, n).items()}
         counter = FlopCounterMode(display=False)
         with counter:
             out = cross_selective_scan(**inputs, backend="cpu")
@@ -373,7 +341,7 @@ class TestCost:
     def test_operations_of_a_sequence(self) -> None:
         b, d, l, n = 2, 4, 37, 3
         with FlopCounterMode(display=False) as counter:
-            selective_scan(**scan_inputs(b, d, l, n), backend="cpu")
+            selective_scan(**line(b, d, l, n), backend="cpu")
         assert counter.get_total_flops() == 9 * b * d * l * n
 
     @pytest.mark.parametrize("first", ["kan_mamba_layers", "torch.utils.flop_counter"])

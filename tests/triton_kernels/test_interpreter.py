@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from helpers import assert_budget, gradients, relative_l2, says, walk
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
+from ops.scan_calls import line_inputs, on_lines, operator_inputs
 from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
@@ -122,27 +122,15 @@ CASES = [
 ]
 
 
-def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
-    draw = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    b, l, d, k, n, r = case.b, case.h * case.w, case.d, case.k, case.n, case.r
-    inputs = {
-        "u": randn(b, l, d).to(case.dtype),
-        "maps": randn(b, l, k * case.g, r + 2 * n),
-        "delta": randn(b, l, k, d) if r == 0 else None,
-        "dt_weight": randn(k, d, r) * max(r, 1) ** -0.5,
-        "dt_bias": randn(k, d) - 1,
-        "A": -4 * torch.rand(k, d, n, generator=draw),
-        "D": randn(d),
-        "initial": randn(b, k, d, n) if case.initial else None,
-    }
+def make_inputs(case: Case) -> dict[str, Tensor | None]:
+    """Each between NaN; None where the case has no such tensor."""
+    b, l, d, n, r = case.b, case.h * case.w, case.d, case.n, case.r
+    inputs = operator_inputs(b, l, d, n, r, walks=case.k, groups=case.g, initial=case.initial)
+    inputs["u"] = inputs["u"].to(case.dtype)
     if not case.softplus:  # positive and negative steps, and a state that may grow, but not out of float32
         inputs["dt_bias"] = 0.2 * inputs["dt_bias"]
         inputs["A"] = 0.2 * inputs["A"] + 0.3
-    return {name: None if x is None else between_nan(x) for name, x in inputs.items()}
+    return {name: between_nan(inputs[name]) if name in inputs else None for name in INPUTS}
 
 
 def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -236,15 +224,11 @@ def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_a_gate_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
     """Parameters are float32, so what their gradients lose is the rounding of y and not theirs."""
-    draw = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(1, 3, 5, generator=draw).to(dtype) for name in ("u", "delta", "z")}
-    inputs |= {name: torch.randn(1, 2, 5, generator=draw).to(dtype) for name in ("B", "C")}
-    inputs |= {"A": -torch.rand(3, 2, generator=draw), "D": torch.randn(3, generator=draw)}
+    inputs = line_inputs(1, 3, 5, 2, gate=True, positive=False, dtype=dtype)
 
     def grads(backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         leaves = {k: v if dtype is None else v.to(dtype) for k, v in inputs.items()}
-        function = partial(selective_scan, delta_softplus=True, backend=backend)
-        return gradients(function, leaves)[1]
+        return gradients(on_lines(backend, delta_softplus=True), leaves)[1]
 
     found, exact = grads("triton"), grads("reference", torch.float64)
     assert relative_l2(found["A"], exact["A"]) <= 2e-6 and relative_l2(found["D"], exact["D"]) <= 2e-6
