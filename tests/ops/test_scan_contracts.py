@@ -55,7 +55,7 @@ def prepared(form: str, dtype: torch.dtype, layout: str, requires_grad: bool) ->
 
 
 def line(b: int = 2, d: int = 4, length: int = 37, n: int = 3, **options: object) -> Inputs:
-    return full_line_inputs(b, d, length, n, B="bnl", C="bgnl", groups=2, **options)
+    return full_line_inputs(b, d, length, n, **{"B": "bnl", "C": "bgnl", "groups": 2, **options})
 
 
 def image(b: int = 2, h: int = 5, w: int = 8) -> Inputs:
@@ -207,11 +207,11 @@ class TestExport:
 
     def test_sequences_of_any_length(self) -> None:
         b, l = torch.export.Dim("b", min=1), torch.export.Dim("l", min=1)
-        inputs = {k: v for k, v in line().items() if k in ("u", "delta", "A", "B", "C")}
+        inputs = {k: v for k, v in line(positive=True).items() if k in ("u", "delta", "A", "B", "C")}
         dynamic = {k: None if k == "A" else {0: b, v.ndim - 1: l} for k, v in inputs.items()}
         module = self.round_trip(torch.export.export(Line(), (), inputs, dynamic_shapes=dynamic))
         for b, l in [(1, 1), (3, 31), (2, 32), (1, 33), (4, 200)]:
-            inputs = {k: v for k, v in line(b, length=l).items() if k in inputs}
+            inputs = {k: v for k, v in line(b, length=l, positive=True).items() if k in inputs}
             assert torch.equal(module(**inputs), Line()(**inputs)), (b, l)
 
     def test_layer_and_its_weights(self) -> None:
@@ -303,7 +303,7 @@ class TestGradients:
             assert_close(name, actual, expected, 1e-12)
 
     def test_vmap_is_refused_with_a_way_out(self) -> None:
-        inputs = line()
+        inputs = line(positive=True, bias=False)
         many = torch.randn(3, *inputs["u"].shape)
         with pytest.raises(RuntimeError, match=r"(?s)vmap.*batch.*backend='reference'"):
             torch.vmap(lambda u: selective_scan(**{**inputs, "u": u}, backend="cpu"))(many)
