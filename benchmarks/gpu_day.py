@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def select(part: str, setting: Setting, pattern: str = "*") -> list[Task]:
-    """The tasks of a part whose names match, the most important first."""
+def select(part: str, setting: Setting, patterns: Sequence[str] = ("*",)) -> list[Task]:
+    """The tasks of a part whose names match a pattern, the most important first."""
     tasks = importlib.import_module(f"gpu.{part}").tasks(setting)
-    return [task for task in tasks if fnmatch.fnmatch(task.name, pattern)]
+    return [task for task in tasks if any(fnmatch.fnmatch(task.name, pattern) for pattern in patterns)]
 
 
 def run_part(part: str, setting: Setting, args: argparse.Namespace, seconds: float, end: float) -> int:
@@ -93,7 +93,7 @@ def _starter(
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # the package may not be installed there
     environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
     command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
-    command += ["--tasks", args.tasks, "--seconds", str(seconds)]
+    command += ["--tasks", *args.tasks, "--seconds", str(seconds)]
     command += ["--commit", args.commit] if args.commit else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     parser.add_argument("--seconds", nargs="+", type=float, default=[SECONDS], help="of all parts, or of each")
     parser.add_argument("--workers", type=int, help="processes side by side")
-    parser.add_argument("--tasks", default="*", metavar="PATTERN", help="names of tasks, as in a shell")
+    parser.add_argument("--tasks", nargs="+", default=["*"], metavar="PATTERN", help="names of tasks, as in a shell")
     parser.add_argument("--list", action="store_true", help="print the names of the tasks and stop")
     parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
     parser.add_argument("--build", action="append", default=[], metavar="COMMAND", help="runs beside the parts")

@@ -9,8 +9,9 @@ from typing import Any
 from gpu.journal import FAILURES, Record
 
 SHARED = ("chunk_ends", "carry", "merge")  # by both passes of the scan
-SCAN_FORWARD, SCAN_BACKWARD = ("scan", *SHARED), ("scan_backward", *SHARED)
-SCAN, KAN = ("scan", "scan_backward", *SHARED), ("kan_forward", "grad_input", "grad_weights")
+STEPS = ("step_sizes", "step_gradients")  # of the backward pass
+SCAN_FORWARD, SCAN_BACKWARD = ("scan", *SHARED), ("scan_backward", *STEPS, *SHARED)
+SCAN, KAN = ("scan", "scan_backward", *STEPS, *SHARED), ("kan_forward", "grad_input", "grad_weights")
 CHECKERS = ("memcheck", "racecheck")
 REASON_HEAD, REASON_TAIL = 200, 400  # characters of a reason that are kept; the end of an output tells the most
 # Tasks that are of no kernel in particular.

@@ -19,7 +19,7 @@ def compiled_kernels() -> list[dict[str, Any]]:
 
 
 def _kernels() -> Iterator[Any]:
-    names = ("scan_forward", "scan_backward", "kan_forward", "kan_backward")
+    names = ("scan_forward", "scan_steps", "scan_backward", "kan_forward", "kan_backward")
     seen = set()
     for module in (getattr(launchers, name) for name in names):
         for value in vars(module).values():

@@ -9,5 +9,6 @@ from kan_mamba_layers.ops.kan_linear import _triton_forward as kan_forward
 from kan_mamba_layers.ops.selective_scan import _triton as scan
 from kan_mamba_layers.ops.selective_scan import _triton_backward as scan_backward
 from kan_mamba_layers.ops.selective_scan import _triton_forward as scan_forward
+from kan_mamba_layers.ops.selective_scan import _triton_steps as scan_steps
 
-__all__ = ["kan", "kan_backward", "kan_forward", "scan", "scan_backward", "scan_forward"]
+__all__ = ["kan", "kan_backward", "kan_forward", "scan", "scan_backward", "scan_forward", "scan_steps"]

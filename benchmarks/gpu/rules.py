@@ -11,7 +11,9 @@ from typing import Any
 
 # values, enough, wanted, pair_steps: the fields of the launcher's Rule
 RULES = [
-    rule for rule in product((512, 1024, 2048), (2, 4, 8), (4, 8, 16, 32), (32, 64, 1 << 20)) if rule[2] >= rule[1]
+    rule
+    for rule in product((256, 512, 1024, 2048), (4, 8, 16, 32), (8, 16, 32, 64), (32, 64, 1 << 20))
+    if rule[2] >= rule[1]
 ]
 NAME = re.compile(r"time/scan (forward|backward)/b(\d+) (\d+)x(\d+) d(\d+) n(\d+) r(\d+)")
 

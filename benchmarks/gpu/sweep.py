@@ -239,7 +239,8 @@ def compare_module(module: Module, dtype: torch.dtype, setting: Setting) -> dict
 
 def as_op(module: Module, device: str) -> Op:
     """A module of fixed weights as a function of its input."""
-    torch.backends.cudnn.deterministic = True  # convolutions may otherwise add in another order each time
+    # Convolutions and bilinear interpolation may otherwise add in another order each time.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     network, x = module.build().eval().to(device), torch.randn(module.shape)
 

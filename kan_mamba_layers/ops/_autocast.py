@@ -5,14 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile before PyTorch 2.12 cannot trace the question.
+_DEVICES = tuple(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(d))
+
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operations on ``x``'s device keep the dtypes they are given."""
-    available = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in _DEVICES else nullcontext()
 
 
 def autocast_is_on(x: Tensor) -> bool:
     """Whether operations on ``x``'s device choose their dtypes themselves."""
-    available = torch.amp.is_autocast_available(x.device.type)
-    return available and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type)

@@ -9,14 +9,16 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton, and a process without TRITON_INTERPRET", allow_module_level=True)
@@ -25,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kan_mamba_layers.ops.selective_scan import _triton, _triton_backward, _triton_forward
+from kan_mamba_layers.ops.selective_scan import _triton, _triton_backward, _triton_forward, _triton_steps
 
 RECORDED = Path(__file__).with_name("resources.json")
 TARGETS = {
@@ -46,63 +48,79 @@ MODELS = {
     "n4 r2": (64, 4, 2, 4, "fp32"),
     "n17 r3": (96, 17, 3, 4, "fp32"),
 }
-BOTH_CHUNK_ENDS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the rest differs little
-POINTERS = {"u", "x", "grad_y", "out"}  # of the dtype above; all others are float32
+SOME_MODELS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the rest differs little in the kernels beside the scans
+EVEN_SIZES = ("channels", "group", "values", "chunk")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KERNELS = {
+    _triton_forward: ("scan", "chunk_ends", "carry", "merge"),
+    _triton_backward: ("scan_backward",),
+    _triton_steps: ("step_sizes", "step_gradients"),
+}
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
-    """(name, kernel, constants, dtype), with the constants that the launcher itself would use."""
-    for name, (d, n, r, k, dtype) in MODELS.items():
-        plans = {back: _triton.choose_plan(8, 1024, d, k, 1, n, 132, back=back) for back in (False, True)}
-        yield from (
-            (f"{kernel.__name__}{note} {name}", kernel, {**constants(plans[back], d, n, r, k), **more}, dtype)
-            for kernel, note, back, more in (
-                (_triton_forward.scan, "", False, {"TURNS": 2 if plans[False].pair else 1, "SAVE": True}),
-                (_triton_forward.chunk_ends, "", False, {"BACK": False}),
-                (_triton_forward.chunk_ends, " back", True, {"BACK": True}),
-                (_triton_backward.scan_backward, "", True, {}),
-            )
-            if kernel is not _triton_forward.chunk_ends or name in BOTH_CHUNK_ENDS
-        )
-    for back in (False, True):
-        more = {"WALKS": 4, "BACK": back, "BLOCK": 128, "num_warps": 4}
-        yield f"carry{' back' * back}", _triton_forward.carry, more, "fp32"
-    yield "merge bf16", _triton_forward.merge, {"PARTS": 4, "BLOCK": 1024, "num_warps": 4}, "bf16"
+class Variant(NamedTuple):
+    """A kernel with the arguments and constants that the launcher gives it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
-def constants(plan: _triton.Plan, d: int, n: int, r: int, k: int) -> dict[str, Any]:
-    maps, weight, bias, A = (
-        torch.zeros(1, 1, k, r + 2 * n),
-        torch.zeros(k, d, r),
-        torch.zeros(k, d),
-        torch.ones(k, d, n),
-    )
-    sizes = _triton._sizes(torch.zeros(1, 1, d), maps, weight, A)
-    delta = torch.zeros(1, 1, k, d) if r == 0 else None
-    return {**_triton._Launch(sizes, plan, maps, delta, weight, bias, A, 1, 1, True).constants, "TILE": _triton.TILE}
+@dataclass
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    kernel: Any
+    found: list[Variant]
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **constants: self.found.append(Variant(self.kernel, arguments, constants))
 
 
-def signature(kernel: Any, known: dict[str, Any], dtype: str) -> dict[str, str]:
-    """Types of the arguments: tensors are commented or come before `height`, numbers after."""
-    names = kernel.arg_names
-    first_number = min(names.index(name) for name in ("channels", "height", "total") if name in names)
-    kinds = {}
-    for i, name in enumerate(names):
-        pointer = f"*{dtype}" if name in POINTERS else "*fp32"
-        kinds[name] = "constexpr" if name in known else pointer if i < first_number else "i32"
-    return kinds
+def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
+    """What a forward and a backward pass launch for two chunks of an image, under the plans for a batch of 8."""
+    found: list[Variant] = []
+    plans = (_triton.choose_plan(8, 1024, d, k, 1, n, 132, back=back)._replace(chunk=32) for back in (False, True))
+    u, maps = torch.zeros(1, 64, d, dtype=TYPES[dtype]), torch.zeros(1, 64, k, r + 2 * n)
+    delta = torch.zeros(1, 64, k, d) if r == 0 else None
+    rest = (delta, torch.zeros(k, d, r), torch.zeros(k, d), torch.ones(k, d, n), torch.zeros(d))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in KERNELS.items():
+            for name in names:
+                patch.setattr(module, name, Recorder(getattr(module, name), found))
+        _, _, saved = _triton.forward(u, maps, *rest, None, 8, 8, True, True, plan=next(plans))
+        _triton.backward(u, None, u, maps, *rest, saved, 8, 8, True, plan=next(plans))
+    return found
+
+
+@cache
+def variants() -> dict[str, Variant]:
+    """By name: the scans for every model, the other kernels for some."""
+    found = {}
+    for model, sizes in MODELS.items():
+        for variant in launches(*sizes):
+            name = variant.kernel.fn.__name__
+            if name.startswith("scan") or model in SOME_MODELS:
+                found[f"{name}{' back' * variant.constants.get('BACK', False)} {model}"] = variant
+            elif name == "merge" and variant.arguments[1].dtype == torch.bfloat16:
+                found["merge bf16"] = variant
+    return found
 
 
 @cache
 def compiled(name: str, target: str) -> Any:
-    kernel, known, dtype = next(v[1:] for v in variants() if v[0] == name)
-    options = {"num_warps": known["num_warps"]}
-    known = {k: v for k, v in known.items() if k in kernel.arg_names}
-    kinds = signature(kernel, known, dtype)
+    kernel, arguments, constants = variants()[name]
+    options = {"num_warps": constants["num_warps"]}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    kinds = {
+        name: pointers[x.dtype] if isinstance(x, Tensor) else "i32"
+        for name, x in zip(kernel.arg_names, arguments, strict=False)
+    } | dict.fromkeys(constants, "constexpr")
     # What the launcher finds to be divisible by 16: tensors' addresses, and the sizes of ordinary models.
-    numbers = [p.name for p in kernel.params if p.name in ("channels", "group", "values") and not p.do_not_specialize]
-    even = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ("chunk", *numbers)]
-    source = ASTSource(kernel, kinds, known, attrs={(i,): [["tt.divisibility", 16]] for i in even})
+    sizes = [p.name for p in kernel.params if p.name in EVEN_SIZES and not p.do_not_specialize]
+    even = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in sizes]
+    source = ASTSource(kernel, kinds, constants, attrs={(i,): [["tt.divisibility", 16]] for i in even})
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -121,7 +139,7 @@ def resources(name: str, target: str, folder: Path) -> list[int]:
     return [int(registers), int(spilled), binary.metadata.shared]
 
 
-NAMES = [name for name, *_ in variants()]
+NAMES = list(variants())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +169,7 @@ def test_code(name: str) -> None:
     ptx, ir = binary.asm["ptx"], binary.asm["ttir"]
     assert not re.search(r"\b(trap|atom|red)\b", ptx)
     assert re.search(r"arith\.extsi .* i32 to i64", ir)
-    if not name.startswith("scan_backward"):
+    if name.split()[0] in ("scan", "chunk_ends", "carry", "merge"):
         assert ptx.count("shfl") <= 1  # at most in the odd last step, where a layout may change
 
 

@@ -70,7 +70,7 @@ def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
     outs = _width(job.o, 128)
 
     def fills(rows: int) -> bool:
-        return triton.cdiv(job.rows, rows) * triton.cdiv(job.o, outs) >= 0.9 * gpu.multiprocessors
+        return _blocks(job.rows, rows) * _blocks(job.o, outs) >= 0.9 * gpu.multiprocessors
 
     slots, stages = 1 + job.bases, 3 if job.half else 2
     fitting = int(0.9 * gpu.shared) // (slots * 16 * outs * (2 if job.half else 4))  # stages of the whole weight
@@ -109,8 +109,8 @@ def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
         wide = job.half and job.o > 64
         tiles = Tiles(32, 64, _width(job.o, 128 if wide else 64), warps=4, stages=3, slots=2 if wide else 3)
     tiles = tiles._replace(slots=tiles.slots if job.uniform else 1)
-    programs = triton.cdiv(job.i, tiles.ins) * triton.cdiv(job.o, tiles.outs) * triton.cdiv(1 + job.bases, tiles.slots)
-    parts = min(2 * gpu.multiprocessors // programs, triton.cdiv(job.rows, 8 * tiles.rows))
+    programs = _blocks(job.i, tiles.ins) * _blocks(job.o, tiles.outs) * _blocks(1 + job.bases, tiles.slots)
+    parts = min(2 * gpu.multiprocessors // programs, _blocks(job.rows, 8 * tiles.rows))
     return tiles._replace(parts=max(1, parts))
 
 
@@ -135,7 +135,7 @@ def forward(
     with torch.cuda.device_of(x):
         launch(
             _triton_forward.kan_forward,
-            (triton.cdiv(job.rows, t.rows), triton.cdiv(job.o, t.outs)),
+            (_blocks(job.rows, t.rows), _blocks(job.o, t.outs)),
             t,
             (*inputs, y, job.rows, job.i, job.o),
             UNIT=launch.unit,
@@ -174,7 +174,7 @@ def backward(
             t = tiles[0] or grad_input_tiles(job, _gpu(x.device))
             launch(
                 _triton_backward.grad_input,
-                (triton.cdiv(job.rows, t.rows), triton.cdiv(job.i, t.ins)),
+                (_blocks(job.rows, t.rows), _blocks(job.i, t.ins)),
                 t,
                 (grad_y, x, launch.packed(), *knots, grad_x, grad_activated, job.rows, job.i, job.o),
                 LOWER_UNIT=unit(job.s - 1),
@@ -182,12 +182,12 @@ def backward(
             )
         if weight_grad:
             t = tiles[1] or grad_weights_tiles(job, _gpu(x.device))
-            groups = triton.cdiv(1 + job.bases, t.slots)
-            rows_a_part = triton.cdiv(max(1, triton.cdiv(job.rows, t.parts)), t.rows) * t.rows
-            parts = _empty(x, triton.cdiv(job.rows, rows_a_part), job.o, 1 + job.bases, job.i)
+            groups = _blocks(1 + job.bases, t.slots)
+            rows_a_part = _blocks(max(1, _blocks(job.rows, t.parts)), t.rows) * t.rows
+            parts = _empty(x, _blocks(job.rows, rows_a_part), job.o, 1 + job.bases, job.i)
             launch(
                 _triton_backward.grad_weights,
-                (triton.cdiv(job.i, t.ins) * groups, triton.cdiv(job.o, t.outs), len(parts)),
+                (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(parts)),
                 t,
                 (grad_y, x, launch.activated, *knots, parts, job.rows, rows_a_part, job.i, job.o),
                 UNIT=launch.unit,
@@ -263,9 +263,14 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def _blocks(size: int, block: int) -> int:
+    """How many blocks cover a size. Triton's own function takes microseconds."""
+    return -(-size // block)
+
+
 def _width(size: int, most: int) -> int:
     """The next power of two, at least 16, which products need."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, 1 << (size - 1).bit_length()))
 
 
 def _precision(dtype: torch.dtype) -> str:

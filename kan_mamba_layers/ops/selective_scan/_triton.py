@@ -1,19 +1,20 @@
-"""The scan on GPUs: launches the Triton kernels of ``_triton_forward`` and ``_triton_backward``.
+"""The scan on GPUs: launches the Triton kernels of ``_triton_forward``, ``_triton_backward`` and ``_triton_steps``.
 
 Forward is ``chunk_ends`` and ``carry`` where one chunk is not enough, then ``scan``, then ``merge``; backward the same
-with adjoints. Nothing is added atomically and every sum has one order, so results repeat bit for bit.
+with adjoints, between ``step_sizes`` and ``step_gradients``. Nothing is added atomically and every sum has one order,
+so results repeat bit for bit.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kan_mamba_layers.ops._limits import against_addresses
-from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward
+from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward, _triton_steps
 
 TILE = 16  # steps between two saved states
+PIXELS = 64  # of a program that makes step sizes or their gradients
 _MAX_RANK = 16  # steps of a higher rank are expanded by a matrix product, since registers would not hold the weights
 _LOG2E = 1.4426950408889634
 
@@ -37,8 +38,8 @@ class Rule(NamedTuple):
     pair_steps: int  # of a cut chunk that a program walks there and back, at least
 
 
-FORWARD = Rule(values=1024, enough=4, wanted=8, pair_steps=64)
-BACKWARD = Rule(values=512, enough=4, wanted=8, pair_steps=64)
+FORWARD = Rule(values=1024, enough=4, wanted=16, pair_steps=64)
+BACKWARD = Rule(values=256, enough=16, wanted=16, pair_steps=64)
 
 
 class _Sizes(NamedTuple):
@@ -53,7 +54,7 @@ class _Sizes(NamedTuple):
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
     """Shape of ``saved``: the state that enters every tile of ``TILE`` steps of every walk."""
-    return b, k, triton.cdiv(l, TILE), n, d
+    return b, k, _blocks(l, TILE), n, d
 
 
 def choose_plan(
@@ -76,13 +77,14 @@ def choose_plan(
     """
     rule = rule or (BACKWARD if back else FORWARD)
     full = rule.enough * multiprocessors
-    widest = max(32, min(128, rule.values // triton.next_power_of_2(n)))
-    block = min(widest, max(32, triton.next_power_of_2(d // g)))
-    programs = b * k * g * triton.cdiv(d // g, block)
+    narrowest = 16 if back else 32
+    widest = max(narrowest, min(128, rule.values // _power_of_two(n)))
+    block = min(widest, max(narrowest, _power_of_two(d // g)))
+    programs = b * k * g * _blocks(d // g, block)
 
     def chunk(programs: int) -> int:
-        count = 1 if programs >= full else triton.cdiv(rule.wanted * multiprocessors, programs)
-        return min(triton.cdiv(l, TILE), max(2, triton.cdiv(l, count * TILE))) * TILE
+        count = 1 if programs >= full else _blocks(rule.wanted * multiprocessors, programs)
+        return min(_blocks(l, TILE), max(2, _blocks(l, count * TILE))) * TILE
 
     half = programs // 2
     pair = k == 4 and not back and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
@@ -115,15 +117,17 @@ def forward(
     plan = plan or choose_plan(*s[:-1], _multiprocessors(u))
     with torch.cuda.device_of(u):
         launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
-        entering = launch.entering(u, initial, back=False)
+        entering = launch.entering(u, initial, launch.step_inputs, launch.step_constants, back=False)
         turns = 2 if plan.pair else 1
         parts = _empty(u, s.k // turns, s.b, s.l, s.d)
         launch(
             _triton_forward.scan,
             s.k // turns,
-            (u, *launch.inputs, entering, parts, saved, last),
+            (u, *launch.step_inputs, launch.a2, entering, parts, saved, last),
+            plan.block,
             TURNS=turns,
             SAVE=save,
+            **launch.step_constants,
         )
         _merge(parts, u, D, y)
     return y, last.mT.contiguous(), saved
@@ -156,32 +160,41 @@ def backward(
     grad_y = grad_y.contiguous()
     with torch.cuda.device_of(u):
         launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
-        behind = launch.entering(grad_y, grad_last, back=True)
-        scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.constants["NP"], plan.block)
+        steps = _empty(u, s.b, s.l, s.k, s.d)
+        launch.over_pixels(_triton_steps.step_sizes, steps)
+        ready = (maps, steps, dt_weight, torch.zeros_like(dt_bias))  # instead of what the steps are made from
+        behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
+        scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         parts = _empty(u, s.k, s.b, s.l, s.d)
-        grad_maps = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
-        grad_z = _empty(u, s.b, s.l, s.k, s.d)
+        grad_bc = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
         grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
         in_front = _empty(u, s.b, s.k, s.n, s.d)
-        outputs = (parts, grad_maps, grad_z, grad_a, in_front)
-        launch(_triton_backward.scan_backward, s.k, (grad_y, u, *launch.inputs, saved, behind, scratch, *outputs))
+        outputs = (parts, grad_bc, steps, grad_a, in_front)
+        inputs = (grad_y, u, maps, launch.a2, saved, behind, scratch)
+        launch(_triton_backward.scan_backward, s.k, (*inputs, *outputs), plan.block)
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
         _merge(parts, grad_y, D, grad_u)
 
-    grad_bc = grad_maps.sum(0)  # b l k*g 2n
-    grad_weight = torch.zeros_like(dt_weight)
-    if delta is None:
-        z = grad_z.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
+        grad_maps = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
+        torch.sum(grad_bc, 0, out=grad_maps[..., s.r :])
+        ranges = _blocks(s.b * s.l, PIXELS)
+        grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
+        grad_bias = _empty(u, ranges, s.k, s.d)
+        launch.over_pixels(_triton_steps.step_gradients, steps, grad_maps, grad_weight, grad_bias)
+
+    grad_weight = grad_weight.sum(0).mT
+    if s.r > launch.rank and delta is None:  # of a high rank, expanded by a matrix product
+        z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
         low = maps[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
         grad_low = z @ dt_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
+        grad_maps[..., : s.r] = grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r)
         grad_weight = (z.mT @ low).view(dt_weight.shape)
-        grad_bc = torch.cat([grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r), grad_bc], -1)
     return (
         grad_u,
-        grad_bc,
-        grad_z if delta is not None else _empty(u, 0),
-        grad_weight,
-        grad_z.sum((0, 1)),
+        grad_maps,
+        steps if delta is not None else _empty(u, 0),
+        grad_weight.contiguous(),
+        grad_bias.sum(0),
         grad_a.sum((0, 1)).mT.contiguous(),
         (grad_y.float() * u.float()).sum((0, 1)),
         in_front.mT.contiguous(),
@@ -209,34 +222,48 @@ class _Launch:
             low = maps[..., :rank].unflatten(2, (s.k, s.g))  # b l k g r
             delta = torch.einsum("blkgr,kgdr->blkgd", low, dt_weight.unflatten(1, (s.g, -1))).flatten(3).contiguous()
             rank = 0
-        self.s, self.plan = s, plan
-        self.chunks, self.blocks = triton.cdiv(s.l, plan.chunk), s.g * triton.cdiv(s.d // s.g, plan.block)
+        self.s, self.plan, self.height, self.width = s, plan, height, width
+        self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
         self.a2 = (A * _LOG2E).mT.contiguous()  # k n d
-        self.inputs = (maps, maps if delta is None else delta, dt_weight.mT.contiguous(), dt_bias, self.a2)
-        self.numbers = (height, width, s.d, s.d // s.g, plan.chunk, self.chunks)
-        states = triton.next_power_of_2(s.n)
-        self.constants = {
-            "R": rank,
-            "RP": triton.next_power_of_2(max(rank, 1)),
-            "N": s.n,
-            "NP": states,
-            "RANK": s.r,
-            "WALKS": s.k,
-            "GROUPS": s.g,
-            "SOFTPLUS": softplus,
-            "BLOCK": plan.block,
-            "num_warps": plan.warps or min(16, max(1, states // 32)),
-            **({"num_stages": plan.stages} if plan.stages else {}),
-        }
+        self.maps, self.delta = maps, maps if delta is None else delta
+        self.dt_weight, self.dt_bias = dt_weight.mT.contiguous(), dt_bias
+        self.rank, self.states, self.softplus = rank, _power_of_two(s.n), softplus
+        self.sizes = {"N": s.n, "RANK": s.r, "WALKS": s.k, "GROUPS": s.g}
 
-    def __call__(self, kernel: Any, walks: int, tensors: tuple[Tensor, ...], **constants: Any) -> None:
+    @property
+    def step_inputs(self) -> tuple[Tensor, ...]:
+        """What the step sizes are made from."""
+        return self.maps, self.delta, self.dt_weight, self.dt_bias
+
+    @property
+    def step_constants(self) -> dict[str, Any]:
+        """How the forward kernels make them."""
+        return {"R": self.rank, "RP": _power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
+
+    def __call__(self, kernel: Any, walks: int, tensors: tuple[Tensor, ...], block: int, **constants: Any) -> None:
         """Launch a kernel over blocks of channels, walks, chunks and images."""
-        s = self.s
-        tiles = triton.cdiv(s.l, TILE)
-        numbers = (*self.numbers, tiles, self.blocks, s.b)
-        kernel[(self.blocks * walks * self.chunks * s.b,)](*tensors, *numbers, TILE=TILE, **constants, **self.constants)
+        s, plan = self.s, self.plan
+        blocks, tiles = s.g * _blocks(s.d // s.g, block), _blocks(s.l, TILE)
+        numbers = (self.height, self.width, s.d, s.d // s.g, plan.chunk, self.chunks, tiles, blocks, s.b)
+        constants |= {"NP": self.states, "BLOCK": block, "TILE": TILE, **self.sizes}
+        constants["num_warps"] = plan.warps or min(16, max(1, self.states // 32))
+        if plan.stages:
+            constants["num_stages"] = plan.stages
+        kernel[(blocks * walks * self.chunks * s.b,)](*tensors, *numbers, **constants)
 
-    def entering(self, x: Tensor, start: Tensor | None, *, back: bool) -> Tensor:  # b k c n d
+    def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
+        """Launch a kernel of the step sizes."""
+        s = self.s
+        block = max(16, min(32, _power_of_two(s.d // s.g)))
+        kernel[(_blocks(s.b * s.l, PIXELS), s.k * s.g)](
+            *self.step_inputs, *outputs, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
+            R=self.rank, RP=max(16, _power_of_two(max(self.rank, 1))), SOFTPLUS=self.softplus, **self.sizes,
+            ROWS=PIXELS, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+    def entering(
+        self, x: Tensor, start: Tensor | None, inputs: tuple[Tensor, ...], constants: dict[str, Any], *, back: bool
+    ) -> Tensor:  # b k c n d
         """The state that enters each chunk, or (back) the adjoint that comes from behind it."""
         s = self.s
         if start is None:
@@ -246,15 +273,26 @@ class _Launch:
         if self.chunks == 1:
             return start
         ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
-        self(_triton_forward.chunk_ends, s.k, (x, *self.inputs, ends, sums), BACK=back)
-        grid = (triton.cdiv(s.n * s.d, 128) * s.b * s.k,)
+        block = max(32, self.plan.block)
+        self(_triton_forward.chunk_ends, s.k, (x, *inputs, self.a2, ends, sums), block, BACK=back, **constants)
+        grid = (_blocks(s.n * s.d, 128) * s.b * s.k,)
         sizes = (s.d, self.chunks, s.n * s.d)
         _triton_forward.carry[grid](ends, sums, self.a2, start, *sizes, WALKS=s.k, BACK=back, BLOCK=128, num_warps=4)
         return ends
 
 
+def _blocks(size: int, block: int) -> int:
+    """How many blocks cover a size. Triton's own function takes microseconds."""
+    return -(-size // block)
+
+
+def _power_of_two(size: int) -> int:
+    """The next one that is not below."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 def _merge(parts: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
-    grid = (triton.cdiv(x.numel(), 1024),)
+    grid = (_blocks(x.numel(), 1024),)
     _triton_forward.merge[grid](parts, x, skip, out, x.numel(), x.shape[-1], PARTS=len(parts), BLOCK=1024, num_warps=4)
 
 

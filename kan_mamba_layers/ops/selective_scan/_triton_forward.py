@@ -167,6 +167,14 @@ def chunk_ends(
 
 
 @triton.jit
+def load_chunk(ends, sums, s, down, chunks, values, channels, inside):
+    """What the s-th chunk along the walk ends with, and the sum of its step sizes; zeros behind the last one."""
+    c = tl.where(down, chunks - 1 - s, s).to(tl.int64)
+    there = inside & (s < chunks)
+    return tl.load(ends + c * values, mask=there, other=0.0), tl.load(sums + c * channels, mask=there, other=0.0)
+
+
+@triton.jit
 def carry(
     ends,  # b k c n d
     sums,  # b k c d
@@ -181,16 +189,22 @@ def carry(
     inside = e < values
     k = (bk % WALKS).to(tl.int32)
     down = (k >= 2) != BACK
+    ends += bk * chunks * values + e
+    sums += bk * chunks * channels + e % channels
     a = tl.load(a2 + k * values + e, mask=inside, other=0.0)
     h = tl.load(start + bk * values + e, mask=inside, other=0.0)
+    # Four chunks are on their way, since nothing else here takes time.
+    end0, sum0 = load_chunk(ends, sums, 0, down, chunks, values, channels, inside)
+    end1, sum1 = load_chunk(ends, sums, 1, down, chunks, values, channels, inside)
+    end2, sum2 = load_chunk(ends, sums, 2, down, chunks, values, channels, inside)
+    end3, sum3 = load_chunk(ends, sums, 3, down, chunks, values, channels, inside)
     for s in range(chunks):
-        at = bk * chunks + tl.where(down, chunks - 1 - s, s)
-        end = tl.load(ends + at * values + e, mask=inside, other=0.0)
-        total = tl.load(sums + at * channels + e % channels, mask=inside, other=0.0)
-        tl.store(ends + at * values + e, h, mask=inside)
+        tl.store(ends + tl.where(down, chunks - 1 - s, s).to(tl.int64) * values, h, mask=inside)
         # Half of the decay on each side: for growing states no product overflows unless the result does.
-        half = tl.exp2(0.5 * (a * total))
-        h = tl.where(h == 0.0, end, (half * h) * half + end)
+        half = tl.exp2(0.5 * (a * sum0))
+        h = tl.where(h == 0.0, end0, (half * h) * half + end0)
+        end0, sum0, end1, sum1, end2, sum2 = end1, sum1, end2, sum2, end3, sum3
+        end3, sum3 = load_chunk(ends, sums, s + 4, down, chunks, values, channels, inside)
 
 
 @triton.jit(do_not_specialize=["channels", "group"])
