@@ -41,7 +41,7 @@ def check_sizes(name: str, value: Any, least: int, most: int) -> None:
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}; pass a tuple")
     if not least <= len(value) <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
-        raise ValueError(f"{name} must have {wanted} entries, one for each level, got {value!r}; pass {most} integers")
+        raise ValueError(f"{name} must have {wanted} entries, got {value!r}; pass {wanted} positive integers")
     for i, size in enumerate(value):
         check_int(f"{name}[{i}]", size, 1)
 
@@ -57,6 +57,17 @@ def check_number(
     if not math.isfinite(number) or below or number > high:
         left = "(" if open_low else "["
         raise ValueError(f"{name} must be a finite number in {left}{low}, {high}], got {value}; choose one inside")
+
+
+def check_interval(name: str, value: Any) -> None:
+    """``value`` is a pair of finite numbers, the second larger than the first."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of numbers, got {value!r}; pass e.g. (-1.0, 1.0)")
+    low, high = value
+    check_number(f"{name}[0]", low)
+    check_number(f"{name}[1]", high)
+    if low >= high:
+        raise ValueError(f"{name} must ascend, got {value!r}; pass e.g. (-1.0, 1.0)")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

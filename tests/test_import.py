@@ -74,7 +74,9 @@ def test_importing_changes_no_global_state() -> None:
     assert result.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("module", ["ops", "layers", "models", "ops.backend", "layers.blocks", "models.km_unet_pp"])
+@pytest.mark.parametrize(
+    "module", ["ops", "layers", "models", "ops.backend", "layers.kan", "models.levels", "models.km_unet_pp", "compat"]
+)
 def test_every_part_can_be_imported_first(module: str) -> None:
     result = run(f"import kan_mamba_layers.{module}")
     assert result.returncode == 0, result.stderr

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def violations(name: str, source: str) -> list[str]:
     return found
 
 
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Which of the given modules each of them imports, at its top, inside a function or for types alone."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        graph[name] = set()
+        for target, _ in imports(ast.parse(source)):
+            module = target if target in sources else target.rpartition(".")[0]
+            graph[name] |= {module} & sources.keys()
+    return graph
+
+
 def dotted(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -98,6 +110,11 @@ def test_module_of_the_package(path: Path) -> None:
     assert violations(dotted(path), source) == []
     assert len(source.splitlines()) <= MAX_LINES
     assert path.stem not in ("utils", "common", "helpers", "misc")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = import_graph({dotted(path): path.read_text() for path in modules(PACKAGE)})
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", modules("examples") + modules("benchmarks"), ids=dotted)
@@ -149,6 +166,13 @@ class TestTheCheckItself:
     )
     def test_planted_violation_is_found(self, name: str, source: str, complaint: str) -> None:
         assert any(complaint in line for line in violations(name, source))
+
+    @pytest.mark.parametrize("back", ["import p.a", "from p.a import f", "def f():\n    from p import a"])
+    def test_planted_circle_is_found(self, back: str) -> None:
+        sources = {"p.a": "from p.b import g", "p.b": "from p.c import h", "p.c": back}
+        with pytest.raises(CycleError):
+            TopologicalSorter(import_graph(sources)).prepare()
+        TopologicalSorter(import_graph({**sources, "p.c": "from p import d"})).prepare()
 
     @pytest.mark.parametrize(
         ("name", "source"),

@@ -1,9 +1,7 @@
 """The layers as modules, with the names, shapes and checkpoint keys of the field."""
 
 from kan_mamba_layers.layers.ema import EMA
-from kan_mamba_layers.layers.kan import KANBlock, KANLayer
-from kan_mamba_layers.layers.kan_conv import KANConv2d
-from kan_mamba_layers.layers.kan_linear import KANLinear
+from kan_mamba_layers.layers.kan import KANBlock, KANConv2d, KANLayer, KANLinear
 from kan_mamba_layers.layers.ss2d import SS2D
 
 __all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear"]

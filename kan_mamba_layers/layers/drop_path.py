@@ -7,7 +7,7 @@ from kan_mamba_layers._check import check_number
 
 
 class DropPath(nn.Module):
-    """In training, zero a residual branch for a random share of the samples and scale the others up.
+    """During training, drop a residual branch for random samples and scale it up for the others.
 
     Args:
         rate: probability that a sample's branch is dropped, in ``[0, 1)``.

@@ -8,9 +8,9 @@ from kan_mamba_layers._check import check_divisible, check_int, check_shape
 
 
 class EMA(nn.Module):
-    r"""Weight every pixel by what two branches of different reach agree on.
+    r"""Weight every pixel by the agreement of two branches with different receptive fields.
 
-    The channels are cut into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w`
+    The channels are split into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w`
     the means over the width and over the height,
 
     .. math::
@@ -34,7 +34,7 @@ class EMA(nn.Module):
         ValueError: ``factor`` does not divide ``channels``, or the input is not ``(b, channels, h, w)``.
 
     Numerics:
-        Means are plain means rather than adaptive pooling, whose backward on CUDA is not deterministic.
+        Uses plain means instead of adaptive pooling, whose backward pass on CUDA is not deterministic.
 
     Example:
         >>> import torch
@@ -70,16 +70,17 @@ class EMA(nn.Module):
         groups = rearrange(x, "b (f c) h w -> (b f) c h w", f=self.factor)
         means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
         gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1
-        of_rows, of_columns = gates.split([height, width], 2)
-        local = self.gn(groups * of_rows * of_columns.mT)  # b*f c h w
+        row_gates, column_gates = gates.split([height, width], 2)
+        local = self.gn(groups * row_gates * column_gates.mT)  # b*f c h w
         spatial = self.conv3x3(groups)  # b*f c h w
-        weights = (_channel_share(local) * spatial + _channel_share(spatial) * local).sum(1, keepdim=True)  # b*f 1 h w
-        return rearrange(groups * weights.sigmoid(), "(b f) c h w -> b (f c) h w", f=self.factor)
+        agreement = _channel_weights(local) * spatial + _channel_weights(spatial) * local  # b*f c h w
+        gate = agreement.sum(1, keepdim=True).sigmoid()  # b*f 1 h w
+        return rearrange(groups * gate, "(b f) c h w -> b (f c) h w", f=self.factor)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, factor={self.factor}"
 
 
-def _channel_share(x: Tensor) -> Tensor:  # b c h w -> b c 1 1
-    """How much each channel counts: the softmax of the channels' means."""
+def _channel_weights(x: Tensor) -> Tensor:  # b c h w -> b c 1 1
+    """The weight of each channel: the softmax of the channels' means."""
     return x.mean((2, 3), keepdim=True).softmax(1)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
-
-_DIRECTIONS = 4
+from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS
 
 
 class SS2D(nn.Module):
-    r"""Mix an image over its whole extent at linear cost, by selective scans along four directions.
+    r"""Mix the pixels of a whole image at linear cost, by selective scans along four directions.
 
     .. math::
         (u, z) &= W_\mathrm{in}\, x, \qquad
@@ -26,14 +25,14 @@ class SS2D(nn.Module):
         d_model: channels of input and output, ``c``.
         d_state: state size ``n`` of each channel's recurrence.
         d_conv: size of the depthwise convolution, odd.
-        expand: ``d_inner = expand * d_model`` channels inside.
+        expand: the scan has ``d_inner = expand * d_model`` channels.
         dt_rank: rank of the step projection, or ``"auto"`` for ``ceil(d_model / 16)``.
         dt_min: smallest initial step.
         dt_max: largest initial step.
-        dt_init_floor: initial steps are at least this.
+        dt_init_floor: lower bound of the initial steps.
         dropout: dropout rate of the output, in ``[0, 1)``.
         conv_bias: whether the depthwise convolution has a bias.
-        bias: whether the input and output maps have biases.
+        bias: whether the input and output projections have biases.
         backend: implementation of :func:`~kan_mamba_layers.ops.cross_selective_scan`.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -56,7 +55,7 @@ class SS2D(nn.Module):
 
     References:
         Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752,
-        section 3.6. Parameters are named as in VMamba v0 and its descendants, whose weights load strictly.
+        section 3.6. The parameter names are those of VMamba v0 and its descendants, whose weights load strictly.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class SS2D(nn.Module):
         check_int("d_state", d_state, 1)
         check_int("d_conv", d_conv, 1)
         if d_conv % 2 == 0:
-            raise ValueError(f"d_conv must be odd to keep the image's size, got {d_conv}; use {d_conv + 1}")
+            raise ValueError(f"d_conv must be odd to keep the size of the image, got {d_conv}; use {d_conv + 1}")
         check_number("expand", expand, 1 / d_model)
         if isinstance(dt_rank, str):
             check_choice("dt_rank", dt_rank, ("auto",))
@@ -109,11 +108,11 @@ class SS2D(nn.Module):
         d, n, r = self.d_inner, d_state, rank
         self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
         self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **factory)
-        self.x_proj_weight = parameter(_DIRECTIONS, r + 2 * n, d)
-        self.dt_projs_weight = parameter(_DIRECTIONS, d, r)
-        self.dt_projs_bias = parameter(_DIRECTIONS, d)
-        self.A_logs = parameter(_DIRECTIONS * d, n)
-        self.Ds = parameter(_DIRECTIONS * d)
+        self.x_proj_weight = parameter(NUM_DIRECTIONS, r + 2 * n, d)
+        self.dt_projs_weight = parameter(NUM_DIRECTIONS, d, r)
+        self.dt_projs_bias = parameter(NUM_DIRECTIONS, d)
+        self.A_logs = parameter(NUM_DIRECTIONS * d, n)
+        self.Ds = parameter(NUM_DIRECTIONS * d)
         self.out_norm = nn.LayerNorm(d, **factory)
         self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)

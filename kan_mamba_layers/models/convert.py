@@ -1,4 +1,4 @@
-"""Published checkpoints' keys to ours."""
+"""Convert the keys of published checkpoints to ours."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from kan_mamba_layers._check import check_choice
 
 Source = Literal["km_unet", "u_kan"]
 
-# Published name -> ours. Decoders are numbered from the bottom in the one and by level in the other.
+# Published name -> ours. Published decoders are numbered from the bottom, ours by level.
 _SHARED = {
     **{f"encoder{i + 1}.conv": f"encoder.{i}.conv" for i in range(3)},
     **{f"decoder{i + 1}.conv": f"decoder.{3 - i}.conv" for i in range(4)},
@@ -45,18 +45,18 @@ _PAIR = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}
 def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tuple[dict[str, Tensor], list[str]]:
     """Translate a published KM-UNet or U-KAN checkpoint for :class:`KMUNet`.
 
-    Biases of convolutions before BatchNorm do not exist in :class:`KMUNet`, since they cannot change its output: they
-    are folded into the running mean, so the converted model computes the same function.
+    In :class:`KMUNet`, convolutions before BatchNorm have no bias, since BatchNorm cancels it. Published biases are
+    folded into the running mean, so the converted model computes the same function.
 
     Args:
-        state_dict: the published model's state; a ``module.`` prefix of ``DataParallel`` is removed.
+        state_dict: the published model's state; the prefix ``module.`` of ``DataParallel`` is removed.
         source: ``"km_unet"`` for ``KMUNet(trunk_context=False, decoder_kan=False)``, ``"u_kan"`` for
             ``KMUNet(use_ss2d=False, use_ema=False)``. The published ``embed_dims=(a, b, c)`` are
             ``widths=(a // 8, a // 4, a, b, c)``.
 
     Returns:
-        The state for ``load_state_dict``, and the names of the published parameters that were never used and are
-        dropped.
+        The state for ``load_state_dict``, and the names of the published parameters that the published code never uses;
+        these are dropped.
 
     Raises:
         ValueError: ``source`` is unknown, or a key does not belong to the published model.
@@ -70,7 +70,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
     """
     check_choice("source", source, _NAMES)
     converted: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}  # of convolutions, by the name of the running mean that takes them in
+    biases: dict[str, Tensor] = {}  # by the name of the running mean that absorbs them
     dropped = []
     for published, value in state_dict.items():
         key = published.removeprefix("module.")
@@ -80,7 +80,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
         ours = _rename(key, _NAMES[source])
         if ours is None:
             raise ValueError(
-                f"state_dict key {published!r} is not one of a published {source}; check source={source!r}"
+                f"state_dict key {published!r} does not belong to a published {source}; check source={source!r}"
             )
         pair = re.fullmatch(r"(.*\.conv\.[01])\.0\.bias", ours)
         if pair:
@@ -90,7 +90,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
     for mean, bias in biases.items():
         if mean not in converted:
             raise ValueError(
-                f"state_dict has a convolution's bias but not {mean!r} after it; pass the whole state_dict"
+                f"state_dict has the bias of a convolution but no {mean!r} after it; pass the whole state_dict"
             )
         converted[mean] = converted[mean] - bias
     return converted, dropped

@@ -1,16 +1,18 @@
-"""KMUNet: a U-Net with selective scans, multi-scale attention and a KAN bottleneck."""
+"""KMUNet: a U-Net with selective scans, multi-scale attention and KAN blocks."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_sizes
-from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
+from kan_mamba_layers.layers.arguments import own_arguments
+from kan_mamba_layers.models.blocks import Decode, Head
+from kan_mamba_layers.models.levels import CONV_LEVELS, KAN_DECODER_LEVELS, SegmentationModel
 from kan_mamba_layers.ops import Backend
 
 
 class KMUNet(SegmentationModel):
-    r"""Segment an image of any size with KAN blocks at the bottom, and SS2D and EMA at every level above it.
+    r"""Segment an image of any size with KAN blocks at the deep levels, and SS2D and EMA at every level above them.
 
     With :math:`E_i` the encoder's levels (three convolutional, two KAN), :math:`\mathrm{ctx} = \mathrm{EMA} \circ
     \mathrm{SS2D}`, and levels counted from 0 (half size) to 4 (1/32),
@@ -21,25 +23,25 @@ class KMUNet(SegmentationModel):
         x_i &= \mathrm{ctx}'_i\big(\mathrm{KAN}_i(\mathrm{up}(\mathrm{DConv}_i(x_{i+1})) + t_i)\big),
             \qquad i = 3 \dots 0,
 
-    with :math:`\mathrm{KAN}_i` at levels 3 and 2 only. A last DConv and a 1x1 convolution give logits at full size.
+    with :math:`\mathrm{KAN}_i` at levels 3 and 2 only. A last DConv and a 1x1 convolution produce logits at full size.
 
     Args:
         in_channels: channels of the image.
         num_classes: channels of the logits: 1 for a binary mask (sigmoid), ``k`` for ``k`` exclusive classes (softmax).
         widths: channels at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size; all but the last divisible by
             ``ema_factor``.
-        trunk_context: whether the encoder goes on from the context blocks' output (as the method is described); False
-            gives it to the skips only (as published code has it).
+        trunk_context: whether the output of the context blocks feeds the next level too, as in the report; with False
+            it feeds the skips only, as in the published code.
         decoder_kan: whether the decoder has KAN blocks at 1/16 and 1/8.
-        context_residual: whether SS2D and EMA add their result to their input, which SS2D then sees after LayerNorm.
-            Neither the report nor its code has this connection; with it the model learns better (docs/results.md).
-        use_kan: False replaces KANLinear by ``nn.Linear`` everywhere.
+        context_residual: whether SS2D and EMA add their result to their input, with LayerNorm before SS2D. Neither the
+            report nor its code has this connection; the model learns better with it (docs/results.md).
+        use_kan: False replaces KANLinear with ``nn.Linear`` everywhere.
         use_ss2d: False leaves out SS2D.
         use_ema: False leaves out EMA.
         grid_size: intervals of the splines.
         spline_order: degree of the splines.
         d_state: state size of SS2D.
-        expand: expansion of SS2D.
+        expand: expansion factor of SS2D.
         ema_factor: groups of EMA.
         drop_path: rate of stochastic depth in KAN blocks.
         backend: backend of the scans and of the splines.
@@ -53,7 +55,7 @@ class KMUNet(SegmentationModel):
             BatchNorm a single value (one image of 32x32).
 
     Numerics:
-        Scans and splines run in float32 at least, also under autocast.
+        Scans and splines run in float32 at least, even under autocast.
 
     Example:
         >>> import torch
@@ -88,42 +90,19 @@ class KMUNet(SegmentationModel):
         backend: Backend = "auto",
     ) -> None:
         check_sizes("widths", widths, 5, 5)
-        super().__init__(
-            in_channels,
-            num_classes,
-            widths=widths,
-            trunk_context=trunk_context,
-            decoder_kan=decoder_kan,
-            context_residual=context_residual,
-            use_kan=use_kan,
-            use_ss2d=use_ss2d,
-            use_ema=use_ema,
-            grid_size=grid_size,
-            spline_order=spline_order,
-            d_state=d_state,
-            expand=expand,
-            ema_factor=ema_factor,
-            drop_path=drop_path,
-            backend=backend,
-        )
+        super().__init__(own_arguments(locals()))
         above = range(len(widths) - 1)  # the levels above the bottleneck
-        self.encoder = nn.ModuleList(self._encoder_level(i) for i in range(len(widths)))
-        self.encoder_context = nn.ModuleList(self._context(i) for i in range(CONV_LEVELS))
+        kan_levels = KAN_DECODER_LEVELS if decoder_kan else ()
+        self.encoder_context = nn.ModuleList(self._context_block(i) for i in range(CONV_LEVELS))
         self.decoder = nn.ModuleList(Decode(widths[i + 1], widths[i]) for i in above)
-        self.decoder_kan_stages = nn.ModuleDict({str(i): self._kan_stage(i) for i in (2, 3)} if decoder_kan else {})
-        self.decoder_context = nn.ModuleList(self._context(i) for i in above)
+        self.decoder_kan_stages = nn.ModuleDict({str(i): self._kan_stage(i) for i in kan_levels})
+        self.decoder_context = nn.ModuleList(self._context_block(i) for i in above)
         self.head = Head(widths[0], num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
         """Return the decoded map at half size that the head reads."""
         self._check_input(x)
-        skips = []
-        for i, encode in enumerate(self.encoder):
-            x = skip = encode(x)
-            if i < CONV_LEVELS:
-                skip = self._run_context(self.encoder_context[i], x)
-                x = skip if self.trunk_context else x
-            skips.append(skip)
+        *skips, x = self._encode(x, list(self.encoder_context))
         for i in reversed(range(len(self.decoder))):
             x = self.decoder[i](x, skips[i].shape[2:]) + skips[i]
             if str(i) in self.decoder_kan_stages:

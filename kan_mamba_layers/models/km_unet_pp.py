@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_sizes
-from kan_mamba_layers.layers.blocks import ConvBNReLU
-from kan_mamba_layers.models.base import CONV_LEVELS, Decode, Head, SegmentationModel
+from kan_mamba_layers.layers.arguments import own_arguments
+from kan_mamba_layers.models.blocks import ConvBNReLU, Decode, Head
+from kan_mamba_layers.models.levels import CONV_LEVELS, KAN_DECODER_LEVELS, SegmentationModel
 from kan_mamba_layers.ops import Backend
 
 
 class KMUNetPP(SegmentationModel):
     r"""Segment an image of any size on a grid of nodes ``X[i, j]``: level ``i`` (size 1/2^(i+1)), column ``j``.
 
-    Column 0 is the encoder of :class:`KMUNet`. A node further right takes the node below its left neighbour, upsampled,
-    and all nodes to its left on its level, each through a convolution of its own (the "plus-plus" convolutions),
+    Column 0 is the encoder of :class:`KMUNet`. Every other node adds up the node below its left neighbour, upsampled,
+    and all nodes to its left on its level, each through its own convolution (the "plus-plus" convolutions),
 
     .. math::
         X_{i,j} = \mathrm{ctx}_{i,j}\Big(\mathrm{KAN}_{i,j}\big(\mathrm{up}(\mathrm{DConv}_{i,j}(X_{i+1,j-1}))
@@ -27,11 +28,11 @@ class KMUNetPP(SegmentationModel):
     Args:
         in_channels: channels of the image.
         num_classes: channels of the logits: 1 for a binary mask (sigmoid), ``k`` for ``k`` exclusive classes (softmax).
-        widths: channels of the levels, 2 to 5 of them; those that carry EMA must be divisible by ``ema_factor``.
+        widths: channels of the 2 to 5 levels; at levels with EMA they must be divisible by ``ema_factor``.
         trunk_context: see :class:`KMUNet`.
         decoder_kan: whether the nodes ``j >= 1`` on levels 2 and 3 have KAN blocks.
-        context_residual: whether SS2D and EMA add their result to their input, as above; without it the model learns
-            worse (docs/results.md).
+        context_residual: whether SS2D and EMA add their result to their input, as above; the model learns worse
+            without it (docs/results.md).
         use_kan: see :class:`KMUNet`.
         use_ss2d: see :class:`KMUNet`.
         use_ema: see :class:`KMUNet`.
@@ -55,7 +56,7 @@ class KMUNetPP(SegmentationModel):
             BatchNorm a single value (one image of 32x32).
 
     Numerics:
-        Scans and splines run in float32 at least, also under autocast.
+        Scans and splines run in float32 at least, even under autocast.
 
     Example:
         >>> import torch
@@ -90,39 +91,19 @@ class KMUNetPP(SegmentationModel):
         deep_supervision: bool = False,
     ) -> None:
         check_sizes("widths", widths, 2, 5)
-        super().__init__(
-            in_channels,
-            num_classes,
-            widths=widths,
-            trunk_context=trunk_context,
-            decoder_kan=decoder_kan,
-            context_residual=context_residual,
-            use_kan=use_kan,
-            use_ss2d=use_ss2d,
-            use_ema=use_ema,
-            grid_size=grid_size,
-            spline_order=spline_order,
-            d_state=d_state,
-            expand=expand,
-            ema_factor=ema_factor,
-            drop_path=drop_path,
-            backend=backend,
-        )
-        self.config["deep_supervision"] = deep_supervision
+        super().__init__(own_arguments(locals()))
         self.deep_supervision = deep_supervision
         self.depth = depth = len(widths) - 1
-
-        self.encoder = nn.ModuleList(self._encoder_level(i) for i in range(depth + 1))
-        # Keys are the grid's indices: "i_j" for a node, "i_j_k" for what a node makes of its neighbour k.
+        # Keys are indices of the grid: "i_j" for the node X[i, j], "i_j_k" for its connection from X[i, k].
         nodes = [(i, j) for j in range(1, depth + 1) for i in range(depth + 1 - j)]
         self.up = nn.ModuleDict({f"{i}_{j}": Decode(widths[i + 1], widths[i]) for i, j in nodes})
         self.plus = nn.ModuleDict(
             {f"{i}_{j}_{k}": ConvBNReLU(widths[i], widths[i]) for i, j in nodes for k in range(j)}
         )
-        kan_nodes = [(i, j) for i, j in nodes if i in (2, 3)] if decoder_kan else []
+        kan_nodes = [(i, j) for i, j in nodes if decoder_kan and i in KAN_DECODER_LEVELS]
         self.kan = nn.ModuleDict({f"{i}_{j}": self._kan_stage(i) for i, j in kan_nodes})
-        with_context = [(i, 0) for i in range(min(CONV_LEVELS, depth + 1))] + nodes
-        self.context = nn.ModuleDict({f"{i}_{j}": self._context(i) for i, j in with_context})
+        context_nodes = [(i, 0) for i in range(min(CONV_LEVELS, depth + 1))] + nodes
+        self.context = nn.ModuleDict({f"{i}_{j}": self._context_block(i) for i, j in context_nodes})
         heads = range(1, depth + 1) if deep_supervision else [depth]
         self.heads = nn.ModuleDict({str(j): Head(widths[0], num_classes) for j in heads})
 
@@ -137,20 +118,21 @@ class KMUNetPP(SegmentationModel):
         return self.heads[str(self.depth)](top[self.depth], x.shape[2:])
 
     def prune(self, depth: int) -> "KMUNetPP":
-        """Return a smaller model that computes ``X[0, depth]`` and its head, with the same weights, in evaluation mode.
+        """Return the smaller model that ends at ``X[0, depth]``, with the same weights, in evaluation mode.
 
         Args:
             depth: the last column to keep, from 1 to ``len(widths) - 1``.
 
         Raises:
             TypeError: ``depth`` is not an integer.
-            ValueError: ``depth`` is out of range, or the model has no head there because it is not deeply supervised.
+            ValueError: ``depth`` is out of range, or the model has no head there because it was built without
+                ``deep_supervision``.
         """
         check_int("depth", depth, 1)
         if str(depth) not in self.heads:
             raise ValueError(
                 f"depth={depth} has no head, only {', '.join(self.heads)}; "
-                "train with deep_supervision=True and prune to one of them"
+                "train with deep_supervision=True and prune to a depth with a head"
             )
         config = {**self.config, "widths": self.widths[: depth + 1], "deep_supervision": False}
         pruned = KMUNetPP(**config).to(next(self.parameters()))
@@ -161,12 +143,8 @@ class KMUNetPP(SegmentationModel):
     def _top_row(self, x: Tensor) -> list[Tensor]:
         """Compute the grid column by column and return ``X[0, 0], ..., X[0, L]``."""
         self._check_input(x)
-        X: dict[tuple[int, int], Tensor] = {}
-        for i in range(self.depth + 1):
-            x = X[i, 0] = self.encoder[i](x)
-            if i < CONV_LEVELS:
-                X[i, 0] = self._run_context(self.context[f"{i}_0"], x)
-                x = X[i, 0] if self.trunk_context else x
+        context = [self.context[f"{i}_0"] for i in range(min(CONV_LEVELS, self.depth + 1))]
+        X = {(i, 0): node for i, node in enumerate(self._encode(x, context))}
         for j in range(1, self.depth + 1):
             for i in range(self.depth + 1 - j):
                 node = self.up[f"{i}_{j}"](X[i + 1, j - 1], X[i, 0].shape[2:])

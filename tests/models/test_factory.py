@@ -13,7 +13,7 @@ PARAMETERS = {
     "km_unet": 7008753,
     "km_unet_base": 7008753,
     "km_unet_small": 2003025,
-    "km_unet_tiny": 519809,
+    "km_unet_tiny": 520161,
     "km_unet_pp": 9325409,
     "km_unet_pp_base": 9325409,
     "km_unet_pp_small": 2739681,
@@ -58,6 +58,14 @@ class TestNames:
     def test_larger_models_run(self, name: str) -> None:
         with torch.no_grad():
             assert create_model(name).eval()(torch.randn(1, 3, 40, 56)).shape == (1, 1, 40, 56)
+
+    def test_the_tiny_models_have_a_residual_connection_around_their_context(self) -> None:
+        """The class KMUNet has none by default, as published."""
+        residual = {name for name in PARAMETERS if create_model(name).config["context_residual"]}
+        assert residual == {"km_unet_tiny", *(name for name in PARAMETERS if name.startswith("km_unet_pp"))}
+        published = create_model("km_unet_tiny", context_residual=False)
+        assert not published.config["context_residual"]
+        assert sum(p.numel() for p in published.parameters()) == 519809
 
     def test_u_kan_has_no_context(self) -> None:
         config = create_model("u_kan_tiny").config

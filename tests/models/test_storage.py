@@ -8,15 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from tiny_models import TINY, image
 
 from kan_mamba_layers import KMUNetPP, create_model, from_pretrained
-
-TINY = ("km_unet_tiny", "km_unet_pp_tiny", "u_kan_tiny")
-
-
-def image(*shape: int) -> Tensor:
-    return torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")

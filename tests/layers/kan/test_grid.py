@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from kan_layers import best_fit_error, spline_only, with_large_splines
+from kan_layers import EXTRAPOLATIONS, HALF, MODES, best_fit_error, spline_only, with_large_splines
 
 from helpers import assert_close, relative_l2
 from kan_mamba_layers import KANLinear
-
-MODES = ("uniform", "adaptive")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,7 +98,7 @@ class TestUpdateGrid:
 
 
 class TestExtendGrid:
-    @pytest.mark.parametrize("extrapolation", ["zero", "clamp", "linear"])
+    @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     @pytest.mark.parametrize("sizes", [(5, 10, 20), (5, 20), (3, 9)])
     @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
     @pytest.mark.parametrize("mode", MODES)
@@ -145,7 +143,7 @@ class TestExtendGrid:
         other.load_state_dict(layer.state_dict(), strict=True)
         assert torch.equal(layer(x), other(x))
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", HALF)
     def test_half_precision(self, dtype: torch.dtype) -> None:
         layer = with_large_splines().to(dtype)
         x = (torch.rand(500, 8) * 2 - 1).to(dtype)

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_tensor
-from kan_mamba_layers.layers._edges import EdgeLayer
-from kan_mamba_layers.layers._splines import GridMode
+from kan_mamba_layers.layers.arguments import options_for
+from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
 from kan_mamba_layers.ops import kan_linear
 from kan_mamba_layers.ops.backend import Backend, check_backend
 from kan_mamba_layers.ops.kan_linear import Extrapolation
 
 
-class KANLinear(EdgeLayer):
-    r"""A drop-in for ``nn.Linear`` whose every edge is an activation plus a learned B-spline.
+class KANLinear(SplineLayer):
+    r"""A drop-in for ``nn.Linear`` in which every edge is an activation plus a learned B-spline.
 
     .. math::
         y_o = \sum_i w^\mathrm{base}_{oi}\, \sigma(x_i) + \sum_i s_{oi} \sum_j w^\mathrm{spline}_{oij} B_{ij}(x_i) + b_o
@@ -27,14 +27,14 @@ class KANLinear(EdgeLayer):
         spline_order: degree ``s >= 1`` of the splines; 3 for cubics.
         grid_range: interval on which the splines are complete. Normalise the input to it, or widen it.
         base_activation: class of the elementwise module :math:`\sigma`.
-        scale_noise: range of the initial splines' noise, at scale 1 and before the scaler.
+        scale_noise: range of the noise in the initial splines, before ``scale_spline`` and the scaler.
         scale_base: multiplies the initial base weights, which are uniform in :math:`\pm 1/\sqrt{i}`.
         scale_spline: multiplies the initial splines.
-        enable_standalone_scale_spline: whether each edge has a factor ``spline_scaler`` of its own.
-        grid_mode: what :meth:`update_grid` makes of data. ``"uniform"`` fits each feature's range with equally spaced
-            knots, ``"adaptive"`` follows the quantiles.
+        enable_standalone_scale_spline: whether each edge has its own factor ``spline_scaler``.
+        grid_mode: how :meth:`update_grid` places the knots: ``"uniform"`` spaces them equally over each feature's
+            range, ``"adaptive"`` follows its quantiles.
         grid_eps: share of equal spacing mixed into the quantiles in ``"adaptive"`` mode, in ``[0, 1]``.
-        extrapolation: the splines outside the grid's interval: ``"zero"``, ``"clamp"`` or ``"linear"``.
+        extrapolation: how the splines continue outside the grid: ``"zero"``, ``"clamp"`` or ``"linear"``.
         backend: implementation of :func:`~kan_mamba_layers.ops.kan_linear`.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -84,24 +84,7 @@ class KANLinear(EdgeLayer):
         check_int("in_features", in_features, 1)
         check_int("out_features", out_features, 1)
         check_backend("kan_linear", backend)
-        super().__init__(
-            (out_features, in_features),
-            in_features,
-            bias=bias,
-            grid_size=grid_size,
-            spline_order=spline_order,
-            grid_range=grid_range,
-            base_activation=base_activation,
-            scale_noise=scale_noise,
-            scale_base=scale_base,
-            scale_spline=scale_spline,
-            enable_standalone_scale_spline=enable_standalone_scale_spline,
-            grid_mode=grid_mode,
-            grid_eps=grid_eps,
-            extrapolation=extrapolation,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__((out_features, in_features), in_features, **options_for(SplineLayer, locals()))
         self.in_features = in_features
         self.out_features = out_features
         self.backend: Backend = backend

@@ -1,4 +1,4 @@
-"""KANConv2d: a convolution whose kernel holds learned B-spline functions."""
+"""KANConv2d: a convolution whose kernel consists of learned B-spline functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,59 +8,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_divisible, check_int, check_tensor
-from kan_mamba_layers.layers._edges import EdgeLayer
-from kan_mamba_layers.layers._splines import GridMode
+from kan_mamba_layers.layers.arguments import options_for
+from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
 from kan_mamba_layers.ops._autocast import autocast_is_on
 from kan_mamba_layers.ops.kan_linear import Extrapolation
 
 
-class KANConv2d(EdgeLayer):
-    r"""A drop-in for ``nn.Conv2d`` whose kernel holds an activation plus a learned B-spline at every place.
+class KANConv2d(SplineLayer):
+    r"""A drop-in for ``nn.Conv2d`` in which every kernel tap is an activation plus a learned B-spline.
 
     .. math::
         y_{o}(p) = \sum_{i, k} \varphi_{oik}\big(x_i(p + k)\big) + b_o, \qquad
         \varphi_{oik}(x) = w^\mathrm{base}_{oik}\, \sigma(x) + s_{oik} \sum_j w^\mathrm{spline}_{oikj} B_{ij}(x)
 
-    with :math:`p` a pixel and :math:`k` a place of the kernel. The functions of a pixel are computed once, and one
-    convolution adds them up.
+    with :math:`p` a pixel and :math:`k` a tap of the kernel. The activation and the bases of a pixel are computed once;
+    one convolution forms all sums.
 
     Args:
-        in_channels: channels of the input, ``c``; each has knots of its own.
+        in_channels: channels of the input, ``c``; each has its own knots.
         out_channels: channels of the output, ``o``.
-        kernel_size: height and width of the kernel, or one number for both, as all four that follow.
+        kernel_size: height and width of the kernel; like the next three, one number or a pair.
         stride: step between the pixels of the output.
         padding: pixels added on every side, ``"valid"`` for none, or ``"same"`` for an output of the input's size
-            (with ``stride=1``). Beyond the image nothing is added to ``y``: not the pixels are zero there but their
-            functions, since :math:`\varphi(0)` is not.
-        dilation: distance between the places of the kernel.
+            (with ``stride=1``). Padded positions contribute 0 to ``y``: the edge functions are padded, not the pixels,
+            since :math:`\varphi(0)` is not 0.
+        dilation: distance between the taps of the kernel.
         groups: divides input and output channels into groups without edges between them.
         bias: whether to add a learned bias.
-        grid_size: see :class:`KANLinear`, as all that follow.
+        grid_size: see :class:`KANLinear`, as for the remaining arguments.
         spline_order: degree ``s >= 1`` of the splines.
         grid_range: interval on which the splines are complete.
         base_activation: class of the elementwise module :math:`\sigma`.
-        scale_noise: range of the initial splines' noise.
-        scale_base: multiplies the initial base weights, uniform in :math:`\pm 1/\sqrt{n}` for ``n`` edges to an output.
+        scale_noise: range of the noise in the initial splines.
+        scale_base: multiplies the initial base weights, uniform in :math:`\pm 1/\sqrt{n}` for ``n`` edges per output.
         scale_spline: multiplies the initial splines.
-        enable_standalone_scale_spline: whether each edge has a factor ``spline_scaler`` of its own.
-        grid_mode: what :meth:`update_grid` makes of data, ``"uniform"`` or ``"adaptive"``.
+        enable_standalone_scale_spline: whether each edge has its own factor ``spline_scaler``.
+        grid_mode: how :meth:`update_grid` places the knots, ``"uniform"`` or ``"adaptive"``.
         grid_eps: share of equal spacing mixed into the quantiles in ``"adaptive"`` mode, in ``[0, 1]``.
-        extrapolation: the splines outside the grid's interval: ``"zero"``, ``"clamp"`` or ``"linear"``.
+        extrapolation: how the splines continue outside the grid: ``"zero"``, ``"clamp"`` or ``"linear"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
         Input ``(b, c, h, w)`` or ``(c, h, w)``; output with ``o`` channels and the height and width of ``nn.Conv2d``.
-        ``base_weight`` and ``spline_scaler`` are ``(o, c/groups, kernel height, kernel width)``, ``spline_weight`` is
-        the same followed by ``g + s``, and ``grid`` is ``(c, g + 2 s + 1)``.
+        ``base_weight`` and ``spline_scaler`` are ``(o, c/groups, kernel height, kernel width)``, ``spline_weight`` has
+        one more dimension, ``g + s``, and ``grid`` is ``(c, g + 2 s + 1)``.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, or the input does not fit.
 
     Numerics:
-        Bases are computed in float32 at least, and rounded once for the convolution. With ``1 + g + s`` values for each
-        of the input, they are what takes memory.
+        Bases are computed in float32 at least and rounded once for the convolution. They dominate the memory use, with
+        ``1 + g + s`` values per value of the input.
 
     Example:
         >>> import torch
@@ -103,24 +103,8 @@ class KANConv2d(EdgeLayer):
         check_divisible("in_channels", in_channels, "groups", groups)
         check_divisible("out_channels", out_channels, "groups", groups)
         size = _pair("kernel_size", kernel_size, 1)
-        super().__init__(
-            (out_channels, in_channels // groups, *size),
-            in_channels,
-            bias=bias,
-            grid_size=grid_size,
-            spline_order=spline_order,
-            grid_range=grid_range,
-            base_activation=base_activation,
-            scale_noise=scale_noise,
-            scale_base=scale_base,
-            scale_spline=scale_spline,
-            enable_standalone_scale_spline=enable_standalone_scale_spline,
-            grid_mode=grid_mode,
-            grid_eps=grid_eps,
-            extrapolation=extrapolation,
-            device=device,
-            dtype=dtype,
-        )
+        edges = (out_channels, in_channels // groups, *size)
+        super().__init__(edges, in_channels, **options_for(SplineLayer, locals()))
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = size
@@ -136,7 +120,7 @@ class KANConv2d(EdgeLayer):
         terms = terms.flatten(-2).movedim(-1, -3)  # b c*(1+g+s) h w
         weight = self._factors().movedim(-1, 2).flatten(1, 2)  # o (c/groups)*(1+g+s) height width
         y = F.conv2d(terms, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return y.contiguous()  # the terms came with channels last, which is no reason to hand that on
+        return y.contiguous()  # do not leak the channels-last strides of the terms
 
     def b_splines(self, x: Tensor) -> Tensor:  # b c h w -> b c h w g+s
         """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""
@@ -169,13 +153,13 @@ class KANConv2d(EdgeLayer):
             least = self.dilation[n] * (self.kernel_size[n] - 1) + 1 - 2 * self.padding[n]
             if x.shape[n - 2] < least:
                 raise ValueError(
-                    f"x must have a {name} of at least {least}, the reach of the kernel less padding, got shape "
+                    f"x must have a {name} of at least {least}, the extent of the kernel minus the padding, got shape "
                     f"{tuple(x.shape)}; enlarge x or padding"
                 )
 
 
 def _pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
-    """One integer for height and width, or one for each."""
+    """Height and width from one integer for both, or from a pair."""
     if not isinstance(value, (tuple, list)):
         check_int(name, value, minimum)
         return (value, value)

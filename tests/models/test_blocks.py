@@ -1,4 +1,4 @@
-"""The blocks that both models share."""
+"""The blocks that the models are made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import assert_close
-from kan_mamba_layers.layers.blocks import ContextBlock, ConvLayer, DConvLayer, PatchEmbed
+from kan_mamba_layers.models.blocks import ContextBlock, ConvLayer, DConvLayer, PatchEmbed
 
 
 class TestConvolutions:

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kan_layers import OnnxModel, layer_oracle, on_uneven_knots, with_large_splines
+from kan_layers import EXTRAPOLATIONS, HALF, LAYERS, OnnxModel, exported, layer_oracle, with_large_splines
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import assert_budget, assert_close, gradients, largest
 from kan_mamba_layers import KANLinear
 
-EXTRAPOLATIONS = ("zero", "clamp", "linear")
-LAYERS: dict[str, Callable[..., KANLinear]] = {"even": with_large_splines, "uneven": on_uneven_knots}
 pytestmark = pytest.mark.parametrize("knots", LAYERS)
 
 
@@ -33,7 +31,7 @@ def run(layer: KANLinear, autocast: torch.dtype | None = None) -> Callable[..., 
 
 
 @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
 def test_autocast_returns_its_dtype_within_the_budget(knots: str, extrapolation: str, dtype: torch.dtype) -> None:
     layer = LAYERS[knots](features=(32, 16), extrapolation=extrapolation, bias=True)
     plain, double = copy.deepcopy(layer), copy.deepcopy(layer).double()
@@ -83,12 +81,7 @@ class TestExport:
     def test_any_batch(self, knots: str, strict: bool) -> None:
         layer = LAYERS[knots](bias=True)
         b, l = torch.export.Dim("b"), torch.export.Dim("l")
-        example = torch.randn(4, 6, 8)
-        program = torch.export.export(layer, (example,), dynamic_shapes=({0: b, 1: l},), strict=strict)
-        file = io.BytesIO()
-        torch.export.save(program, file)
-        file.seek(0)
-        module = torch.export.load(file).module()
+        module = exported(layer, torch.randn(4, 6, 8), {0: b, 1: l}, strict=strict)
         for shape in [(1, 1, 8), (3, 50, 8)]:
             x = torch.randn(shape)
             assert_close("out", module(x), layer(x), 1e-6)

@@ -1,20 +1,20 @@
-"""KANLinear, KANLayer and KANBlock; the knots, other libraries' defects and PyTorch's tools have files of their own."""
+"""KANLinear: its formula, initial values, penalty and state."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from kan_layers import layer_oracle, with_large_splines
+from kan_layers import EXTRAPOLATIONS, HALF, layer_oracle, penalty_oracle, with_large_splines
 from torch import Tensor, nn
 
 from helpers import assert_close, nan_filled_empty, to_array
-from kan_mamba_layers import KANBlock, KANLayer, KANLinear
+from kan_mamba_layers import KANLinear
 
 
 class TestForward:
     @pytest.mark.parametrize("options", [{}, {"bias": True}, {"enable_standalone_scale_spline": False}], ids=str)
-    @pytest.mark.parametrize("extrapolation", ["zero", "clamp", "linear"])
+    @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     @pytest.mark.parametrize("order", [1, 2, 3, 5])
     def test_formula(self, options: dict, extrapolation: str, order: int) -> None:
         layer = KANLinear(
@@ -36,7 +36,7 @@ class TestForward:
         layer, x = KANLinear(5, 4), torch.randn(5, 7)
         assert torch.equal(layer(x.T), layer(x.T.contiguous()))
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", HALF)
     def test_half_precision(self, dtype: torch.dtype) -> None:
         layer = with_large_splines().to(dtype)
         assert layer.grid.dtype == torch.float32, "rounded knots change the function"
@@ -72,7 +72,7 @@ class TestInitialValues:
             weights.extend(KANLinear(4, 5, bias=True).parameters())
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    def test_grid_spans_the_range_in_even_steps(self) -> None:
+    def test_grid_spans_the_range_in_equal_steps(self) -> None:
         grid = KANLinear(2, 2, grid_size=4, spline_order=2, grid_range=(-3, 5)).grid
         np.testing.assert_allclose(to_array(grid), np.tile(np.arange(-7.0, 10, 2), (2, 1)), rtol=1e-6)
 
@@ -80,9 +80,7 @@ class TestInitialValues:
 class TestRegularization:
     def test_value(self) -> None:
         layer = KANLinear(3, 2)
-        size = to_array(layer.spline_weight.abs()).mean(-1)
-        share = size / size.sum()
-        expected = 0.7 * size.sum() - 0.3 * (share * np.log(share)).sum()
+        expected = penalty_oracle(layer, 0.7, 0.3)
         np.testing.assert_allclose(layer.regularization_loss(0.7, 0.3).item(), expected, rtol=1e-5)
 
     def test_gradient_is_that_of_the_formula(self) -> None:
@@ -145,67 +143,3 @@ class TestState:
     def test_repr_names_the_sizes(self) -> None:
         text = repr(KANLinear(3, 2, grid_size=7))
         assert all(part in text for part in ("KANLinear", "3", "2", "7"))
-
-
-class TestKANLayerAndBlock:
-    @pytest.mark.parametrize("use_kan", [True, False])
-    @pytest.mark.parametrize(("height", "width"), [(6, 4), (1, 1), (1, 7), (5, 1)])
-    def test_shapes_and_gradients(self, height: int, width: int, use_kan: bool) -> None:
-        block = KANBlock(8, use_kan=use_kan)
-        x = torch.randn(3, height * width, 8, requires_grad=True)
-        out = block(x, height, width)
-        assert out.shape == x.shape
-        out.square().sum().backward()
-        assert x.grad.isfinite().all()
-        for name, p in block.named_parameters():
-            assert p.grad is not None and p.grad.isfinite().all(), name
-
-    def test_widths(self) -> None:
-        layer = KANLayer(8, 12, 5)
-        assert layer(torch.randn(2, 12, 8), 3, 4).shape == (2, 12, 5)
-        assert KANLayer(8)(torch.randn(2, 12, 8), 3, 4).shape == (2, 12, 8)
-
-    def test_layer_is_its_parts(self) -> None:
-        layer, x = KANLayer(6).eval(), torch.randn(2, 20, 6)
-        expected = x
-        for m in (1, 2, 3):
-            expected = getattr(layer, f"fc{m}")(expected)
-            image = expected.transpose(1, 2).reshape(2, 6, 5, 4)
-            part = getattr(layer, f"dwconv_{m}")
-            expected = torch.relu(part.bn(part.dwconv(image))).flatten(2).transpose(1, 2)
-        assert torch.equal(layer(x, 5, 4), expected)
-
-    def test_block_is_a_residual_around_the_norm(self) -> None:
-        block, x = KANBlock(6).eval(), torch.randn(2, 20, 6)
-        assert torch.equal(block(x, 5, 4), x + block.layer(block.norm2(x), 5, 4))
-
-    def test_height_and_width_are_not_exchanged(self) -> None:
-        block, x = KANBlock(6).eval(), torch.randn(1, 20, 6)
-        assert not torch.allclose(block(x, 5, 4), block(x, 4, 5))
-
-    def test_keys(self) -> None:
-        keys = set(KANBlock(4).state_dict())
-        assert {"norm2.weight", "layer.fc1.grid", "layer.fc3.spline_scaler", "layer.dwconv_2.bn.running_var"} <= keys
-        assert len(keys) == 2 + 3 * 4 + 3 * 7
-
-    def test_drop_path(self) -> None:
-        block, x = KANBlock(6, drop_path=0.5), torch.randn(64, 20, 6)
-        kept = (block(x, 5, 4) != x).flatten(1).any(1)
-        assert 10 < kept.sum() < 54, "some samples skip the branch, some do not"
-        block.eval()
-        assert (block(x, 5, 4) != x).flatten(1).any(1).all()
-
-    def test_options_reach_the_linears(self) -> None:
-        layer = KANLayer(4, grid_size=7, spline_order=2, dtype=torch.float64)
-        for fc in (layer.fc1, layer.fc2, layer.fc3):
-            assert (fc.grid_size, fc.spline_order, fc.base_weight.dtype) == (7, 2, torch.float64)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision(self, dtype: torch.dtype) -> None:
-        block = KANBlock(8).to(dtype)
-        out = block(torch.randn(2, 20, 8).to(dtype), 5, 4)
-        assert out.dtype == dtype and out.isfinite().all()
-
-    def test_meta_device(self) -> None:
-        block = KANBlock(8, device="meta")
-        assert block(torch.empty(2, 20, 8, device="meta"), 5, 4).shape == (2, 20, 8)

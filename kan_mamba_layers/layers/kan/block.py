@@ -1,4 +1,4 @@
-"""The tokenised KAN layer and block of U-KAN."""
+"""The tokenised KAN layer and the KAN block of U-KAN."""
 
 from typing import Any
 
@@ -7,23 +7,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_shape
+from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
-from kan_mamba_layers.layers.kan_linear import KANLinear
+from kan_mamba_layers.layers.kan.linear import KANLinear
 from kan_mamba_layers.ops.backend import Backend
 from kan_mamba_layers.ops.kan_linear import Extrapolation
 
 
 class KANLayer(nn.Module):
-    r"""Three KANLinear layers over tokens, each followed by a depthwise convolution over the image they form.
+    r"""Three KANLinear layers on tokens, each followed by a depthwise convolution on the image that the tokens form.
 
     .. math::
         x \leftarrow \mathrm{ReLU}(\mathrm{BN}(\mathrm{DWConv}_{3\times3}(\mathrm{KANLinear}_m(x)))), \qquad m = 1, 2, 3
 
     Args:
         in_features: channels of the input, ``c``.
-        hidden_features: channels after the first and second map; default ``in_features``.
+        hidden_features: channels after the first and second KANLinear; default ``in_features``.
         out_features: channels of the output; default ``in_features``.
-        use_kan: False replaces each KANLinear by ``nn.Linear``, as an ablation.
+        use_kan: False replaces each KANLinear with ``nn.Linear``, as an ablation.
         grid_size: see :class:`KANLinear`.
         spline_order: see :class:`KANLinear`.
         grid_range: see :class:`KANLinear`.
@@ -66,6 +67,8 @@ class KANLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        options = options_for(KANLinear, locals())
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         check_int("in_features", in_features, 1)
         hidden_features = in_features if hidden_features is None else hidden_features
@@ -73,19 +76,9 @@ class KANLayer(nn.Module):
         check_int("hidden_features", hidden_features, 1)
         check_int("out_features", out_features, 1)
         self.in_features = in_features
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        options: dict[str, Any] = {
-            "grid_size": grid_size,
-            "spline_order": spline_order,
-            "grid_range": grid_range,
-            "extrapolation": extrapolation,
-            "backend": backend,
-        }
 
         def linear(inputs: int, outputs: int) -> nn.Module:
-            return (
-                KANLinear(inputs, outputs, **options, **factory) if use_kan else nn.Linear(inputs, outputs, **factory)
-            )
+            return KANLinear(inputs, outputs, **options) if use_kan else nn.Linear(inputs, outputs, **factory)
 
         self.fc1 = linear(in_features, hidden_features)
         self.dwconv_1 = _DepthwiseConv(hidden_features, **factory)
@@ -129,7 +122,7 @@ class KANBlock(nn.Module):
         torch.Size([2, 24, 16])
 
     References:
-        Li et al., U-KAN, arXiv 2406.02918, section 3.2. Parameters are named as there.
+        Li et al., U-KAN, arXiv 2406.02918, section 3.2. The parameters have the names used there.
     """
 
     def __init__(
@@ -146,21 +139,12 @@ class KANBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        options = options_for(KANLayer, locals())
         super().__init__()
         check_int("dim", dim, 1)
         self.dim = dim
         self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.layer = KANLayer(
-            dim,
-            use_kan=use_kan,
-            grid_size=grid_size,
-            spline_order=spline_order,
-            grid_range=grid_range,
-            extrapolation=extrapolation,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
+        self.layer = KANLayer(dim, **options)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
@@ -169,7 +153,7 @@ class KANBlock(nn.Module):
 
 
 class _DepthwiseConv(nn.Module):
-    """Depthwise 3x3 convolution, BatchNorm and ReLU over the image that the tokens form."""
+    """Depthwise 3x3 convolution, BatchNorm and ReLU on the image that the tokens form."""
 
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The small blocks that both models share."""
+"""The blocks that the models are made of."""
 
 from typing import Any
 
@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kan_mamba_layers.layers.ema import EMA
-from kan_mamba_layers.layers.kan import KANBlock
-from kan_mamba_layers.layers.ss2d import SS2D
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock
+from kan_mamba_layers.ops import Backend
 
 
 class ConvBNReLU(nn.Sequential):
-    """3x3 convolution, BatchNorm, ReLU. The convolution has no bias: BatchNorm would take it away again."""
+    """3x3 convolution, BatchNorm, ReLU. The convolution has no bias: BatchNorm cancels it."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -36,7 +35,7 @@ class DConvLayer(nn.Sequential):
 
 
 class DownLayer(nn.Module):
-    """Convolve, then halve the size by the maximum of each 2x2 window."""
+    """Two convolutions, then 2x2 max pooling."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class DownLayer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Halve the size by an overlapping strided convolution and normalise over channels."""
+    """Halve the size with an overlapping strided convolution, then LayerNorm over the channels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -55,12 +54,12 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c' h/2 w/2
-        x = self.proj(x)
+        x = self.proj(x)  # b c' h/2 w/2
         return _to_image(self.norm(_to_tokens(x)), x)
 
 
 class KANStage(nn.Module):
-    """A KAN block over the pixels of a map, then LayerNorm."""
+    """A KAN block on the pixels of a map as tokens, then LayerNorm."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__()
@@ -68,14 +67,14 @@ class KANStage(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
-        tokens = self.block(_to_tokens(x), *x.shape[2:])
+        tokens = self.block(_to_tokens(x), *x.shape[2:])  # b (h w) c
         return _to_image(self.norm(tokens), x)
 
 
 class ContextBlock(nn.Module):
-    """SS2D for the context of the whole image, then EMA for attention; either may be left out.
+    """SS2D for the context of the whole image, then EMA for attention; either can be left out.
 
-    With ``residual`` the block adds its result to its input, and SS2D sees the input after LayerNorm.
+    With ``residual`` the block adds its result to its input, and LayerNorm precedes SS2D.
     """
 
     def __init__(
@@ -86,12 +85,14 @@ class ContextBlock(nn.Module):
         use_ema: bool = True,
         ema_factor: int = 8,
         residual: bool = False,
-        **ss2d: Any,
+        d_state: int = 16,
+        expand: float = 2,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.residual = residual and use_ss2d
         self.norm = nn.LayerNorm(channels) if self.residual else nn.Identity()
-        self.ss2d = SS2D(channels, **ss2d) if use_ss2d else None
+        self.ss2d = SS2D(channels, d_state, expand=expand, backend=backend) if use_ss2d else None
         self.ema = EMA(channels, ema_factor) if use_ema else None
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
@@ -103,9 +104,27 @@ class ContextBlock(nn.Module):
         return x + y if self.residual else y
 
 
-def upsample(x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c h' w'
-    """Bilinear interpolation to ``size``; a factor of two unless a level below was rounded."""
-    return F.interpolate(x, size=size, mode="bilinear")
+class Decode(nn.Module):
+    """Bring a map to the channels and the size of the level above: two convolutions, then bilinear interpolation."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = DConvLayer(in_channels, out_channels)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c' 2h 2w
+        return F.interpolate(self.conv(x), size=size, mode="bilinear")
+
+
+class Head(nn.Module):
+    """From half size to logits at full size."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.decode = Decode(in_channels, in_channels)
+        self.logits = nn.Conv2d(in_channels, num_classes, 1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # b c h/2 w/2 -> b num_classes h w
+        return self.logits(self.decode(x, size))
 
 
 def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c

@@ -1,33 +1,24 @@
-"""Single edges of KANLinear and KANConv2d: their values, their sizes, pruning them and drawing them."""
+"""Single edges of KANLinear and KANConv2d: their values, their sizes, and pruning them."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kan_layers import on_uneven_knots, with_large_splines
+from kan_layers import EXTRAPOLATIONS, HALF, grouped_convolution, on_nonuniform_knots, with_large_splines
 from scipy.integrate import trapezoid
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from helpers import assert_close, basis_oracle, fresh_process, largest, says, silu, to_array
+from helpers import assert_close, basis_oracle, largest, says, silu, to_array
 from kan_mamba_layers import KANConv2d, KANLinear
+from kan_mamba_layers.layers.kan.edges import input_feature
 
 Layer = KANLinear | KANConv2d
-
-
-def convolution(**options: object) -> KANConv2d:
-    """Two groups: outputs 0 to 2 see channels 0 and 1, outputs 3 to 5 see 2 and 3."""
-    layer = KANConv2d(4, 6, (3, 2), groups=2, **options)
-    with torch.no_grad():
-        layer.spline_weight.normal_()
-        layer.grid.mul_(1 + torch.arange(4)[:, None] / 10)  # knots of its own for each channel
-    return layer
 
 
 def edge_oracle(layer: Layer, x: np.ndarray, edge: tuple[int, ...], feature: int) -> np.ndarray:
@@ -41,7 +32,7 @@ def edge_oracle(layer: Layer, x: np.ndarray, edge: tuple[int, ...], feature: int
 class TestEdgeFunction:
     @pytest.mark.parametrize("options", [{}, {"enable_standalone_scale_spline": False}, {"spline_order": 2}], ids=str)
     def test_equals_the_formula(self, options: dict) -> None:
-        layer = on_uneven_knots(features=(3, 2), **options)
+        layer = on_nonuniform_knots(features=(3, 2), **options)
         x = torch.linspace(-3, 3, 101, dtype=torch.float64)
         every = layer.edge_function(x)
         assert every.shape == (101, 2, 3) and every.dtype == torch.float64
@@ -51,7 +42,7 @@ class TestEdgeFunction:
             assert_close(f"{edge} of all", every[(slice(None), *edge)], expected, 1e-7)
 
     def test_of_a_convolution_takes_the_channel_of_its_group(self) -> None:
-        layer, x = convolution(), torch.linspace(-0.9, 0.9, 50, dtype=torch.float64)
+        layer, x = grouped_convolution(), torch.linspace(-0.9, 0.9, 50, dtype=torch.float64)
         every = layer.edge_function(x)
         assert every.shape == (50, 6, 2, 3, 2)
         for edge, channel in [((0, 0, 0, 0), 0), ((2, 1, 2, 1), 1), ((3, 0, 1, 0), 2), ((5, 1, 0, 1), 3)]:
@@ -59,7 +50,7 @@ class TestEdgeFunction:
             assert_close(f"{edge}", layer.edge_function(x, edge), expected, 1e-7)
             assert_close(f"{edge} of all", every[(slice(None), *edge)], expected, 1e-7)
 
-    @pytest.mark.parametrize("extrapolation", ["zero", "clamp", "linear"])
+    @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     def test_all_edges_add_up_to_the_output(self, extrapolation: str) -> None:
         """Also beyond the grid."""
         layer = with_large_splines(extrapolation=extrapolation, bias=True).double()
@@ -81,7 +72,7 @@ class TestEdgeFunction:
         layer.edge_function(x).sum().backward()
         assert all(largest(p.grad) > 0 for p in layer.parameters())
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", HALF)
     def test_half_precision_modules_are_evaluated_in_float32(self, dtype: torch.dtype) -> None:
         layer, x = with_large_splines().to(dtype), torch.linspace(-1, 1, 20)
         expected = copy.deepcopy(layer).double().edge_function(x.double())
@@ -92,13 +83,13 @@ class TestEdgeFunction:
 
 
 class TestEdgeSizes:
-    @pytest.mark.parametrize("make", [with_large_splines, on_uneven_knots, convolution])
+    @pytest.mark.parametrize("make", [with_large_splines, on_nonuniform_knots, grouped_convolution])
     def test_is_the_root_mean_square_over_the_grid(self, make) -> None:
         layer = make()
         sizes = layer.edge_sizes()
         assert sizes.shape == layer.base_weight.shape
         for edge in list(np.ndindex(*sizes.shape))[::7]:
-            feature = layer._edge_feature(edge)
+            feature = input_feature(edge, layer.base_weight.shape, len(layer.grid))
             knots = to_array(layer.grid)[feature, 3:-3]
             x = np.concatenate([np.linspace(a, b, 2001) for a, b in pairwise(knots)])
             mean = trapezoid(edge_oracle(layer, x, edge, feature) ** 2, x) / (knots[-1] - knots[0])
@@ -134,7 +125,7 @@ def masked(layer: Layer, kept: Tensor) -> Layer:
 
 
 class TestPruneEdges:
-    @pytest.mark.parametrize("make", [with_large_splines, convolution])
+    @pytest.mark.parametrize("make", [with_large_splines, grouped_convolution])
     def test_zeroes_small_edges_and_leaves_the_others(self, make) -> None:
         layer = make()
         before, sizes = copy.deepcopy(layer), layer.edge_sizes()
@@ -176,7 +167,7 @@ class TestPruneEdges:
             assert (sizes[kept] > 0).all()
             assert (sizes[~kept] == 0).all() == mask
 
-    @pytest.mark.parametrize("make", [with_large_splines, convolution])
+    @pytest.mark.parametrize("make", [with_large_splines, grouped_convolution])
     def test_masks_survive_a_state_dict_and_can_be_made_permanent(self, make) -> None:
         layer, other = make(), make()
         kept = layer.prune_edges(layer.edge_sizes().median().item())
@@ -205,58 +196,3 @@ class TestPruneEdges:
         with pytest.raises(RuntimeError, match=says("base_weight|spline_weight", "pruned", r"prune\.remove")):
             call(layer)
         assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
-
-
-class TestPlot:
-    @pytest.fixture(autouse=True)
-    def matplotlib(self) -> None:
-        pytest.importorskip("matplotlib")
-
-    @staticmethod
-    def titles(figure) -> list[str]:
-        return [panel.get_title() for panel in figure.axes if panel.axison]
-
-    def test_all_edges_of_a_small_layer_one_row_for_each_output(self) -> None:
-        layer = with_large_splines(features=(3, 2))
-        figure = layer.plot()
-        assert self.titles(figure) == ["0 → 0", "1 → 0", "2 → 0", "0 → 1", "1 → 1", "2 → 1"]
-        assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
-        for panel, edge in zip(figure.axes, np.ndindex(2, 3), strict=True):
-            curve = next(line for line in panel.lines if line.get_label() == "edge function")
-            x, y = (torch.tensor(v, dtype=torch.float64) for v in (curve.get_xdata(), curve.get_ydata()))
-            assert x[0] < -1.1 and x[-1] > 1.1, "a little beyond the grid"
-            assert_close(f"{edge}", y, layer.edge_function(x, edge), 1e-5)
-            (ticks,) = [c for c in panel.collections if c.get_label() == "knots"]
-            assert_close("knots", np.array([s[0, 0] for s in ticks.get_segments()]), layer.grid[edge[1], 3:-3], 1e-6)
-
-    def test_the_largest_edges_of_a_large_layer(self) -> None:
-        layer = with_large_splines(features=(20, 10))
-        order = layer.edge_sizes().flatten().argsort(descending=True)[:36].tolist()
-        assert self.titles(layer.plot()) == [f"{n % 20} → {n // 20}" for n in order]
-
-    def test_chosen_edges(self) -> None:
-        figure = with_large_splines().plot([(5, 7), (0, 1), (2, 2)])
-        assert self.titles(figure) == ["7 → 5", "1 → 0", "2 → 2"]
-        figure = convolution().plot([(3, 1, 2, 0)])
-        assert self.titles(figure) == ["3 → 3 [2, 0]"]
-
-    @pytest.mark.parametrize("make", [on_uneven_knots, convolution, lambda: with_large_splines().bfloat16()])
-    def test_writes_a_picture(self, make, tmp_path) -> None:
-        make().plot().savefig(tmp_path / "edges.png")
-        assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
-
-    def test_leaves_pyplot_and_the_layer_alone(self) -> None:
-        printed = fresh_process(
-            "import sys, torch\n"
-            "from kan_mamba_layers import KANLinear\n"
-            "layer = KANLinear(3, 2)\n"
-            "print('matplotlib' in sys.modules)\n"
-            "figure = layer.plot()\n"
-            "print(type(figure).__name__, 'matplotlib.pyplot' in sys.modules, layer.training)\n"
-        )
-        assert printed.split() == ["False", "Figure", "False", "True"]
-
-    def test_without_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ImportError, match=says("plot", "matplotlib", "pip install", r"kan-mamba-layers\[plot\]")):
-            KANLinear(3, 2).plot()

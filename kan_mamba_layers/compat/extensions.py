@@ -1,0 +1,135 @@
+"""Stand-ins for the compiled extensions ``selective_scan_cuda``, ``selective_scan_cuda_core`` and ``..._oflex``.
+
+Autograd does not see into an extension: ``fwd`` builds no graph, and ``bwd`` receives the inputs again and builds its
+own. Of the states ``x`` that ``fwd`` hands to ``bwd``, callers read only the last one.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kan_mamba_layers.compat.functions import scan
+
+
+@torch.no_grad()
+def oflex_fwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d' l, d' divides d
+    A: Tensor,  # d n
+    B: Tensor,  # b g n l
+    C: Tensor,  # b g n l
+    D: Tensor | None,  # d
+    delta_bias: Tensor | None,  # d'
+    delta_softplus: bool,
+    nrows: int = 1,
+    out_float: bool = False,
+) -> list[Tensor]:
+    """Stand in for ``fwd`` of ``selective_scan_cuda_oflex`` and ``selective_scan_cuda_core``: ``[out, x]``."""
+    out, state = _oflex_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return [out if out_float else out.to(u.dtype), _pack(state)]
+
+
+def oflex_bwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d' l
+    A: Tensor,  # d n
+    B: Tensor,  # b g n l
+    C: Tensor,  # b g n l
+    D: Tensor | None,  # d
+    delta_bias: Tensor | None,  # d'
+    dout: Tensor,  # b d l
+    x: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+) -> list[Tensor | None]:
+    """Stand in for ``bwd`` of the same two: ``[du, ddelta, dA, dB, dC, dD, ddelta_bias]``, None for absent inputs."""
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    return _gradients(partial(_oflex_scan, delta_softplus=delta_softplus), inputs, dout)[1]
+
+
+@torch.no_grad()
+def mamba_fwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # d n | b g n l
+    C: Tensor,  # d n | b g n l
+    D: Tensor | None,  # d
+    z: Tensor | None,  # b d l
+    delta_bias: Tensor | None,  # d
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """Stand in for ``selective_scan_cuda.fwd``: ``[out, x]``, and the gated ``out_z`` if ``z`` is given."""
+    out, state = scan(_widen(u), delta, A, B, C, D, None, delta_bias, delta_softplus)
+    gated = [] if z is None else [(out * F.silu(z.to(out.dtype))).to(u.dtype)]
+    return [out.to(u.dtype), _pack(state), *gated]
+
+
+def mamba_bwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # d n | b g n l
+    C: Tensor,  # d n | b g n l
+    D: Tensor | None,  # d
+    z: Tensor | None,  # b d l
+    delta_bias: Tensor | None,  # d
+    dout: Tensor,  # b d l
+    x: Tensor | None,
+    out: Tensor | None,
+    dz: Tensor | None,
+    delta_softplus: bool,
+    recompute_out_z: bool,
+) -> list[Tensor | None]:
+    """Stand in for ``selective_scan_cuda.bwd``: seven gradients, then ``dz`` if ``z`` is given, ``out_z`` on request.
+
+    As in the original, the gradient of ``z`` is written into ``dz`` if the caller passes one.
+    """
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    run = partial(scan, delta_softplus=delta_softplus)
+    out_z, grads = _gradients(lambda u, *rest: run(_widen(u), *rest), inputs, dout)
+    grad_z = grads.pop(6)
+    if z is None:
+        return grads
+    grads.append(grad_z if dz is None or grad_z is None else dz.copy_(grad_z))
+    return [*grads, out_z.to(u.dtype)] if recompute_out_z else grads
+
+
+def _oflex_scan(
+    u: Tensor,
+    delta: Tensor,  # b d' l
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,  # d'
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The scan where neighbouring channels share a row of ``delta``."""
+    times = u.shape[1] // delta.shape[1]
+    delta = delta.repeat_interleave(times, 1)  # b d l
+    bias = None if delta_bias is None else delta_bias.repeat_interleave(times)  # d
+    return scan(_widen(u), delta, A, B, C, D, None, bias, delta_softplus)
+
+
+def _gradients(
+    run: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], grad: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The output of a scan and the gradient with respect to every input that is not None."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        out, _ = run(*leaves)
+        given = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], grad.to(out.dtype)))
+    return out.detach(), [None if x is None else next(given) for x in leaves]
+
+
+def _pack(state: Tensor) -> Tensor:  # b d n -> b d 1 2n
+    """Put the last state where callers look for it: ``x[:, :, -1, 1::2]``."""
+    return torch.stack((torch.zeros_like(state), state), -1).flatten(-2)[:, :, None]
+
+
+def _widen(u: Tensor) -> Tensor:
+    return u.to(torch.promote_types(u.dtype, torch.float32))

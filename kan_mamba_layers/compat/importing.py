@@ -1,0 +1,118 @@
+"""Make the stand-ins importable, and remove them again."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from kan_mamba_layers import __version__
+from kan_mamba_layers.compat import extensions, functions
+
+_ORIGIN = "kan_mamba_layers.compat"
+_EXTENSION: dict[str, Callable[..., Any]] = {"fwd": extensions.oflex_fwd, "bwd": extensions.oflex_bwd}
+_MODULES: dict[str, dict[str, Callable[..., Any]]] = {
+    "mamba_ssm": {"selective_scan_fn": functions.selective_scan_fn},
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": {
+        "selective_scan_fn": functions.selective_scan_fn,
+        "selective_scan_ref": functions.selective_scan_ref,
+    },
+    "selective_scan": {
+        "selective_scan_fn": functions.vmamba_selective_scan_fn,
+        "selective_scan_ref": functions.vmamba_selective_scan_ref,
+    },
+    "selective_scan_cuda": {"fwd": extensions.mamba_fwd, "bwd": extensions.mamba_bwd},
+    "selective_scan_cuda_core": _EXTENSION,
+    "selective_scan_cuda_oflex": _EXTENSION,
+}
+
+
+def _contents(module: str) -> list[str]:
+    below = [name.removeprefix(f"{module}.") for name in _MODULES if name.startswith(f"{module}.")]
+    return [*_MODULES[module], *(name for name in below if "." not in name)]
+
+
+def _missing(module: str, name: str) -> str:
+    return (
+        f"no {name!r} in the stand-in {module!r} of {_ORIGIN}, which has {', '.join(_contents(module))}; "
+        "for anything else install the original package"
+    )
+
+
+class _StandIns(MetaPathFinder, Loader):
+    """Find and load the stand-ins through the ordinary import machinery."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname in _MODULES:
+            # All are packages, even those without submodules: only for a package does `from m import x` look for m.x.
+            return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
+        parent, _, name = fullname.rpartition(".")
+        if parent in _MODULES:
+            raise ModuleNotFoundError(_missing(parent, name), name=parent)
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        def missing(name: str) -> Any:
+            raise AttributeError(_missing(module.__name__, name), name=name, obj=module)
+
+        module.__doc__ = f"Stand-in for {module.__name__}, made by {_ORIGIN}."
+        contents = {"__version__": f"0+kan.mamba.layers.{__version__}", "__getattr__": missing}
+        vars(module).update(contents, **_MODULES[module.__name__])
+
+
+_FINDER = _StandIns()
+
+
+def _is_ours(module: ModuleType) -> bool:
+    return getattr(getattr(module, "__spec__", None), "loader", None) is _FINDER
+
+
+def _original(name: str) -> str | None:
+    """Where a module of this name that is not ours comes from; None if there is no such module."""
+    module = sys.modules.get(name)
+    if module is not None:
+        return None if _is_ours(module) else "already imported"
+    spec = importlib.util.find_spec(name)
+    # A folder without __init__.py, such as the sources of VMamba's kernels, is not an installed package.
+    return None if spec is None or spec.loader is _FINDER or spec.origin is None else f"found at {spec.origin}"
+
+
+def install() -> None:
+    """Make the stand-ins importable in this process; a second call changes nothing.
+
+    Call it before the code that imports ``mamba_ssm``, ``selective_scan`` or ``selective_scan_cuda``,
+    ``selective_scan_cuda_core``, ``selective_scan_cuda_oflex``. Asking a stand-in for a name that it lacks raises
+    ImportError or AttributeError and lists the names that it has.
+
+    Raises:
+        ImportError: a real module of one of these names is installed or imported; a stand-in never shadows it.
+
+    Example:
+        >>> from kan_mamba_layers import compat
+        >>> compat.install()  # doctest: +SKIP
+        >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
+    """
+    for name in _MODULES:
+        if "." not in name and (found := _original(name)):
+            raise ImportError(
+                f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
+                "or uninstall it",
+                name=name,
+            )
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    for name in _MODULES:
+        importlib.import_module(name)
+
+
+def uninstall() -> None:
+    """Remove the stand-ins; functions already imported from them keep working."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    for name in _MODULES:
+        if name in sys.modules and _is_ours(sys.modules[name]):
+            del sys.modules[name]

@@ -1,0 +1,75 @@
+"""Store a model in a folder, and read it back: its class and arguments as JSON, its weights as safetensors."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_model(folder: str | Path, model: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write the class name, the arguments, the weights and a checksum of all three."""
+    folder = Path(folder)
+    safetensors = _safetensors()
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file({name: x.contiguous() for name, x in state.items()}, folder / _WEIGHTS)
+    config = {"model": model, "arguments": arguments}
+    config["sha256"] = _checksum(config, folder / _WEIGHTS)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_model(folder: str | Path, model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the arguments and the weights of a stored model of the class ``model``, or raise if they are damaged."""
+    config = _read_config(folder)
+    if config["model"] != model:
+        raise ValueError(
+            f"folder {str(folder)!r} holds a {config['model']}, not a {model}; load it with the right class"
+        )
+    path = Path(folder) / _WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"folder {str(folder)!r} has no {_WEIGHTS}; store the model with save_pretrained")
+    if _checksum(config, path) != config["sha256"]:
+        raise ValueError(
+            f"folder {str(folder)!r} is damaged: {_CONFIG} or {_WEIGHTS} does not match the stored sha256; copy the "
+            "folder or store the model again"
+        )
+    return config["arguments"], _safetensors().load_file(path)
+
+
+def read_class(folder: str | Path) -> str:
+    """Return the class name of a stored model."""
+    return _read_config(folder)["model"]
+
+
+def _read_config(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"folder {str(folder)!r} has no {_CONFIG}; pass a folder written by save_pretrained")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"file {str(path)!r} is not valid JSON ({error}); store the model again") from error
+    if not isinstance(config, dict) or not {"model", "arguments", "sha256"} <= config.keys():
+        raise ValueError(
+            f"file {str(path)!r} lacks 'model', 'arguments' or 'sha256'; store the model with save_pretrained"
+        )
+    return config
+
+
+def _checksum(config: Mapping[str, Any], weights: Path) -> str:
+    """The sha256 of everything that defines a stored model: its class, its arguments and its weights."""
+    identity = json.dumps([config["model"], config["arguments"]], sort_keys=True)
+    return hashlib.sha256(identity.encode() + weights.read_bytes()).hexdigest()
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("storing models needs safetensors: pip install kan-mamba-layers[hub]") from error
+    return safetensors.torch

@@ -1,0 +1,116 @@
+"""Values and gradients of the stand-ins for compiled extensions, called from an autograd Function, as users do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from stand_ins import EXTENSIONS, assert_equals_reference, function, make_inputs, without_originals
+from torch import Tensor
+
+from helpers import assert_close, gradients
+from kan_mamba_layers import selective_scan
+
+pytestmark = [without_originals, pytest.mark.usefixtures("stand_ins")]
+
+
+class Scan(torch.autograd.Function):
+    """`module` is one of the three extensions; only selective_scan_cuda knows `z`, and not `nrows`."""
+
+    @staticmethod
+    def forward(ctx, module, softplus, u, delta, A, B, C, D, bias, z):
+        gate, nrows = ([z], []) if module.__name__ == "selective_scan_cuda" else ([], [1])
+        out, x, *gated = module.fwd(u, delta, A, B, C, D, *gate, bias, softplus, *nrows)
+        ctx.module, ctx.softplus = module, softplus
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, z, x, out)
+        return gated[0] if gated else out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *inputs, bias, z, x, out = ctx.saved_tensors
+        if ctx.module.__name__ == "selective_scan_cuda":
+            grads = ctx.module.bwd(*inputs, z, bias, dout, x, out, None, ctx.softplus, False)
+        else:
+            grads = ctx.module.bwd(*inputs, bias, dout, x, ctx.softplus, 1)
+        return None, None, *grads, *([None] if z is None else [])
+
+
+def scan_with(name: str, softplus: bool = False) -> Callable[..., Tensor]:
+    module = importlib.import_module(name)
+
+    def run(u, delta, A, B, C, D=None, delta_bias=None, z=None) -> Tensor:
+        return Scan.apply(module, softplus, u, delta, A, B, C, D, delta_bias, z)
+
+    return run
+
+
+class TestExtensions:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("softplus", [False, True])
+    @pytest.mark.parametrize("name", EXTENSIONS)
+    def test_equals_the_reference(self, name: str, softplus: bool, dtype: torch.dtype) -> None:
+        run = scan_with(name, softplus)
+        assert_equals_reference(run, make_inputs(dtype), delta_softplus=softplus)
+        for absent in ("D", "delta_bias"):
+            inputs = {k: v for k, v in make_inputs(dtype).items() if k != absent}
+            assert_equals_reference(run, inputs, delta_softplus=softplus)
+        if name == "selective_scan_cuda":
+            assert_equals_reference(run, make_inputs(dtype, z=True), delta_softplus=softplus)
+            assert_equals_reference(run, make_inputs(dtype, form="dn"), delta_softplus=softplus)
+
+    @pytest.mark.parametrize("name", EXTENSIONS)
+    def test_gradcheck(self, name: str) -> None:
+        x = make_inputs()
+        run = scan_with(name, True)
+        inputs = tuple(v[..., :2].requires_grad_() if v.ndim > 2 else v.requires_grad_() for v in x.values())
+        assert torch.autograd.gradcheck(run, inputs)
+
+    @pytest.mark.parametrize("name", EXTENSIONS[1:])
+    def test_neighbouring_channels_may_share_a_row_of_delta(self, name: str) -> None:
+        x = make_inputs(rows=2)
+        out, grads = gradients(scan_with(name, True), x)
+
+        def expected(delta: Tensor, delta_bias: Tensor, **rest: Tensor) -> Tensor:
+            full = {"delta": delta.repeat_interleave(3, 1), "delta_bias": delta_bias.repeat_interleave(3)}
+            return selective_scan(**rest, **full, delta_softplus=True, backend="reference")
+
+        true, true_grads = gradients(expected, x)
+        assert_close("out", out, true, 1e-12)
+        for k, grad in grads.items():
+            assert_close(f"d{k}", grad, true_grads[k], 1e-12)
+
+    @pytest.mark.parametrize("name", EXTENSIONS)
+    def test_results_are_the_originals(self, name: str) -> None:
+        """Dtypes, None for what was not given, the last state inside `x`, and no graph through `fwd`."""
+        module = importlib.import_module(name)
+        x = {k: v.requires_grad_() for k, v in make_inputs(torch.bfloat16).items()}
+        common = [x[k] for k in ("u", "delta", "A", "B", "C", "D")]
+        gate = [None] if name == "selective_scan_cuda" else []
+        out, states = module.fwd(*common, *gate, x["delta_bias"], True)
+        last = selective_scan(**x, delta_softplus=True, return_last_state=True)[1]
+        assert (out.dtype, out.requires_grad, states.dtype) == (torch.bfloat16, False, torch.float32)
+        assert torch.equal(states[:, :, -1, 1::2], last)
+        rest = [None, None, True, False] if gate else [True]
+        grads = module.bwd(*common[:5], None, *gate, None, out, states, *rest)
+        assert [None if g is None else g.dtype for g in grads] == [*(v.dtype for v in common[:5]), None, None]
+
+    def test_oflex_keeps_float_output(self) -> None:
+        fwd, x = function("selective_scan_cuda_oflex", "fwd"), make_inputs(torch.float16)
+        expected = selective_scan(**{**x, "u": x["u"].float()}, delta_softplus=True)
+        assert torch.equal(fwd(*x.values(), True, 1, True)[0], expected)
+        assert torch.equal(fwd(*x.values(), True, 1, False)[0], expected.half())
+
+    def test_gate_gradient_goes_where_the_caller_wants_it(self) -> None:
+        module = importlib.import_module("selective_scan_cuda")
+        x = make_inputs(z=True)
+        common = [x[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+        out, states, gated = module.fwd(*common, True)
+        both = torch.zeros(2, 12, 11, dtype=torch.float64)
+        target = both[:, 6:]
+        *grads, dz, again = module.bwd(*common, torch.ones_like(out), states, out, target, True, True)
+        assert len(grads) == 7 and dz is target and target.abs().min() > 0 and not both[:, :6].any()
+        assert_close("out_z", again, gated, 1e-14)
+        silu = x["z"].sigmoid() * (1 + x["z"] * (1 - x["z"].sigmoid()))
+        assert_close("dz", dz, out * silu, 1e-12)

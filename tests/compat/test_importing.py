@@ -1,0 +1,107 @@
+"""Installing and removing the stand-ins, and asking them for what they lack."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from stand_ins import EXTENSIONS, TOP, function, python, without_originals
+
+from helpers import says
+from kan_mamba_layers import compat
+
+FUNCTIONS = {
+    "mamba_ssm": ["selective_scan_fn"],
+    "mamba_ssm.ops.selective_scan_interface": ["selective_scan_fn", "selective_scan_ref"],
+    "selective_scan": ["selective_scan_fn", "selective_scan_ref"],
+    **{name: ["fwd", "bwd"] for name in EXTENSIONS},
+}
+pytestmark = without_originals
+
+
+class TestInstalling:
+    def test_before_during_and_after(self) -> None:
+        assert [name for name in TOP if importlib.util.find_spec(name)] == []
+        compat.install()
+        try:
+            for module, names in FUNCTIONS.items():
+                made = importlib.import_module(module)
+                assert importlib.util.find_spec(module) is made.__spec__
+                assert made.__version__ and "Stand-in" in made.__doc__
+                assert all(callable(getattr(made, name)) for name in names)
+            modules = [sys.modules[name] for name in FUNCTIONS]
+            compat.install()
+            assert modules == [sys.modules[name] for name in FUNCTIONS]
+            assert len([finder for finder in sys.meta_path if finder is made.__spec__.loader]) == 1
+        finally:
+            compat.uninstall()
+        assert [name for name in sys.modules if name.split(".")[0] in TOP] == []
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("mamba_ssm")
+        compat.uninstall()
+
+    def test_nothing_happens_without_the_call(self, tmp_path: Path) -> None:
+        code = (
+            "import sys, importlib.util, kan_mamba_layers\n"
+            "print('kan_mamba_layers.compat' in sys.modules)\n"
+            "before = list(sys.meta_path)\n"
+            "import kan_mamba_layers.compat\n"
+            f"print(before == sys.meta_path, [n for n in {TOP} if importlib.util.find_spec(n)])\n"
+        )
+        result = python("-c", code, cwd=tmp_path)
+        assert (result.stdout.split("\n")[:2], result.stderr) == (["False", "True []"], "")
+
+    @pytest.mark.parametrize("name", TOP)
+    @pytest.mark.parametrize("form", ["package", "file"])
+    def test_does_not_shadow_an_installation(
+        self, name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / name / "__init__.py" if form == "package" else tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError, match=says(name, path.name, "uninstall")):
+            compat.install()
+        assert not set(TOP) & set(sys.modules)
+
+    def test_does_not_replace_an_imported_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        theirs = ModuleType("selective_scan")
+        monkeypatch.setitem(sys.modules, "selective_scan", theirs)
+        with pytest.raises(ImportError, match=says("selective_scan", "already imported")):
+            compat.install()
+        compat.uninstall()
+        assert sys.modules["selective_scan"] is theirs
+
+    def test_a_folder_of_sources_is_no_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "selective_scan" / "csrc").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        compat.install()
+        assert function("selective_scan").__module__ == "kan_mamba_layers.compat.functions"
+        compat.uninstall()
+
+
+@pytest.mark.usefixtures("stand_ins")
+class TestWhatIsMissing:
+    @pytest.mark.parametrize(
+        ("statement", "present"),
+        [
+            ("from mamba_ssm import Mamba", "selective_scan_fn"),
+            ("from mamba_ssm.modules.mamba_simple import Mamba", "ops"),
+            ("import mamba_ssm.ops.triton.layer_norm", "selective_scan_interface"),
+            ("from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn", "selective_scan_ref"),
+            ("from selective_scan_cuda_core import backward", "bwd"),
+        ],
+    )
+    def test_import_says_what_there_is(self, statement: str, present: str) -> None:
+        with pytest.raises(ImportError, match=says("stand-in", "which has", present)):
+            exec(statement, {})
+
+    def test_attribute_says_what_there_is(self) -> None:
+        module = importlib.import_module("mamba_ssm")
+        assert not hasattr(module, "Mamba")
+        with pytest.raises(AttributeError, match=says("'Mamba'", "selective_scan_fn, ops")):
+            _ = module.Mamba

@@ -1,0 +1,112 @@
+"""KMUNetPP: its grid by the definition, deep supervision, pruning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import assert_gradients, build, image, total
+from torch import Tensor
+
+from kan_mamba_layers import KMUNetPP
+
+
+def grid_by_hand(model: KMUNetPP, x: Tensor) -> dict[tuple[int, int], Tensor]:
+    """X[i, j] from the submodules and the definition alone, each node asking for the nodes that it needs."""
+    X: dict[tuple[int, int], Tensor] = {}
+    trunk = x
+    for i, encode in enumerate(model.encoder):
+        trunk = encode(trunk)
+        X[i, 0] = model.context[f"{i}_0"](trunk) if i < 3 else trunk
+        trunk = X[i, 0] if model.config["trunk_context"] else trunk
+
+    def node(i: int, j: int) -> Tensor:
+        if (i, j) not in X:
+            below = model.up[f"{i}_{j}"](node(i + 1, j - 1), node(i, 0).shape[2:])
+            for k in range(j):
+                below = below + model.plus[f"{i}_{j}_{k}"](node(i, k))
+            if model.config["decoder_kan"] and i in (2, 3):
+                below = model.kan[f"{i}_{j}"](below)
+            X[i, j] = model.context[f"{i}_{j}"](below)
+        return X[i, j]
+
+    for j in range(1, len(model.encoder)):
+        node(0, j)
+    return X
+
+
+class TestKMUNetPP:
+    @pytest.mark.parametrize("options", [{}, {"trunk_context": False}, {"decoder_kan": False}], ids=str)
+    @pytest.mark.parametrize("levels", [2, 3, 4, 5])
+    def test_the_grid_is_the_one_of_the_definition(self, levels: int, options: dict) -> None:
+        model = build("km_unet_pp_tiny", widths=(8, 16, 32, 48, 64)[:levels], **options).eval()
+        x = image(2, 70, 45)
+        with torch.no_grad():
+            X = grid_by_hand(model, x)
+            depth = levels - 1
+            assert set(X) == {(i, j) for i in range(levels) for j in range(levels - i)}
+            assert torch.equal(model.forward_features(x), X[0, depth])
+            assert torch.equal(model(x), model.heads[str(depth)](X[0, depth], x.shape[2:]))
+
+    def test_every_edge_of_the_grid_matters(self) -> None:
+        model, x = build("km_unet_pp_tiny"), image(2, 64, 64)
+        with torch.no_grad():
+            expected = model(x)
+            for key in model.plus:
+                changed = copy.deepcopy(model)
+                changed.plus[key][0].weight.neg_()
+                assert not torch.allclose(changed(x), expected, atol=1e-3), key
+
+    def test_deep_supervision_lists_the_final_map_first(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True), image(2, 70, 45)
+        twin = copy.deepcopy(model)
+        out = model(x)
+        assert isinstance(out, list) and [tuple(y.shape) for y in out] == 4 * [(2, 1, 70, 45)]
+        X = grid_by_hand(twin, x)
+        for y, j in zip(out, (4, 3, 2, 1), strict=True):
+            assert torch.equal(y, twin.heads[str(j)](X[0, j], x.shape[2:])), j
+        total(out).backward()
+        assert_gradients(model)
+
+    def test_evaluation_returns_the_final_map_alone(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True).eval(), image(1, 48, 40)
+        out = model(x)
+        assert isinstance(out, Tensor)
+        assert torch.equal(out, model.heads["4"](model.forward_features(x), x.shape[2:]))
+        assert isinstance(build("km_unet_pp_tiny").train()(image(2, 48, 40)), Tensor)
+
+    @pytest.mark.parametrize("depth", [1, 2, 3, 4])
+    def test_pruned_model_computes_the_same_at_its_depth(self, depth: int) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True), image(2, 70, 45)
+        model(x)  # moves the running statistics
+        model.eval()
+        pruned = model.prune(depth)
+        with torch.no_grad():
+            expected = model.heads[str(depth)](grid_by_hand(model, x)[0, depth], x.shape[2:])
+            assert torch.equal(pruned.eval()(x), expected)
+        assert isinstance(pruned, KMUNetPP)
+        kept = set(pruned.state_dict())
+        assert kept < set(model.state_dict())
+        nodes = {key.split(".")[1] for key in kept if key.startswith("up.")}
+        assert nodes == {f"{i}_{j}" for j in range(1, depth + 1) for i in range(depth + 1 - j)}
+
+    def test_pruning_does_not_change_the_whole_model(self) -> None:
+        model, x = build("km_unet_pp_tiny", deep_supervision=True).eval(), image(1, 40, 40)
+        expected = model(x)
+        with torch.no_grad():
+            for p in model.prune(2).parameters():
+                p.zero_()
+        assert torch.equal(model(x), expected)
+
+    def test_a_pruned_model_trains_and_is_stored(self, tmp_path) -> None:
+        pruned = build("km_unet_pp_tiny", deep_supervision=True).prune(2).train()
+        total(pruned(image(2, 48, 48))).backward()
+        assert_gradients(pruned)
+        pruned.eval().save_pretrained(tmp_path / "model")
+        again = KMUNetPP.from_pretrained(tmp_path / "model")
+        assert torch.equal(again(image(1, 40, 40)), pruned(image(1, 40, 40)))
+
+    def test_keys_show_the_grid(self) -> None:
+        nodes = {key.split(".")[1] for key in build("km_unet_pp_tiny").state_dict() if key.startswith("up.")}
+        assert nodes == {f"{i}_{j}" for j in range(1, 5) for i in range(5 - j)}
