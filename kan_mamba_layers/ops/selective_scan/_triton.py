@@ -38,8 +38,9 @@ class Rule(NamedTuple):
     pair_steps: int  # of a cut chunk that a program walks there and back, at least
 
 
-FORWARD = Rule(values=1024, enough=4, wanted=16, pair_steps=64)
-BACKWARD = Rule(values=256, enough=16, wanted=16, pair_steps=64)
+# Those of 120 rules that were fastest over 12 shapes on an H200, on average 5 and 2 % behind each shape's best plan.
+FORWARD = Rule(values=1024, enough=4, wanted=8, pair_steps=64)
+BACKWARD = Rule(values=512, enough=4, wanted=16, pair_steps=32)
 
 
 class _Sizes(NamedTuple):

@@ -6,9 +6,8 @@ of the state in registers. What the next step needs is loaded before this one is
 
 The step sizes are in memory, where ``_triton_steps`` has put them, and their gradients take their place.
 
-Sums over the states and sums over the channels are both needed here, so lanes lie across both. With 16 channels and 16
-states a warp has more lanes than a step has channels; then Triton loads each value into every lane that needs it, where
-it would otherwise bring it there through shared memory.
+Sums over the states and over the channels are both needed here, so lanes lie across both: Triton gives every lane four
+neighbouring channels of some of the states if the scratch's addresses run through the channels, and they do.
 """
 
 import triton
