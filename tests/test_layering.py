@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kan_mamba_layers"
 STOREYS = ("_check", "ops", "layers", "models")  # each may use itself and what stands before it
-BACKENDS = ("reference", "_chunked", "_cpu", "_triton")  # and what begins so: `_cpu_kernels` is a part of `_cpu`
+BACKENDS = ("reference", "chunked", "cpu", "triton")  # files or folders of an op
 CORE = {"torch", "numpy", "einops"}
-# Modules that are imported when an engine is first used, and what they may import besides.
-ENGINES = {"_cpu": {"numba", "llvmlite"}, "_simd": {"numba", "llvmlite"}, "_triton": {"triton"}}
+# Modules that are imported when a backend is first used, and what they may import besides.
+COMPILED = {"cpu": {"numba", "llvmlite"}, "simd": {"numba", "llvmlite"}, "triton": {"triton"}}
 MAX_LINES = 400
 # The one file outside the package that may reach into it: checks and searches beneath the public ops start there.
 INNER_DOOR = ROOT / "benchmarks" / "gpu" / "launchers.py"
@@ -44,9 +44,10 @@ def storey(module: str) -> int:
     return STOREYS.index(part) if part in STOREYS else len(STOREYS)
 
 
-def family(part: str, names: tuple[str, ...] = BACKENDS) -> str | None:
-    """The backend that a module belongs to."""
-    return next((n for n in names if part == n or part.startswith(f"{n}_")), None)
+def family(module: str, names: Collection[str] = BACKENDS) -> str | None:
+    """The backend that a module of the package belongs to."""
+    package, *parts = module.split(".")
+    return next((part for part in parts if package == PACKAGE and part in names), None)
 
 
 def violations(name: str, source: str) -> list[str]:
@@ -56,11 +57,10 @@ def violations(name: str, source: str) -> list[str]:
     parts = name.split(".")
     at_top = {id(node) for node in tree.body}
     lines_at_top = {node.lineno for node in tree.body}
-    engine = family(parts[-1], tuple(ENGINES))
+    backend = family(name, COMPILED)
     for target, line in imports(tree):
-        loaded = {family(step, tuple(ENGINES)) for step in target.split(".")[1:]} - {None}
-        if target.split(".")[0] == PACKAGE and loaded and engine is None and line in lines_at_top:
-            found.append(f"{name}:{line} imports the engine {target} at its top")
+        if family(target, COMPILED) and backend is None and line in lines_at_top:
+            found.append(f"{name}:{line} imports the compiled backend {target} at its top")
     for target, line in imports(tree):
         if target.startswith("."):
             found.append(f"{name}:{line} relative import {target}")
@@ -69,9 +69,8 @@ def violations(name: str, source: str) -> list[str]:
         if storey(target) > storey(name):
             found.append(f"{name}:{line} imports {target} from a storey above")
         steps = target.split(".")
-        kernels = {family(step) for step in steps} - {None}
         same_op = len(parts) > 2 and steps[:3] == parts[:3]
-        if kernels and not (same_op and family(parts[-1]) in {None, *kernels}):
+        if family(target) and not (same_op and family(name) in (None, family(target))):
             found.append(f"{name}:{line} imports the backend {target}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
@@ -82,7 +81,7 @@ def violations(name: str, source: str) -> list[str]:
             found.append(f"{name}:{node.lineno} environment variable")
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) in at_top:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            allowed = CORE | ENGINES.get(engine or "", set()) | {PACKAGE}
+            allowed = CORE | COMPILED.get(backend or "", set()) | {PACKAGE}
             for top in {n.split(".")[0] for n in names} - allowed - sys.stdlib_module_names:
                 found.append(f"{name}:{node.lineno} imports {top} at its top; only torch, numpy and einops may be")
     return found
@@ -149,13 +148,13 @@ class TestTheCheckItself:
             ("kan_mamba_layers.layers.x", "from kan_mamba_layers import SS2D", "storey above"),
             ("kan_mamba_layers._check", "def f():\n    from kan_mamba_layers.ops import resolve", "storey above"),
             ("kan_mamba_layers.layers.x", "from kan_mamba_layers.ops.kan_linear import reference", "backend"),
-            ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a.reference import scan", "backend"),
-            ("kan_mamba_layers.ops.a._cpu", "from kan_mamba_layers.ops.a import _triton", "backend"),
-            ("kan_mamba_layers.ops.b.x", "from kan_mamba_layers.ops.a import _chunked", "backend"),
-            ("kan_mamba_layers.ops.a._cpu_kernels", "from kan_mamba_layers.ops.a import _triton_forward", "backend"),
-            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import _cpu", "engine"),
-            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops._simd import load", "engine"),
-            ("kan_mamba_layers.ops.a._cpu", "import triton", "triton at its top"),
+            ("kan_mamba_layers.ops.a.cpu", "from kan_mamba_layers.ops.a.reference import scan", "backend"),
+            ("kan_mamba_layers.ops.a.cpu", "from kan_mamba_layers.ops.a import triton", "backend"),
+            ("kan_mamba_layers.ops.b.x", "from kan_mamba_layers.ops.a import chunked", "backend"),
+            ("kan_mamba_layers.ops.a.cpu.kernel", "from kan_mamba_layers.ops.a.triton import kernel", "backend"),
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import cpu", "compiled backend"),
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.simd.vector import load", "compiled backend"),
+            ("kan_mamba_layers.ops.a.cpu", "import triton", "triton at its top"),
             ("kan_mamba_layers.ops.x", "from . import y", "relative"),
             ("kan_mamba_layers.ops.x", "import triton", "triton at its top"),
             ("kan_mamba_layers.ops.x", "from numba import njit", "numba at its top"),
@@ -177,10 +176,10 @@ class TestTheCheckItself:
     @pytest.mark.parametrize(
         ("name", "source"),
         [
-            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import _chunked, reference"),
-            ("kan_mamba_layers.ops.a._library", "def f():\n    from kan_mamba_layers.ops.a import _cpu"),
-            ("kan_mamba_layers.ops.a._cpu", "import numba\nfrom kan_mamba_layers.ops.a import _cpu_kernels"),
-            ("kan_mamba_layers.ops.a._triton", "import triton.language as tl"),
+            ("kan_mamba_layers.ops.a", "from kan_mamba_layers.ops.a import chunked, reference"),
+            ("kan_mamba_layers.ops.a.library", "def f():\n    from kan_mamba_layers.ops.a import cpu"),
+            ("kan_mamba_layers.ops.a.cpu", "import numba\nfrom kan_mamba_layers.ops.a.cpu import kernel"),
+            ("kan_mamba_layers.ops.a.triton", "import triton.language as tl"),
             ("kan_mamba_layers.models.x", "from kan_mamba_layers.layers import EMA"),
             ("kan_mamba_layers.models.x", "def f():\n    import safetensors"),
             ("kan_mamba_layers.ops.x", "import math\nimport torch.nn.functional as F\nimport numpy"),

@@ -3,12 +3,12 @@
 No other file outside the package reaches into it.
 """
 
-from kan_mamba_layers.ops.kan_linear import _triton as kan
-from kan_mamba_layers.ops.kan_linear import _triton_backward as kan_backward
-from kan_mamba_layers.ops.kan_linear import _triton_forward as kan_forward
-from kan_mamba_layers.ops.selective_scan import _triton as scan
-from kan_mamba_layers.ops.selective_scan import _triton_backward as scan_backward
-from kan_mamba_layers.ops.selective_scan import _triton_forward as scan_forward
-from kan_mamba_layers.ops.selective_scan import _triton_steps as scan_steps
+from kan_mamba_layers.ops.kan_linear import triton as kan
+from kan_mamba_layers.ops.kan_linear.triton import backward_kernel as kan_backward
+from kan_mamba_layers.ops.kan_linear.triton import forward_kernel as kan_forward
+from kan_mamba_layers.ops.selective_scan import triton as scan
+from kan_mamba_layers.ops.selective_scan.triton import backward_kernel as scan_backward
+from kan_mamba_layers.ops.selective_scan.triton import forward_kernel as scan_forward
+from kan_mamba_layers.ops.selective_scan.triton import steps_kernel as scan_steps
 
 __all__ = ["kan", "kan_backward", "kan_forward", "scan", "scan_backward", "scan_forward", "scan_steps"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
-from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS
+from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
 
 
 class SS2D(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_tensor
-from kan_mamba_layers.ops import _limits
+from kan_mamba_layers.ops import limits
 
 Backend = Literal["auto", "reference", "chunked", "cpu", "triton"]
 
@@ -28,9 +28,9 @@ _TENSORS: dict[str, tuple[str, ...]] = {
 }
 # Why a backend cannot run a call, by the arguments beside dtype and device.
 _LIMITS: dict[str, Callable[..., str]] = {
-    "selective_scan": _limits.against_selective_scan,
-    "cross_selective_scan": _limits.against_cross_selective_scan,
-    "kan_linear": _limits.against_kan_linear,
+    "selective_scan": limits.against_selective_scan,
+    "cross_selective_scan": limits.against_cross_selective_scan,
+    "kan_linear": limits.against_kan_linear,
 }
 _HAS = {package: importlib.util.find_spec(package) is not None for package in ("numba", "triton")}
 

@@ -90,11 +90,11 @@ class TestShapes:
         assert all(not grad.any() and grad.isfinite().all() for grad in grads.values())
 
     def test_more_images_than_are_worked_on_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from kan_mamba_layers.ops.selective_scan import _cpu
+        from kan_mamba_layers.ops.selective_scan import cpu
 
         inputs = image_inputs(7, 5, 6, 20, 2, 3, dtype=torch.float64)
         whole = gradients(on_images("cpu"), inputs)
-        monkeypatch.setattr(_cpu, "_MAPS_BYTES", 1)
+        monkeypatch.setattr(cpu, "_MAPS_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so blocks of 3, 3 and 1
         out, grads = gradients(on_images("cpu"), inputs)
         assert_close("out", out, whole[0], 1e-13)

@@ -14,7 +14,8 @@ import torch
 
 from helpers import assert_close, fresh_process, gradients, says
 from kan_mamba_layers import SS2D, cross_selective_scan, resolve
-from kan_mamba_layers.ops import _threads, backend
+from kan_mamba_layers.ops import backend
+from kan_mamba_layers.ops.simd import threads as team
 from ops.scan_calls import full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytest.importorskip("numba")
@@ -42,7 +43,7 @@ class TestThreads:
     ) -> None:
         """To rounding for different numbers, to the bit for the same one."""
         if pool == "plain":  # as where PyTorch's runtime does not lend its threads
-            monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
         function, inputs = CASES[name]
         set_threads(1)
         expected, expected_grads = gradients(function, inputs)
@@ -61,7 +62,7 @@ class TestThreads:
         self, threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if pool == "plain":
-            monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
         set_threads(threads)
         problems = [image_inputs(2, 9 + i, 8, 20 + i, 2, 3, seed=i) for i in range(4)]
         expected = [gradients(on_images("cpu"), x) for x in problems]
@@ -91,7 +92,7 @@ class TestThreads:
         self, threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if pool == "plain":
-            monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
         set_threads(threads)
         together, seen = threading.Barrier(threads), []
 
@@ -100,15 +101,15 @@ class TestThreads:
             together.wait(60)  # breaks unless all of them are here at the same time
             seen.append((argument, threading.get_ident()))
 
-        _threads.run_team(function, 12345, threads)
+        threads.run_team(function, 12345, threads)
         assert [argument for argument, _ in seen] == [12345] * threads
         assert len({thread for _, thread in seen}) == threads
 
     def test_size_of_a_team(self, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
         set_threads(4)
-        assert [_threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
-        monkeypatch.setattr(_threads, "_in_forked_child", True)
-        assert _threads.team_size(100) == 1
+        assert [threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
+        monkeypatch.setattr(team, "_in_forked_child", True)
+        assert threads.team_size(100) == 1
 
 
 # A new process that has used the engine on three threads, and `check`, which uses it again and looks at the results.
@@ -226,12 +227,13 @@ class TestProcesses:
 class TestCache:
     CODE = (
         "import torch\n"
-        "from kan_mamba_layers.ops._simd_kernel import c_function\n"
-        "from kan_mamba_layers.ops.selective_scan import _cpu, _cpu_forward\n"
+        "from kan_mamba_layers.ops.simd.kernel import c_function\n"
+        "from kan_mamba_layers.ops.selective_scan import cpu\n"
+        "from kan_mamba_layers.ops.selective_scan.cpu import forward_kernel\n"
         "from kan_mamba_layers import selective_scan\n"
         "u, A, B = torch.rand(1, 3, 40), -torch.rand(3, 2), torch.rand(1, 2, 40)\n"
         "out, expected = (selective_scan(u, u, A, B, B, backend=b) for b in ('cpu', 'reference'))\n"
-        "code = c_function(_cpu_forward.entry, torch.float32, _cpu._KERNELS).code\n"
+        "code = c_function(forward_kernel.entry, torch.float32, cpu._KERNELS).code\n"
         "print(torch.allclose(out, expected, atol=1e-5), getattr(code, 'cache_hits', None))\n"
     )
 

@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 import llvmlite.binding as llvm
 from numba import cfunc, types
 
-from kan_mamba_layers.ops.selective_scan import _cpu_backward, _cpu_forward
+from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, forward_kernel
 
 # A triple, a processor's features, a fused multiply-add or what stands for it there, and registers for 16 floats.
 TARGETS = {
@@ -27,7 +27,7 @@ TARGETS = {
 @pytest.fixture(scope="module", params=["forward", "backward"])
 def code(request: pytest.FixtureRequest) -> str:
     """The kernel in LLVM's language, without what ties it to this machine."""
-    entry = {"forward": _cpu_forward.entry, "backward": _cpu_backward.entry}[request.param]
+    entry = {"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param]
     compiled = cfunc(types.void(types.CPointer(types.float32)), error_model="numpy")(entry(1))
     lines = compiled._library.get_llvm_str().splitlines()
     text = "\n".join(line for line in lines if not line.startswith(("target datalayout", "target triple")))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import assert_budget, assert_close, gradients, says, strided
 from kan_mamba_layers import kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
-from kan_mamba_layers.ops.kan_linear import _library
+from kan_mamba_layers.ops.kan_linear import library
 from ops.kan_calls import FUSED, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
@@ -101,7 +101,7 @@ class Seen(list):
     """What the engine was asked for, call by call: whether x and the weights want gradients."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-        engine = _library._engine(backend)
+        engine = library._engine(backend)
         backward = engine.backward
 
         def spy(*arguments: object) -> object:

@@ -168,13 +168,13 @@ class TestSizes:
     @pytest.mark.parametrize("registers", [4, 8, 16, 32])
     def test_parts_of_every_machine(self, registers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         """The outputs are taken 64, 32 or 16 at a time, which changes nothing for an output."""
-        from kan_mamba_layers.ops.kan_linear import _cpu
+        from kan_mamba_layers.ops.kan_linear import cpu
 
         wide = make_inputs(45, 5, 120, dtype=dtype)
         inputs = {k: v.to(dtype) for k, v in wide.items()}
         grid = inputs.pop("grid")
         expected, expected_grads = gradients(kan("cpu", grid, "linear", True), inputs)
-        monkeypatch.setattr(_cpu, "vector_registers", lambda bits: registers)
+        monkeypatch.setattr(cpu, "vector_registers", lambda bits: registers)
         out, grads = gradients(kan("cpu", grid, "linear", True), inputs)
         assert torch.equal(out, expected)
         assert torch.equal(grads["base_weight"], expected_grads["base_weight"])

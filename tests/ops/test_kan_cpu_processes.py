@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers import fresh_process, gradients, nan_filled_empty
-from kan_mamba_layers.ops import _threads
+from kan_mamba_layers.ops.simd import threads as team
 from ops.kan_calls import kan, kan_inputs
 
 pytest.importorskip("numba")
@@ -122,8 +122,8 @@ class TestMemory:
 @pytest.mark.parametrize("pool", ["openmp", "plain"])
 def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if pool == "plain":  # as where PyTorch's runtime does not lend its threads
-        monkeypatch.setattr(_threads, "_openmp_parallel", lambda: None)
-    monkeypatch.setattr(_threads, "team_size", lambda tasks: max(1, min(3, tasks)))
+        monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(team, "team_size", lambda tasks: max(1, min(3, tasks)))
     problems = [kan_inputs(200 + i, 20 + i, 30, uniform=i % 2 == 0, seed=i) for i in range(4)]
     functions = [kan("cpu", p.pop("grid"), "zero", i % 2 == 0) for i, p in enumerate(problems)]
     before = torch.get_num_threads()
@@ -186,13 +186,13 @@ class TestCache:
     CODE = (
         "import torch\n"
         "from kan_mamba_layers import kan_linear\n"
-        "from kan_mamba_layers.ops._simd_kernel import c_function\n"
-        "from kan_mamba_layers.ops.kan_linear import _cpu\n"
+        "from kan_mamba_layers.ops.simd.kernel import c_function\n"
+        "from kan_mamba_layers.ops.kan_linear import cpu\n"
         "calls = []\n"
         "def seen(*key):\n"
         "    calls.append(c_function(*key))\n"
         "    return calls[-1]\n"
-        "_cpu.c_function = seen\n"
+        "cpu.c_function = seen\n"
         "def agree(degree, backward):\n"
         "    torch.manual_seed(degree)\n"
         "    tensors = torch.randn(9, 3), torch.randn(4, 3), torch.randn(4, 3, 4 + degree)\n"

@@ -21,8 +21,8 @@ from torch._subclasses import FakeTensorMode
 import kan_mamba_layers as kml
 from helpers import fresh_process, says
 from kan_mamba_layers import resolve
-from kan_mamba_layers.ops import _limits
 from kan_mamba_layers.ops import backend as choice
+from kan_mamba_layers.ops import limits
 from ops.kan_calls import kan_inputs
 from ops.scan_calls import Inputs, image_inputs, line_inputs
 
@@ -209,7 +209,7 @@ class TestOnAGpu:
             text = says("backend='triton'", f"{name} has 1048576 positions", "2147483648 addresses", r"2\*\*31 - 1")
             with pytest.raises(ValueError, match=text):
                 resolve(op, "triton", **given)
-            monkeypatch.setattr(_limits, "ADDRESSES", 1 << 31)
+            monkeypatch.setattr(limits, "ADDRESSES", 1 << 31)
             assert resolve(op, "triton", **given) == "triton"
             assert resolve(op, "auto", **given) == ("chunked" if constant else "triton")
 
@@ -222,7 +222,7 @@ class TestOnAGpu:
             ("cross_selective_scan", {"h": 2, "w": 1}, {"h": 1, "w": 3}),
             ("cross_selective_scan", {"h": 2, "w": 1, "d": 7, "n": 2}, {"h": 1, "w": 3, "d": 7, "n": 2}),
         ):
-            monkeypatch.setattr(_limits, "ADDRESSES", 59)
+            monkeypatch.setattr(limits, "ADDRESSES", 59)
             for changes, expected in ((fitting, "triton"), (larger, "chunked")):
                 gpu.clear()
                 inputs = on_gpu(MAKE[op](**changes))
@@ -300,7 +300,7 @@ class TestOnTheCpu:
             raise AssertionError
 
         for name in ("against_states", "against_addresses", "count_groups"):
-            monkeypatch.setattr(_limits, name, forbidden)
+            monkeypatch.setattr(limits, name, forbidden)
         for op, make in MAKE.items():
             for backend in ("auto", "cpu", "chunked", "reference"):
                 answer(op, backend, make())

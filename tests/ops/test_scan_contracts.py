@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import assert_close, fresh_process, gradients, strided
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
-from kan_mamba_layers.ops.selective_scan._library import fused_scan
+from kan_mamba_layers.ops.selective_scan.library import fused_scan
 from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines, operator_inputs
 
 pytest.importorskip("numba")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 pytest.importorskip("numba")
 from numba import cfunc, njit, types
 
-from kan_mamba_layers.ops import _simd
-from kan_mamba_layers.ops._simd import LANES
+from kan_mamba_layers.ops.simd import vector
+from kan_mamba_layers.ops.simd.vector import LANES
 
 Array = np.ndarray
 LONG = np.longdouble  # more precise than float64 on x86; elsewhere at least as precise
@@ -41,45 +41,45 @@ def callable_from_c(code: Any) -> Callable[..., None]:
 
 def run_exp2(a, out, count):
     for i in range(0, count, LANES):
-        _simd.store(out, i, _simd.exp2_product(_simd.load(a, i), _simd.load(a, count + i)))
+        vector.store(out, i, vector.exp2_product(vector.load(a, i), vector.load(a, count + i)))
 
 
 def run_softplus(a, out, count):
     for i in range(0, count, LANES):
-        value, slope = _simd.softplus_and_slope(_simd.load(a, i))
-        _simd.store(out, i, value)
-        _simd.store(out, count + i, slope)
+        value, slope = vector.softplus_and_slope(vector.load(a, i))
+        vector.store(out, i, value)
+        vector.store(out, count + i, slope)
 
 
 def run_arithmetic(a, out, count):
-    x, y, z = _simd.load(a, 0), _simd.load(a, count), _simd.load(a, 2 * count)
-    _simd.store(out, 0, x + y)
-    _simd.store(out, LANES, x - y)
-    _simd.store(out, 2 * LANES, x * y)
-    _simd.store(out, 3 * LANES, _simd.fma(x, y, z))
+    x, y, z = vector.load(a, 0), vector.load(a, count), vector.load(a, 2 * count)
+    vector.store(out, 0, x + y)
+    vector.store(out, LANES, x - y)
+    vector.store(out, 2 * LANES, x * y)
+    vector.store(out, 3 * LANES, vector.fma(x, y, z))
 
 
 def run_copy(a, out, index):
-    _simd.store(out, index, _simd.load(a, index))
+    vector.store(out, index, vector.load(a, index))
 
 
 def run_elements(a, out, index):
-    _simd.write(out, index, _simd.read(a, index + 1))
-    _simd.store(out, index + 1, _simd.broadcast(a, index))
-    _simd.store(out, index + 1 + LANES, _simd.splat(0.1, a))
-    _simd.prefetch(a, index)
+    vector.write(out, index, vector.read(a, index + 1))
+    vector.store(out, index + 1, vector.broadcast(a, index))
+    vector.store(out, index + 1 + LANES, vector.splat(0.1, a))
+    vector.prefetch(a, index)
 
 
 def run_sum_lanes(a, out, index):
-    _simd.store(out, 0, _simd.sum_lanes(a, index))
+    vector.store(out, 0, vector.sum_lanes(a, index))
 
 
 def run_transpose(a, out, stride):
-    _simd.transpose(out, 3, stride)
+    vector.transpose(out, 3, stride)
 
 
 def run_pointers(a, out, count):
-    _simd.write(_simd.pointer(_simd.read(_simd.integers(a), 0), out), count, 1.0)
+    vector.write(vector.pointer(vector.read(vector.integers(a), 0), out), count, 1.0)
 
 
 @cache
@@ -345,7 +345,7 @@ def test_threads_take_every_number_once(threads: int) -> None:
     @njit(nogil=True)
     def take(counter, taken, count):
         for i in range(count):
-            _simd.write(taken, i, _simd.take_number(counter, 1))
+            vector.write(taken, i, vector.take_number(counter, 1))
 
     pointer = types.CPointer(types.int64)
 

@@ -15,9 +15,9 @@ pytest.importorskip("numba")
 import llvmlite.binding as llvm
 from numba import cfunc, njit, types
 
-from kan_mamba_layers.ops import _simd, _simd_wide
-from kan_mamba_layers.ops._simd import LANES
-from kan_mamba_layers.ops.kan_linear import _cpu_backward, _cpu_forward
+from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, forward_kernel
+from kan_mamba_layers.ops.simd import vector, wide
+from kan_mamba_layers.ops.simd.vector import LANES
 
 from test_simd import EPS, LONG, both, built, relative  # isort: skip
 
@@ -31,34 +31,34 @@ SIGMOID_BOUND = {np.float32: 3e-7, np.float64: 1e-15}
 
 def run_choices(a, out, count):
     for i in range(0, count, LANES):
-        x, y = _simd.load(a, i), _simd.load(a, count + i)
-        _simd.store(out, i, _simd_wide.where_less(x, y, _simd.load(a, 2 * count + i), _simd.load(a, 3 * count + i)))
+        x, y = vector.load(a, i), vector.load(a, count + i)
+        vector.store(out, i, wide.where_less(x, y, vector.load(a, 2 * count + i), vector.load(a, 3 * count + i)))
 
 
 def run_functions(a, out, count):
     for i in range(0, count, LANES):
-        _simd.store(out, i, _simd_wide.floor(_simd.load(a, i)))
-        _simd.store(out, count + i, _simd_wide.sigmoid(_simd.load(a, i)))
+        vector.store(out, i, wide.floor(vector.load(a, i)))
+        vector.store(out, count + i, wide.sigmoid(vector.load(a, i)))
 
 
 def run_quotients(a, out, count):
-    _simd.store(out, 0, _simd.load(a, 0) / _simd.load(a, count))
+    vector.store(out, 0, vector.load(a, 0) / vector.load(a, count))
 
 
 def run_integers(a, out, count):
     for i in range(0, count, LANES):
-        _simd_wide.write_integers(out, i + 1, _simd.load(a, i))
+        wide.write_integers(out, i + 1, vector.load(a, i))
     for i in range(count):
-        _simd.write(out, count + 1 + i, float(2 * _simd_wide.read_integer(out, i + 1)))
+        vector.write(out, count + 1 + i, float(2 * wide.read_integer(out, i + 1)))
 
 
 def run_advance(a, out, count):
-    _simd.write(_simd_wide.advance(out, count), 2, _simd.read(_simd_wide.advance(a, count), 1))
+    vector.write(wide.advance(out, count), 2, vector.read(wide.advance(a, count), 1))
 
 
 def run_lowest_bits(a, out, count):
     for i in range(count):
-        _simd.write(out, i, float(_simd_wide.lowest_bit(_simd.read(_simd.integers(a), i))))
+        vector.write(out, i, float(wide.lowest_bit(vector.read(vector.integers(a), i))))
 
 
 def wide_kernel(lanes: int) -> Callable[..., None]:
@@ -66,21 +66,21 @@ def wide_kernel(lanes: int) -> Callable[..., None]:
 
     @njit(error_model="numpy")
     def run(a, out, index, zero):
-        width = _simd_wide.lanes_of(zero)
-        x = _simd_wide.load_as(zero, a, index)
-        _simd.store(out, 0, zero)
-        _simd.store(out, width, x)
-        _simd.store(out, 2 * width, _simd_wide.spread(zero, a, index + 5))
-        tuple_ = _simd_wide.several(x, COUNT)
-        _simd.store(out, 3 * width, _simd_wide.add_rows(x, a, index + 3, a, index + 7, tuple_))
-        sums = _simd_wide.add_multiples(_simd_wide.several(x, tuple_), _simd_wide.load_as(zero, a, index + 1), a, index)
+        width = wide.lanes_of(zero)
+        x = wide.load_as(zero, a, index)
+        vector.store(out, 0, zero)
+        vector.store(out, width, x)
+        vector.store(out, 2 * width, wide.spread(zero, a, index + 5))
+        tuple_ = wide.several(x, COUNT)
+        vector.store(out, 3 * width, wide.add_rows(x, a, index + 3, a, index + 7, tuple_))
+        sums = wide.add_multiples(wide.several(x, tuple_), wide.load_as(zero, a, index + 1), a, index)
         for k in range(COUNT):
-            _simd.store(out, (4 + k) * width, sums[k])
-        _simd.store(out, (4 + COUNT) * width, _simd_wide.fold(x))
-        _simd.write(out, (4 + COUNT) * width + LANES, float(width))
+            vector.store(out, (4 + k) * width, sums[k])
+        vector.store(out, (4 + COUNT) * width, wide.fold(x))
+        vector.write(out, (4 + COUNT) * width + LANES, float(width))
 
     def kernel(a, out, index):
-        run(a, out, index, _simd_wide.zeros(a, lanes))
+        run(a, out, index, wide.zeros(a, lanes))
 
     return kernel
 
@@ -216,8 +216,8 @@ class TestMemory:
 
 def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a machine's registers hold, in vectors of 16: 32 of 512 bits, 16 of 256, 32 or 16 of 128."""
-    here = _simd_wide.vector_registers(32)
-    assert here >= 4 and _simd_wide.vector_registers(64) == here // 2
+    here = wide.vector_registers(32)
+    assert here >= 4 and wide.vector_registers(64) == here // 2
     machines = {
         ("x86_64-unknown-linux-gnu", ("avx", "avx2", "avx512f")): 32,
         ("x86_64-unknown-linux-gnu", ("avx", "avx2")): 8,
@@ -228,7 +228,7 @@ def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     for (triple, features), expected in machines.items():
         monkeypatch.setattr(llvm, "get_process_triple", lambda triple=triple: triple)
         monkeypatch.setattr(llvm, "get_host_cpu_features", lambda features=features: dict.fromkeys(features, True))
-        assert _simd_wide.vector_registers(32) == expected, triple
+        assert wide.vector_registers(32) == expected, triple
 
 
 # A triple, the features of a processor, and a fused multiply-add or what stands for it there.
@@ -239,9 +239,9 @@ TARGETS = {
     "windows": ("x86_64-pc-windows-msvc", "+avx2,+fma", r"vfmadd\w+\s.*%ymm"),
 }
 ENTRIES = {
-    "forward": _cpu_forward.entry,
-    "input": _cpu_backward.input_entry,
-    "weight": _cpu_backward.weight_entry,
+    "forward": forward_kernel.entry,
+    "input": backward_kernel.input_entry,
+    "weight": backward_kernel.weight_entry,
 }
 
 

@@ -27,7 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kan_mamba_layers.ops.selective_scan import _triton, _triton_backward, _triton_forward, _triton_steps
+from kan_mamba_layers.ops.selective_scan import triton as launcher
+from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 RECORDED = Path(__file__).with_name("resources.json")
 TARGETS = {
@@ -52,9 +53,9 @@ SOME_MODELS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the rest differs little
 EVEN_SIZES = ("channels", "group", "values", "chunk")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KERNELS = {
-    _triton_forward: ("scan", "chunk_ends", "carry", "merge"),
-    _triton_backward: ("scan_backward",),
-    _triton_steps: ("step_sizes", "step_gradients"),
+    forward_kernel: ("scan", "chunk_ends", "carry", "merge"),
+    backward_kernel: ("scan_backward",),
+    steps_kernel: ("step_sizes", "step_gradients"),
 }
 
 
@@ -80,7 +81,7 @@ class Recorder:
 def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
     """What a forward and a backward pass launch for two chunks of an image, under the plans for a batch of 8."""
     found: list[Variant] = []
-    plans = (_triton.choose_plan(8, 1024, d, k, 1, n, 132, back=back)._replace(chunk=32) for back in (False, True))
+    plans = (launcher.choose_plan(8, 1024, d, k, 1, n, 132, back=back)._replace(chunk=32) for back in (False, True))
     u, maps = torch.zeros(1, 64, d, dtype=TYPES[dtype]), torch.zeros(1, 64, k, r + 2 * n)
     delta = torch.zeros(1, 64, k, d) if r == 0 else None
     rest = (delta, torch.zeros(k, d, r), torch.zeros(k, d), torch.ones(k, d, n), torch.zeros(d))
@@ -88,8 +89,8 @@ def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
         for module, names in KERNELS.items():
             for name in names:
                 patch.setattr(module, name, Recorder(getattr(module, name), found))
-        _, _, saved = _triton.forward(u, maps, *rest, None, 8, 8, True, True, plan=next(plans))
-        _triton.backward(u, None, u, maps, *rest, saved, 8, 8, True, plan=next(plans))
+        _, _, saved = launcher.forward(u, maps, *rest, None, 8, 8, True, True, plan=next(plans))
+        launcher.backward(u, None, u, maps, *rest, saved, 8, 8, True, plan=next(plans))
     return found
 
 

@@ -30,8 +30,8 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         "needs triton, and a process with TRITON_INTERPRET=1; test_triton.py starts one", allow_module_level=True
     )
 
-from kan_mamba_layers.ops.selective_scan import _triton
-from kan_mamba_layers.ops.selective_scan._triton import Plan
+from kan_mamba_layers.ops.selective_scan import triton as launcher
+from kan_mamba_layers.ops.selective_scan.triton import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -173,9 +173,9 @@ def oracle_gradients(
 def run(case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor, grad_last: Tensor | None) -> dict[str, Tensor]:
     """What `oracle_gradients` returns, by the Triton kernels."""
     end = (case.h, case.w, case.softplus)
-    y, last, saved = _triton.forward(*inputs.values(), *end, True, plan=case.plan)
+    y, last, saved = launcher.forward(*inputs.values(), *end, True, plan=case.plan)
     back_plan = case.plan and case.plan._replace(pair=False)
-    grads = _triton.backward(
+    grads = launcher.backward(
         grad_y, grad_last, *(inputs[k] for k in INPUTS if k != "initial"), saved, *end, plan=back_plan
     )
     named = {f"d{k}": grad for k, grad in zip(INPUTS, grads, strict=True)}
@@ -195,13 +195,13 @@ def make_grads(case: Case) -> tuple[Tensor, Tensor | None]:
 @pytest.fixture(autouse=True)
 def buffers() -> Iterator[list[Tensor]]:
     """Every buffer of the launcher lies between sentinels, which must be there afterwards."""
-    with guarded(_triton) as found:
+    with guarded(launcher) as found:
         yield found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, buffers: list[Tensor]) -> None:
-    monkeypatch.setattr(_triton, "TILE", case.tile)
+    monkeypatch.setattr(launcher, "TILE", case.tile)
     inputs, (grad_y, grad_last) = make_inputs(case), make_grads(case)
     got = run(case, inputs, grad_y, grad_last)
     assert len(buffers) > 5
@@ -240,7 +240,7 @@ def test_a_gate_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_same_bits_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "TILE", case.tile)
+    monkeypatch.setattr(launcher, "TILE", case.tile)
     inputs, grads = make_inputs(case), make_grads(case)
     first, second = run(case, inputs, *grads), run(case, inputs, *grads)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -249,10 +249,10 @@ def test_same_bits_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inference_gives_the_same_and_saves_nothing() -> None:
     case = Case(h=2, w=5)
     inputs = make_inputs(case)
-    y, last, saved = _triton.forward(*inputs.values(), 2, 5, True, False)
-    expected, expected_last, expected_saved = _triton.forward(*inputs.values(), 2, 5, True, True)
+    y, last, saved = launcher.forward(*inputs.values(), 2, 5, True, False)
+    expected, expected_last, expected_saved = launcher.forward(*inputs.values(), 2, 5, True, True)
     assert torch.equal(y, expected) and torch.equal(last, expected_last)
-    assert saved.shape == (0,) and expected_saved.shape == _triton.saved_shape(1, 10, 5, 4, 1, 4)
+    assert saved.shape == (0,) and expected_saved.shape == launcher.saved_shape(1, 10, 5, 4, 1, 4)
 
 
 def test_gradient_in_any_layout() -> None:
@@ -288,7 +288,7 @@ def test_softplus_and_its_slope_everywhere(z: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.5, 10.0, 30.0])
 def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "TILE", 4)
+    monkeypatch.setattr(launcher, "TILE", 4)
     case = line(w=24, softplus=False, plan=Plan(32, 4))
     inputs = make_inputs(case)
     inputs["A"].fill_(rate)
@@ -297,7 +297,7 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
     inputs["u"][:, :10] = 0.0  # a state of zero stays zero, however fast it could grow
     inputs["maps"].abs_()
     inputs["u"].abs_()
-    y, last, _ = _triton.forward(*inputs.values(), 1, 24, False, False, plan=case.plan)
+    y, last, _ = launcher.forward(*inputs.values(), 1, 24, False, False, plan=case.plan)
     expected, expected_last = oracle(case, inputs)
     for actual, want in ((y, expected), (last, expected_last)):
         assert torch.equal(actual.isfinite(), want.isfinite())
@@ -313,12 +313,12 @@ def test_too_large_an_image_is_refused() -> None:
         selective_scan(u.mT, u.mT, A, B, B, backend="triton")
     rest = (torch.empty(1, 2048, 0), torch.empty(1, 2048), A[None], torch.empty(2048), None)
     with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='chunked'")):
-        _triton.forward(u, maps, u[:, :, None], *rest, 1, 1 << 20, True, False)
+        launcher.forward(u, maps, u[:, :, None], *rest, 1, 1 << 20, True, False)
 
 
 def test_plans() -> None:
     def plan(b: int, l: int, d: int, n: int = 16, k: int = 4, **other: object) -> Plan:
-        return _triton.choose_plan(b, l, d, k, 1, n, 132, **other)
+        return launcher.choose_plan(b, l, d, k, 1, n, 132, **other)
 
     assert plan(64, 3136, 192) == Plan(64, 3136)  # the batch alone fills the GPU
     assert plan(128, 3136, 192) == Plan(64, 3136, True)  # even in pairs
@@ -326,12 +326,12 @@ def test_plans() -> None:
     assert plan(1, 16384, 32).chunk < 1000  # one image: cut it
     assert plan(1, 16384, 32, back=True).pair is False
     assert plan(1, 1, 1) == Plan(32, 16) and plan(1, 1, 1, back=True).block >= 16
-    assert plan(64, 3136, 192, rule=_triton.FORWARD._replace(values=512)) == Plan(32, 3136, True)
-    assert plan(8, 16384, 32, rule=_triton.FORWARD._replace(wanted=64)).chunk < plan(8, 16384, 32).chunk
+    assert plan(64, 3136, 192, rule=launcher.FORWARD._replace(values=512)) == Plan(32, 3136, True)
+    assert plan(8, 16384, 32, rule=launcher.FORWARD._replace(wanted=64)).chunk < plan(8, 16384, 32).chunk
     for b, l, d, n, k in [(1, 1, 1, 1, 1), (1, 17, 3, 17, 4), (2, 4096, 96, 16, 4), (1, 100000, 64, 16, 1)]:
         for back in (False, True):
             block, chunk, pair, *_ = plan(b, l, d, n, k, back=back)
-            assert chunk % _triton.TILE == 0 and chunk >= 16 and block in (16, 32, 64, 128) and pair <= (k == 4)
+            assert chunk % launcher.TILE == 0 and chunk >= 16 and block in (16, 32, 64, 128) and pair <= (k == 4)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYER_FILES if name.startswith("ss2d")])

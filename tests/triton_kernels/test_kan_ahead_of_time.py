@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kan_mamba_layers.ops.kan_linear import _triton, _triton_backward, _triton_forward
-from kan_mamba_layers.ops.kan_linear._triton import Gpu
+from kan_mamba_layers.ops.kan_linear import triton as launcher
+from kan_mamba_layers.ops.kan_linear.triton import Gpu, backward_kernel, forward_kernel
 
 RECORDED = Path(__file__).with_name("kan_resources.json")
 TARGETS = {
@@ -38,7 +38,7 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), Gpu(0, 48, 64 * 1024)),
 }
 MMA = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)"
-KERNELS = {"forward": _triton_forward, "grad_input": _triton_backward, "grad_weights": _triton_backward}
+KERNELS = {"forward": forward_kernel, "grad_input": backward_kernel, "grad_weights": backward_kernel}
 
 
 class Model(NamedTuple):
@@ -83,8 +83,8 @@ def launched(kernel: str, model: Model, target: str) -> tuple[Any, tuple[Any, ..
     """The kernel, its arguments and its constants, as the launcher gives them for this target."""
     module, name = KERNELS[kernel], "kan_forward" if kernel == "forward" else kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "_gpu", lambda device: TARGETS[target][1])
-        patch.setattr(_triton, "_precision", lambda dtype: model.precision)
+        patch.setattr(launcher, "_gpu", lambda device: TARGETS[target][1])
+        patch.setattr(launcher, "_precision", lambda dtype: model.precision)
         found = getattr(module, name)
         patch.setattr(module, name, Recorder())
         rows, i, o, bases = model.rows, model.i, model.o, model.g + model.s
@@ -99,9 +99,9 @@ def launched(kernel: str, model: Model, target: str) -> tuple[Any, tuple[Any, ..
         )
         try:
             if kernel == "forward":
-                _triton.forward(*rest, bias, *options)
+                launcher.forward(*rest, bias, *options)
             else:
-                _triton.backward(grad_y, *rest, *options, kernel == "grad_input", kernel == "grad_weights")
+                launcher.backward(grad_y, *rest, *options, kernel == "grad_input", kernel == "grad_weights")
         except Launched as caught:
             return found, *caught.args
     raise AssertionError(f"{kernel} was not launched")

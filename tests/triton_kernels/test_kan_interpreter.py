@@ -29,8 +29,8 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         "needs triton, and a process with TRITON_INTERPRET=1; test_triton.py starts one", allow_module_level=True
     )
 
-from kan_mamba_layers.ops.kan_linear import _triton
-from kan_mamba_layers.ops.kan_linear._triton import Gpu, Job, Tiles
+from kan_mamba_layers.ops.kan_linear import triton as launcher
+from kan_mamba_layers.ops.kan_linear.triton import Gpu, Job, Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -154,9 +154,9 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     activated = between_nan(torch.tanh(inputs["x"].float()).to(case.dtype)) if case.given else None
     rest = (inputs["x"], activated, inputs["base_weight"], inputs["spline_weight"], inputs["grid"])
     bias = inputs["bias"] if case.bias else None
-    y = _triton.forward(*rest, bias, case.extrapolation, case.uniform, tiles=case.tiles)
+    y = launcher.forward(*rest, bias, case.extrapolation, case.uniform, tiles=case.tiles)
     options = (case.extrapolation, case.uniform, True, True)
-    dx, dactivated, dbase, dspline = _triton.backward(inputs["grad_y"], *rest, *options, tiles=case.back_tiles)
+    dx, dactivated, dbase, dspline = launcher.backward(inputs["grad_y"], *rest, *options, tiles=case.back_tiles)
     got = {"y": y, "dx": dx, "dbase": dbase, "dspline": dspline}
     return {**got, "dactivated": dactivated} if case.given else got
 
@@ -164,10 +164,10 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Every buffer of the launcher lies between sentinels, which must be there afterwards; its tables between NaN."""
-    packed, knots = _triton._Launch.packed, _triton._Launch.knots
-    monkeypatch.setattr(_triton._Launch, "packed", lambda self: between_nan(packed(self)))
-    monkeypatch.setattr(_triton._Launch, "knots", lambda self: tuple(map(between_nan, knots(self))))
-    with guarded(_triton) as found:
+    packed, knots = launcher._Launch.packed, launcher._Launch.knots
+    monkeypatch.setattr(launcher._Launch, "packed", lambda self: between_nan(packed(self)))
+    monkeypatch.setattr(launcher._Launch, "knots", lambda self: tuple(map(between_nan, knots(self))))
+    with guarded(launcher) as found:
         yield found
 
 
@@ -208,7 +208,7 @@ def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
     bases = 2 + s
     x = torch.cat([torch.linspace(-2, 2, 60), grid[0]])[:, None]
     weights = torch.zeros(bases, 1), torch.eye(bases)[:, None]
-    y = _triton.forward(x, None, *weights, grid, None, "zero", uniform)
+    y = launcher.forward(x, None, *weights, grid, None, "zero", uniform)
     exact = basis_oracle(to_array(x), to_array(grid), s)[:, 0]
     if s == 1:  # SciPy's elements are closed on the right
         exact[x[:, 0] == grid[0, -1]] = 0.0
@@ -216,7 +216,7 @@ def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
     # All bases at once: the points once more for each of them, with a gradient of that output alone.
     points, picks = x.repeat(bases, 1), torch.eye(bases).repeat_interleave(len(x), 0)
     rest = (points, None, *weights, grid, "zero", uniform, True, False)
-    slopes = _triton.backward(picks, *rest, tiles=(LARGE, None))[0].view(bases, -1).T
+    slopes = launcher.backward(picks, *rest, tiles=(LARGE, None))[0].view(bases, -1).T
     away = to_array((x - grid).abs().amin(-1)) > 1e-5
     assert_close("slopes", slopes[away], basis_oracle(to_array(x), to_array(grid), s, derivative=1)[away, 0], 5e-6)
 
@@ -268,25 +268,25 @@ def test_slots_in_a_loop_or_unrolled_give_the_same_bits() -> None:
         case = Case(rows=20, extrapolation=extrapolation)
         x = make_inputs(case)
         rest = (x["x"], None, x["base_weight"], x["spline_weight"], x["grid"], x["bias"], extrapolation, True)
-        loop, unrolled = (_triton.forward(*rest, tiles=SMALL._replace(slots=slots)) for slots in (1, 9))
+        loop, unrolled = (launcher.forward(*rest, tiles=SMALL._replace(slots=slots)) for slots in (1, 9))
         assert_close(extrapolation, loop, unrolled, 3e-7)
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_only_what_is_asked_for(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    launch = _triton._Launch.__call__
+    launch = launcher._Launch.__call__
 
     def count(self: object, kernel: object, *rest: object, **more: object) -> None:
         launches.append(kernel)
         launch(self, kernel, *rest, **more)
 
-    monkeypatch.setattr(_triton._Launch, "__call__", count)
+    monkeypatch.setattr(launcher._Launch, "__call__", count)
     x = make_inputs(Case())
     activated = x["x"].tanh() if given else None
     rest = (x["grad_y"], x["x"], activated, x["base_weight"], x["spline_weight"], x["grid"], "zero", True)
-    both = _triton.backward(*rest, True, True)
-    inputs_only, weights_only, nothing = (_triton.backward(*rest, *flags) for flags in ((1, 0), (0, 1), (0, 0)))
+    both = launcher.backward(*rest, True, True)
+    inputs_only, weights_only, nothing = (launcher.backward(*rest, *flags) for flags in ((1, 0), (0, 1), (0, 0)))
     assert len(launches) == 4
     for n in range(4):
         wanted = n != 1 or given
@@ -332,11 +332,11 @@ def test_float32_products_follow_the_setting_of_torch(monkeypatch: pytest.Monkey
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert _triton._precision(FP32) == "ieee"
+        assert launcher._precision(FP32) == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert _triton._precision(FP32) == "tf32" and _triton._precision(BF16) == "ieee"
+        assert launcher._precision(FP32) == "tf32" and launcher._precision(BF16) == "ieee"
         monkeypatch.setattr(torch.version, "hip", "6.0")
-        assert _triton._precision(FP32) == "ieee"
+        assert launcher._precision(FP32) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -359,7 +359,8 @@ def test_tiles(gpu: Gpu) -> None:
                                                (8, True, False, True), (40, True, False, False)):  # fmt: skip
                 job = Job(rows, i, o, bases, 1, uniform, half, full)
                 plans = [
-                    f(job, gpu) for f in (_triton.forward_tiles, _triton.grad_input_tiles, _triton.grad_weights_tiles)
+                    f(job, gpu)
+                    for f in (launcher.forward_tiles, launcher.grad_input_tiles, launcher.grad_weights_tiles)
                 ]
                 for t in plans:
                     assert all(size >= 16 and size & (size - 1) == 0 for size in t[:3])
@@ -367,7 +368,7 @@ def test_tiles(gpu: Gpu) -> None:
                 assert plans[0].slots in (1, 1 + bases) and plans[1].slots == 1 and plans[2].slots <= 3
                 assert 1 <= plans[2].parts <= max(1, rows // 8)
     many = Job(65536, 64, 64, 8, 3, True, True, False)
-    assert (_triton.forward_tiles(many, gpu).slots > 1) == (80 <= gpu.architecture < 100)
+    assert (launcher.forward_tiles(many, gpu).slots > 1) == (80 <= gpu.architecture < 100)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYER_FILES if name.startswith("kan")])

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_int, check_shape, check_tensor
-from kan_mamba_layers.ops._autocast import autocast_is_on
+from kan_mamba_layers.ops.autocast import autocast_is_on
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.kan_linear import reference
-from kan_mamba_layers.ops.kan_linear._library import fused_kan_linear
+from kan_mamba_layers.ops.kan_linear.library import fused_kan_linear
 
 __all__ = ["Extrapolation", "bspline_basis", "kan_linear"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.ops.kan_linear.basis import closed_form, cox_de_boor, end_slopes
+from kan_mamba_layers.ops.bspline import closed_form, cox_de_boor, end_slopes
 
 
 def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolation: str) -> Tensor:  # ... i g+s

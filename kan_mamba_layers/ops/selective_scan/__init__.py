@@ -7,7 +7,7 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
 
 with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it in plain PyTorch, for ``k`` groups of
 ``d`` channels that share ``B`` and ``C``: mamba's groups in ``selective_scan``, the four directions in
-``cross_selective_scan``. The engines ``cpu`` and ``triton`` fuse more; their form is :func:`_library.fused_scan`.
+``cross_selective_scan``. The engines ``cpu`` and ``triton`` fuse more; their form is :func:`library.fused_scan`.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape, check_tensor
-from kan_mamba_layers.ops._autocast import autocast_off
-from kan_mamba_layers.ops._limits import count_groups
+from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
-from kan_mamba_layers.ops.selective_scan import _chunked, reference
-from kan_mamba_layers.ops.selective_scan._directions import NUM_DIRECTIONS, flatten_directions, sum_directions
-from kan_mamba_layers.ops.selective_scan._library import fused_scan
+from kan_mamba_layers.ops.limits import count_groups
+from kan_mamba_layers.ops.selective_scan import chunked, reference
+from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
+from kan_mamba_layers.ops.selective_scan.library import fused_scan
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _ENGINES = ("cpu", "triton")
-_SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": _chunked.scan}
+_SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": chunked.scan}
 
 
 def selective_scan(

@@ -1,11 +1,8 @@
-"""The product of the KAN linear map as a Numba kernel; :mod:`._cpu_call` says how it works."""
+"""The product of the KAN linear map as a Numba kernel; :mod:`.block` says how it works."""
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops._simd import LANES, fma, pointer, store
-from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, inlined, next_task, own_scratch, size
-from kan_mamba_layers.ops._simd_wide import add_rows, lanes_of, load_as, several, spread, zeros
-from kan_mamba_layers.ops.kan_linear._cpu_call import (
+from kan_mamba_layers.ops.kan_linear.cpu.block import (
     BIAS,
     BLOCK,
     FEATURES,
@@ -21,6 +18,9 @@ from kan_mamba_layers.ops.kan_linear._cpu_call import (
     slots,
     write_factors,
 )
+from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, inlined, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.vector import LANES, fma, pointer, store
+from kan_mamba_layers.ops.simd.wide import add_rows, lanes_of, load_as, several, spread, zeros
 
 HALF = LANES // 2  # features whose weights stay in the first cache while rows pass
 

@@ -1,4 +1,4 @@
-"""The KAN linear map on GPUs: launches the Triton kernels of ``_triton_forward`` and ``_triton_backward``.
+"""The KAN linear map on GPUs: launches the Triton kernels of ``forward_kernel`` and ``backward_kernel``.
 
 One kernel makes y, one the gradient of x, one those of the weights, and all of them make the bases in registers:
 nothing of the size of x times its bases is ever in memory. Nothing is added atomically and every sum has one order, so
@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kan_mamba_layers.ops.kan_linear import _triton_backward, _triton_forward
-from kan_mamba_layers.ops.kan_linear._triton_forward import unit
-from kan_mamba_layers.ops.kan_linear.basis import end_slopes, reciprocal
+from kan_mamba_layers.ops.bspline import end_slopes, reciprocal
+from kan_mamba_layers.ops.kan_linear.triton import backward_kernel, forward_kernel
+from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import unit
 
-_INTERPRETED = not isinstance(_triton_forward.kan_forward, triton.JITFunction)
+_INTERPRETED = not isinstance(forward_kernel.kan_forward, triton.JITFunction)
 
 
 class Gpu(NamedTuple):
@@ -134,7 +134,7 @@ def forward(
     inputs = (x, launch.activated, launch.packed(), y if bias is None else bias, *launch.knots())
     with torch.cuda.device_of(x):
         launch(
-            _triton_forward.kan_forward,
+            forward_kernel.kan_forward,
             (_blocks(job.rows, t.rows), _blocks(job.o, t.outs)),
             t,
             (*inputs, y, job.rows, job.i, job.o),
@@ -173,7 +173,7 @@ def backward(
                 grad_activated = _empty(x, job.rows, job.i, dtype=x.dtype)
             t = tiles[0] or grad_input_tiles(job, _gpu(x.device))
             launch(
-                _triton_backward.grad_input,
+                backward_kernel.grad_input,
                 (_blocks(job.rows, t.rows), _blocks(job.i, t.ins)),
                 t,
                 (grad_y, x, launch.packed(), *knots, grad_x, grad_activated, job.rows, job.i, job.o),
@@ -186,7 +186,7 @@ def backward(
             rows_a_part = _blocks(max(1, _blocks(job.rows, t.parts)), t.rows) * t.rows
             parts = _empty(x, _blocks(job.rows, rows_a_part), job.o, 1 + job.bases, job.i)
             launch(
-                _triton_backward.grad_weights,
+                backward_kernel.grad_weights,
                 (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(parts)),
                 t,
                 (grad_y, x, launch.activated, *knots, parts, job.rows, rows_a_part, job.i, job.o),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops._autocast import autocast_off
-from kan_mamba_layers.ops._flops import register_flops
+from kan_mamba_layers.ops.autocast import autocast_off
+from kan_mamba_layers.ops.flops import register_flops
 
 _LIBRARY = torch.library.Library("kan_mamba_layers", "FRAGMENT")
 _ARGUMENTS = "Tensor x, Tensor? activated, Tensor base_weight, Tensor spline_weight, Tensor grid"
@@ -31,18 +31,20 @@ _LIBRARY.define(
 
 
 def _engine(backend: str) -> ModuleType:
-    """The engine, imported at its first use: it may bring Numba or Triton along."""
-    if backend == "chunked":
-        from kan_mamba_layers.ops.kan_linear import _chunked
+    """A backend, imported at its first use: it may bring Numba or Triton along."""
+    match backend:
+        case "chunked":
+            from kan_mamba_layers.ops.kan_linear import chunked
 
-        return _chunked
-    if backend == "cpu":
-        from kan_mamba_layers.ops.kan_linear import _cpu
+            return chunked
+        case "cpu":
+            from kan_mamba_layers.ops.kan_linear import cpu
 
-        return _cpu
-    from kan_mamba_layers.ops.kan_linear import _triton
+            return cpu
+        case _:
+            from kan_mamba_layers.ops.kan_linear import triton
 
-    return _triton
+            return triton
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The weights in the order of the kernels, and back, as Numba kernels; :mod:`._cpu_call` says how they are used.
+"""The weights in the order of the kernels, and back, as Numba kernels; :mod:`.block` says how they are used.
 
 In the kernels' order the 16 outputs of a vector are neighbours, and so are the vectors of a part, for each slot of each
 feature. A task is one vector of outputs.
@@ -6,9 +6,7 @@ feature. A task is one vector of outputs.
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops._simd import LANES, integers, load, pointer, read, splat, store, transpose
-from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, next_task, own_scratch, size
-from kan_mamba_layers.ops.kan_linear._cpu_call import (
+from kan_mamba_layers.ops.kan_linear.cpu.block import (
     BASE,
     BOUNDS,
     DEGREE,
@@ -18,6 +16,8 @@ from kan_mamba_layers.ops.kan_linear._cpu_call import (
     WEIGHT,
     slots,
 )
+from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.vector import LANES, integers, load, pointer, read, splat, store, transpose
 
 
 def pack_entry(number: int) -> Callable[..., None]:

@@ -1,23 +1,8 @@
-"""The gradients of the KAN linear map as Numba kernels; :mod:`._cpu_call` says how they work."""
+"""The gradients of the KAN linear map as Numba kernels; :mod:`.block` says how they work."""
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops._simd import LANES, fma, integers, load, pointer, read, splat, store, sum_lanes, write
-from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, inlined, next_task, own_scratch, size
-from kan_mamba_layers.ops._simd_wide import (
-    add_multiples,
-    add_rows,
-    advance,
-    fold,
-    lanes_of,
-    load_as,
-    lowest_bit,
-    several,
-    spread,
-    without_first,
-    zeros,
-)
-from kan_mamba_layers.ops.kan_linear._cpu_call import (
+from kan_mamba_layers.ops.kan_linear.cpu.block import (
     BLOCK,
     DEGREE,
     DWEIGHT,
@@ -39,6 +24,21 @@ from kan_mamba_layers.ops.kan_linear._cpu_call import (
     slots,
     work_at,
     write_factors,
+)
+from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, inlined, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.vector import LANES, fma, integers, load, pointer, read, splat, store, sum_lanes, write
+from kan_mamba_layers.ops.simd.wide import (
+    add_multiples,
+    add_rows,
+    advance,
+    fold,
+    lanes_of,
+    load_as,
+    lowest_bit,
+    several,
+    spread,
+    without_first,
+    zeros,
 )
 
 HALF = LANES // 2  # features whose weights stay in the first cache while rows pass

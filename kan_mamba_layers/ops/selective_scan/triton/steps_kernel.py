@@ -6,7 +6,7 @@ Neither follows a walk, so their programs are many and independent. A program ta
 import triton
 import triton.language as tl
 
-from kan_mamba_layers.ops.selective_scan._triton_forward import step_size
+from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import step_size
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def load_low(maps, rows, inside, r, R: tl.constexpr, PITCH: tl.constexpr):  # ro
 
 @triton.jit
 def load_weight(weight, r, d, keep, channels, R: tl.constexpr):  # r d
+    """The weights of the low-rank steps of a block of channels."""
     return tl.load(weight + r[:, None] * channels + d[None, :], mask=(r < R)[:, None] & keep[None, :], other=0.0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops.kan_linear.basis import end_slopes, reciprocal
+from kan_mamba_layers.ops.bspline import end_slopes, reciprocal
 
 _TILE_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 25}  # of the operand: a core's cache, and enough to fill a GPU
 

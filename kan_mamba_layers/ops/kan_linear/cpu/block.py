@@ -8,9 +8,9 @@ A kernel takes 16 features and a block of rows at a time. First it finds, for 16
 cells and the factors: that of the activation, then those of the splines.
 """
 
-from kan_mamba_layers.ops._simd import LANES, broadcast, fma, integers, load, read, splat, store, transpose, write
-from kan_mamba_layers.ops._simd_kernel import OWN_FIELDS, array, compiled, inlined, size
-from kan_mamba_layers.ops._simd_wide import floor, read_integer, sigmoid, where_less, write_integers, zeros
+from kan_mamba_layers.ops.simd.kernel import OWN_FIELDS, array, compiled, inlined, size
+from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, integers, load, read, splat, store, transpose, write
+from kan_mamba_layers.ops.simd.wide import floor, read_integer, sigmoid, where_less, write_integers, zeros
 
 ZERO, CLAMP, LINEAR = range(3)  # the ways to extrapolate
 

@@ -7,7 +7,7 @@ slot needs one new spline and keeps the one before.
 import triton
 import triton.language as tl
 
-from kan_mamba_layers.ops.kan_linear._triton_forward import (
+from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import (
     basis,
     cardinal,
     cox_de_boor,

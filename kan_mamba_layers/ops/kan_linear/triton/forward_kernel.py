@@ -26,6 +26,7 @@ def clamp_unit(t):
 
 @triton.jit
 def power(t, S: tl.constexpr):
+    """``t^S``."""
     if S == 1:
         return t
     elif S == 2:
@@ -82,6 +83,7 @@ def blend(lower, upper, x, j, knots, inside, IN, KNOTS: tl.constexpr, P: tl.cons
 
 @triton.jit
 def degree_0(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 0."""
     t0 = tl.load(knots + j * IN, mask=inside, other=0.0)
     t1 = tl.load(knots + (j + 1) * IN, mask=inside, other=0.0)
     return tl.where((x >= t0) & (x < t1), 1.0, 0.0)
@@ -89,30 +91,35 @@ def degree_0(x, j, knots, inside, IN, KNOTS: tl.constexpr):
 
 @triton.jit
 def degree_1(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 1."""
     lower, upper = degree_0(x, j, knots, inside, IN, KNOTS), degree_0(x, j + 1, knots, inside, IN, KNOTS)
     return blend(lower, upper, x, j, knots, inside, IN, KNOTS, 1)
 
 
 @triton.jit
 def degree_2(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 2."""
     lower, upper = degree_1(x, j, knots, inside, IN, KNOTS), degree_1(x, j + 1, knots, inside, IN, KNOTS)
     return blend(lower, upper, x, j, knots, inside, IN, KNOTS, 2)
 
 
 @triton.jit
 def degree_3(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 3."""
     lower, upper = degree_2(x, j, knots, inside, IN, KNOTS), degree_2(x, j + 1, knots, inside, IN, KNOTS)
     return blend(lower, upper, x, j, knots, inside, IN, KNOTS, 3)
 
 
 @triton.jit
 def degree_4(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 4."""
     lower, upper = degree_3(x, j, knots, inside, IN, KNOTS), degree_3(x, j + 1, knots, inside, IN, KNOTS)
     return blend(lower, upper, x, j, knots, inside, IN, KNOTS, 4)
 
 
 @triton.jit
 def degree_5(x, j, knots, inside, IN, KNOTS: tl.constexpr):
+    """Basis j of degree 5."""
     lower, upper = degree_4(x, j, knots, inside, IN, KNOTS), degree_4(x, j + 1, knots, inside, IN, KNOTS)
     return blend(lower, upper, x, j, knots, inside, IN, KNOTS, 5)
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.ops._simd import LANES
-from kan_mamba_layers.ops._simd_kernel import Entry, c_function, run_kernel
-from kan_mamba_layers.ops._simd_wide import vector_registers
-from kan_mamba_layers.ops.kan_linear import _cpu_backward, _cpu_call, _cpu_forward, _cpu_weights
+from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, block, forward_kernel, weight_kernel
+from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
+from kan_mamba_layers.ops.simd.vector import LANES
+from kan_mamba_layers.ops.simd.wide import vector_registers
 
-_KERNELS = (_cpu_call, _cpu_forward, _cpu_backward, _cpu_weights)
-_MODES = {"zero": _cpu_call.ZERO, "clamp": _cpu_call.CLAMP, "linear": _cpu_call.LINEAR}
+_KERNELS = (block, forward_kernel, backward_kernel, weight_kernel)
+_MODES = {"zero": block.ZERO, "clamp": block.CLAMP, "linear": block.LINEAR}
 _BLOCK = 128  # rows that a kernel takes at a time
 
 _Fields = dict[str, Tensor | int | None]
@@ -37,7 +37,7 @@ def forward(
     start = grid.new_zeros(call.outputs) if bias is None else bias
     fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds)}
     fields |= {"BIAS": call.pad(start, call.padded_outputs), "Y": y}
-    call.run(_cpu_forward.entry, call.blocks, bounds, fields, call.degree)
+    call.run(forward_kernel.entry, call.blocks, bounds, fields, call.degree)
     return y[:, : call.outputs].to(base_weight.dtype).contiguous()
 
 
@@ -61,7 +61,7 @@ def backward(
         bounds = call.bounds(5)
         dx = x.new_empty(call.rows, call.padded_features, dtype=call.dtype)
         fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds), "GRAD_Y": grad}
-        call.run(_cpu_backward.input_entry, call.blocks, bounds, fields | {"DX": dx}, call.degree)
+        call.run(backward_kernel.input_entry, call.blocks, bounds, fields | {"DX": dx}, call.degree)
         dx = dx[:, : call.features].to(x.dtype).contiguous()
         if activated is not None:
             dactivated = (grad_y @ base_weight).to(x.dtype)
@@ -71,7 +71,7 @@ def backward(
         dweight = grad.new_empty(splits, call.packed_size)
         fields = {"TEAMS": teams, "SPLITS": splits, "GRAD_Y": grad, "DWEIGHT": dweight}
         tasks = call.padded_features // LANES * teams * splits
-        call.run(_cpu_backward.weight_entry, tasks, bounds, fields, call.degree)
+        call.run(backward_kernel.weight_entry, tasks, bounds, fields, call.degree)
         total = dweight[0]
         for share in dweight[1:]:
             total += share
@@ -148,7 +148,7 @@ class _Call:
             base_weight = F.pad(base_weight, (0, features, 0, outputs))
             spline_weight = F.pad(spline_weight, (0, 0, 0, features, 0, outputs))
         fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
-        self.run(_cpu_weights.pack_entry, self.padded_outputs // LANES, bounds, fields)
+        self.run(weight_kernel.pack_entry, self.padded_outputs // LANES, bounds, fields)
         return packed
 
     def unpack(self, packed: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:  # o i, o i g+s
@@ -156,7 +156,7 @@ class _Call:
         base_weight = packed.new_empty(self.padded_outputs, self.padded_features)
         spline_weight = packed.new_empty(*base_weight.shape, self.bases)
         fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
-        self.run(_cpu_weights.unpack_entry, self.padded_outputs // LANES, bounds, fields)
+        self.run(weight_kernel.unpack_entry, self.padded_outputs // LANES, bounds, fields)
         edges = slice(self.outputs), slice(self.features)
         return base_weight[edges].contiguous(), spline_weight[edges].contiguous()
 
@@ -172,5 +172,5 @@ class _Call:
         fields |= self.inputs | {"ROWS": self.rows, "FEATURES": self.padded_features, "OUTPUTS": self.padded_outputs}
         fields |= {"INTERVALS": self.intervals, "DEGREE": self.degree, "BLOCK": self.block}
         kernel = c_function(entry, self.dtype, _KERNELS, *constants)
-        scratch = _cpu_call.scratch_elements(self.block, self.degree, self.intervals)
-        run_kernel(kernel, _cpu_call, fields, tasks, scratch, self.dtype)
+        scratch = block.scratch_elements(self.block, self.degree, self.intervals)
+        run_kernel(kernel, block, fields, tasks, scratch, self.dtype)

@@ -99,6 +99,7 @@ def load_raw_step(maps, delta, r, d, keep, R: tl.constexpr, RP: tl.constexpr):
 
 @triton.jit
 def raw_step(low, weight, bias, R: tl.constexpr):
+    """The step before softplus, from its coefficients or as given."""
     if R > 0:
         return tl.sum(weight * low[:, None], 0) + bias
     else:

@@ -4,7 +4,7 @@ A program takes one chunk of one walk, like the forward kernels, and goes throug
 along the direction from the saved state, leaving every step's state in a scratch of one tile, and back with the adjoint
 of the state in registers. What the next step needs is loaded before this one is computed. Nothing is unrolled.
 
-The step sizes are in memory, where ``_triton_steps`` has put them, and their gradients take their place.
+The step sizes are in memory, where ``steps_kernel`` has put them, and their gradients take their place.
 
 Sums over the states and over the channels are both needed here, so lanes lie across both: Triton gives every lane four
 neighbouring channels of some of the states if the scratch's addresses run through the channels, and they do.
@@ -13,7 +13,7 @@ neighbouring channels of some of the states if the scratch's addresses run throu
 import triton
 import triton.language as tl
 
-from kan_mamba_layers.ops.selective_scan._triton_forward import load_row, this_program, walk_from, walk_on
+from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import load_row, this_program, walk_from, walk_on
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -34,6 +34,7 @@ def scan_backward(
     N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, WALKS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of one chunk."""
     ROW: tl.constexpr = RANK + 2 * N
     length = height * width
     block, k, c, b = this_program(blocks, chunks, WALKS)

@@ -17,9 +17,8 @@ import torch
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from kan_mamba_layers.ops import _simd
-from kan_mamba_layers.ops._simd import integer_field, integers, pointer_field, take_number
-from kan_mamba_layers.ops._threads import run_team, team_size
+from kan_mamba_layers.ops.simd.threads import run_team, team_size
+from kan_mamba_layers.ops.simd.vector import integer_field, integers, pointer_field, take_number
 
 Entry = Callable[..., Callable[..., None]]
 Fields = Mapping[str, Tensor | int | None]
@@ -89,6 +88,6 @@ def c_function(
 
 def _digest(sources: Sequence[ModuleType]) -> int:
     """A number that changes with the text of the modules, and of those that all kernels share."""
-    shared = sorted(Path(_simd.__file__).parent.glob("_simd*.py"))
+    shared = sorted(Path(__file__).parent.glob("*.py"))
     texts = (path.read_bytes() for path in [*shared, *(Path(str(module.__file__)) for module in sources)])
     return int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:7], "big")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops._autocast import autocast_off
-from kan_mamba_layers.ops._flops import register_flops
+from kan_mamba_layers.ops.autocast import autocast_off
+from kan_mamba_layers.ops.flops import register_flops
 
 _LIBRARY = torch.library.Library("kan_mamba_layers", "DEF")
 _ARGUMENTS = (
@@ -35,14 +35,16 @@ _LIBRARY.define(
 
 
 def _engine(backend: str) -> ModuleType:
-    """The engine, imported at its first use: it brings Numba or Triton along."""
-    if backend == "cpu":
-        from kan_mamba_layers.ops.selective_scan import _cpu
+    """A fused backend, imported at its first use: it brings Numba or Triton along."""
+    match backend:
+        case "cpu":
+            from kan_mamba_layers.ops.selective_scan import cpu
 
-        return _cpu
-    from kan_mamba_layers.ops.selective_scan import _triton
+            return cpu
+        case _:
+            from kan_mamba_layers.ops.selective_scan import triton
 
-    return _triton
+            return triton
 
 
 @torch.no_grad()

@@ -1,26 +1,8 @@
-"""The gradients of the scan as a Numba kernel; :mod:`._cpu_call` says how it works."""
+"""The gradients of the scan as a Numba kernel; :mod:`.block` says how it works."""
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops._simd import (
-    LANES,
-    broadcast,
-    exp2_product,
-    fma,
-    integers,
-    load,
-    pointer,
-    prefetch,
-    read,
-    softplus_and_slope,
-    splat,
-    store,
-    sum_lanes,
-    transpose,
-    write,
-)
-from kan_mamba_layers.ops._simd_kernel import TASKS, array, compiled, next_task, own_scratch, size
-from kan_mamba_layers.ops.selective_scan._cpu_call import (
+from kan_mamba_layers.ops.selective_scan.cpu.block import (
     BATCH,
     CHANNELS,
     CHUNK,
@@ -56,6 +38,24 @@ from kan_mamba_layers.ops.selective_scan._cpu_call import (
     steps_before_softplus,
     task_of,
     tiles_of,
+)
+from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.vector import (
+    LANES,
+    broadcast,
+    exp2_product,
+    fma,
+    integers,
+    load,
+    pointer,
+    prefetch,
+    read,
+    softplus_and_slope,
+    splat,
+    store,
+    sum_lanes,
+    transpose,
+    write,
 )
 
 

@@ -13,7 +13,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from kan_mamba_layers.ops._simd import _VECTORS, LANES, Vector, _element, _Formulas, _load
+from kan_mamba_layers.ops.simd.vector import _VECTORS, LANES, Vector, _element, _Formulas, _load
 
 
 def vector_registers(bits: int) -> int:

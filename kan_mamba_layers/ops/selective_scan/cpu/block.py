@@ -11,8 +11,8 @@ definition; ``A`` is scaled by ``log2(e)``, since the kernels work with powers o
 
 import math
 
-from kan_mamba_layers.ops._simd import LANES, broadcast, fma, load, prefetch, read, store, write
-from kan_mamba_layers.ops._simd_kernel import OWN_FIELDS, array, compiled, size
+from kan_mamba_layers.ops.simd.kernel import OWN_FIELDS, array, compiled, size
+from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, load, prefetch, read, store, write
 
 CHUNK = 32  # steps between saved states
 FEW_STATES = 4  # with fewer a chunk is over before memory could be asked for the next one
@@ -89,6 +89,7 @@ def row_of(call, image, k, tile):
 
 @compiled
 def opens_group(call, tile):
+    """Whether a tile is the first of a group of channels."""
     return tile * LANES % (size(call, CHANNELS) // size(call, GROUPS)) == 0
 
 

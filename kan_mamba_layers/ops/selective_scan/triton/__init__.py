@@ -1,4 +1,4 @@
-"""The scan on GPUs: launches the Triton kernels of ``_triton_forward``, ``_triton_backward`` and ``_triton_steps``.
+"""The scan on GPUs: launches the Triton kernels of ``forward_kernel``, ``backward_kernel`` and ``steps_kernel``.
 
 Forward is ``chunk_ends`` and ``carry`` where one chunk is not enough, then ``scan``, then ``merge``; backward the same
 with adjoints, between ``step_sizes`` and ``step_gradients``. Nothing is added atomically and every sum has one order,
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops._limits import against_addresses
-from kan_mamba_layers.ops.selective_scan import _triton_backward, _triton_forward, _triton_steps
+from kan_mamba_layers.ops.limits import against_addresses
+from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 TILE = 16  # steps between two saved states
 PIXELS = 64  # of a program that makes step sizes or their gradients
@@ -122,7 +122,7 @@ def forward(
         turns = 2 if plan.pair else 1
         parts = _empty(u, s.k // turns, s.b, s.l, s.d)
         launch(
-            _triton_forward.scan,
+            forward_kernel.scan,
             s.k // turns,
             (u, *launch.step_inputs, launch.a2, entering, parts, saved, last),
             plan.block,
@@ -162,7 +162,7 @@ def backward(
     with torch.cuda.device_of(u):
         launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
         steps = _empty(u, s.b, s.l, s.k, s.d)
-        launch.over_pixels(_triton_steps.step_sizes, steps)
+        launch.over_pixels(steps_kernel.step_sizes, steps)
         ready = (maps, steps, dt_weight, torch.zeros_like(dt_bias))  # instead of what the steps are made from
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
@@ -172,7 +172,7 @@ def backward(
         in_front = _empty(u, s.b, s.k, s.n, s.d)
         outputs = (parts, grad_bc, steps, grad_a, in_front)
         inputs = (grad_y, u, maps, launch.a2, saved, behind, scratch)
-        launch(_triton_backward.scan_backward, s.k, (*inputs, *outputs), plan.block)
+        launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block)
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
         _merge(parts, grad_y, D, grad_u)
 
@@ -181,7 +181,7 @@ def backward(
         ranges = _blocks(s.b * s.l, PIXELS)
         grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
         grad_bias = _empty(u, ranges, s.k, s.d)
-        launch.over_pixels(_triton_steps.step_gradients, steps, grad_maps, grad_weight, grad_bias)
+        launch.over_pixels(steps_kernel.step_gradients, steps, grad_maps, grad_weight, grad_bias)
 
     grad_weight = grad_weight.sum(0).mT
     if s.r > launch.rank and delta is None:  # of a high rank, expanded by a matrix product
@@ -275,10 +275,10 @@ class _Launch:
             return start
         ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
         block = max(32, self.plan.block)
-        self(_triton_forward.chunk_ends, s.k, (x, *inputs, self.a2, ends, sums), block, BACK=back, **constants)
+        self(forward_kernel.chunk_ends, s.k, (x, *inputs, self.a2, ends, sums), block, BACK=back, **constants)
         grid = (_blocks(s.n * s.d, 128) * s.b * s.k,)
         sizes = (s.d, self.chunks, s.n * s.d)
-        _triton_forward.carry[grid](ends, sums, self.a2, start, *sizes, WALKS=s.k, BACK=back, BLOCK=128, num_warps=4)
+        forward_kernel.carry[grid](ends, sums, self.a2, start, *sizes, WALKS=s.k, BACK=back, BLOCK=128, num_warps=4)
         return ends
 
 
@@ -294,7 +294,7 @@ def _power_of_two(size: int) -> int:
 
 def _merge(parts: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
     grid = (_blocks(x.numel(), 1024),)
-    _triton_forward.merge[grid](parts, x, skip, out, x.numel(), x.shape[-1], PARTS=len(parts), BLOCK=1024, num_warps=4)
+    forward_kernel.merge[grid](parts, x, skip, out, x.numel(), x.shape[-1], PARTS=len(parts), BLOCK=1024, num_warps=4)
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

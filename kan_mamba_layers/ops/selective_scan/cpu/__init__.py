@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.ops._simd import LANES
-from kan_mamba_layers.ops._simd_kernel import Entry, c_function, run_kernel
-from kan_mamba_layers.ops.selective_scan import _cpu_backward, _cpu_call, _cpu_forward
+from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, block, forward_kernel
+from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
+from kan_mamba_layers.ops.simd.vector import LANES
 
 _Fields = dict[str, Tensor | int | None]
-_KERNELS = (_cpu_call, _cpu_forward, _cpu_backward)
+_KERNELS = (block, forward_kernel, backward_kernel)
 
 _LOG2_E = 1 / math.log(2)
 _TEAM_TILES = 8  # that a thread takes through a walk together: they share the maps
@@ -28,7 +28,7 @@ _MAPS_BYTES = 1 << 24  # that are made at a time: memory that the allocator keep
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
     """The shape of the states that forward saves for backward."""
-    return b, k, -(-l // _cpu_call.CHUNK), n, g * _padded(d // g)
+    return b, k, -(-l // block.CHUNK), n, g * _padded(d // g)
 
 
 def forward(
@@ -62,7 +62,7 @@ def forward(
         fields |= {} if initial is None else {"INITIAL": sizes.pad(initial[images].mT)}
         fields |= {"HEIGHT": height, "WIDTH": width, "SOFTPLUS": softplus, "SAVE": save}
         fields |= {"Y": total, "LAST": last[images], "SAVED": saved[images]}
-        _run(_cpu_forward.entry, sizes, count, teams, parts, fields)
+        _run(forward_kernel.entry, sizes, count, teams, parts, fields)
         sizes.collect(total, y[images])
     return y, sizes.cut(last).mT.contiguous(), saved
 
@@ -108,7 +108,7 @@ def backward(
         fields |= {"GRAD_Y": sizes.pad(grad_y[images]), "GRAD_LAST": sizes.pad(grad_last[images].mT)}
         fields |= {"DU": total, "DMAPS": total_maps, "DDELTA": ddelta[images], "DINITIAL": dinitial[images]}
         fields |= {"DDT_WEIGHT": ddt_weight[images], "DDT_BIAS": ddt_bias[images], "DA": dA[images], "DD": dD[images]}
-        _run(_cpu_backward.entry, sizes, count, teams, parts, fields)
+        _run(backward_kernel.entry, sizes, count, teams, parts, fields)
         sizes.collect(total, du[images])
         if x_proj_weight is None:
             dmaps[images] = _add_up(total_maps)
@@ -191,9 +191,9 @@ def _run(entry: Entry, sizes: _Sizes, batch: int, teams: int, parts: int, fields
     """Let a kernel do the tasks of a block of images."""
     fields |= {"TEAMS": teams, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
     fields |= {"STATES": sizes.states, "RANK": sizes.rank, "WALKS": sizes.walks, "GROUPS": sizes.groups}
-    scratch = _cpu_call.scratch_elements(-(-sizes.tiles // teams), sizes.states, sizes.rank)
+    scratch = block.scratch_elements(-(-sizes.tiles // teams), sizes.states, sizes.rank)
     kernel = c_function(entry, sizes.dtype, _KERNELS)
-    run_kernel(kernel, _cpu_call, fields, batch * teams * parts, scratch, sizes.dtype)
+    run_kernel(kernel, block, fields, batch * teams * parts, scratch, sizes.dtype)
 
 
 def _padded(channels: int) -> int:
