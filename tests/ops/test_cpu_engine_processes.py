@@ -15,7 +15,7 @@ import torch
 from helpers import assert_close, fresh_process, gradients, says
 from kan_mamba_layers import SS2D, cross_selective_scan, resolve
 from kan_mamba_layers.ops import backend
-from kan_mamba_layers.ops.simd import threads as team
+from kan_mamba_layers.ops.simd import threads as simd_threads
 from ops.scan_calls import full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytest.importorskip("numba")
@@ -43,7 +43,7 @@ class TestThreads:
     ) -> None:
         """To rounding for different numbers, to the bit for the same one."""
         if pool == "plain":  # as where PyTorch's runtime does not lend its threads
-            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
         function, inputs = CASES[name]
         set_threads(1)
         expected, expected_grads = gradients(function, inputs)
@@ -62,7 +62,7 @@ class TestThreads:
         self, threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if pool == "plain":
-            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
         set_threads(threads)
         problems = [image_inputs(2, 9 + i, 8, 20 + i, 2, 3, seed=i) for i in range(4)]
         expected = [gradients(on_images("cpu"), x) for x in problems]
@@ -92,7 +92,7 @@ class TestThreads:
         self, threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if pool == "plain":
-            monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
         set_threads(threads)
         together, seen = threading.Barrier(threads), []
 
@@ -101,15 +101,15 @@ class TestThreads:
             together.wait(60)  # breaks unless all of them are here at the same time
             seen.append((argument, threading.get_ident()))
 
-        threads.run_team(function, 12345, threads)
+        simd_threads.run_team(function, 12345, threads)
         assert [argument for argument, _ in seen] == [12345] * threads
         assert len({thread for _, thread in seen}) == threads
 
     def test_size_of_a_team(self, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
         set_threads(4)
-        assert [threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
-        monkeypatch.setattr(team, "_in_forked_child", True)
-        assert threads.team_size(100) == 1
+        assert [simd_threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
+        monkeypatch.setattr(simd_threads, "_in_forked_child", True)
+        assert simd_threads.team_size(100) == 1
 
 
 # A new process that has used the engine on three threads, and `check`, which uses it again and looks at the results.

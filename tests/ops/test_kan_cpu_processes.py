@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers import fresh_process, gradients, nan_filled_empty
-from kan_mamba_layers.ops.simd import threads as team
+from kan_mamba_layers.ops.simd import threads as simd_threads
 from ops.kan_calls import kan, kan_inputs
 
 pytest.importorskip("numba")
@@ -122,8 +122,8 @@ class TestMemory:
 @pytest.mark.parametrize("pool", ["openmp", "plain"])
 def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if pool == "plain":  # as where PyTorch's runtime does not lend its threads
-        monkeypatch.setattr(team, "_openmp_parallel", lambda: None)
-    monkeypatch.setattr(team, "team_size", lambda tasks: max(1, min(3, tasks)))
+        monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(simd_threads, "team_size", lambda tasks: max(1, min(3, tasks)))
     problems = [kan_inputs(200 + i, 20 + i, 30, uniform=i % 2 == 0, seed=i) for i in range(4)]
     functions = [kan("cpu", p.pop("grid"), "zero", i % 2 == 0) for i, p in enumerate(problems)]
     before = torch.get_num_threads()
