@@ -24,7 +24,7 @@ def scan_inputs(
 
     inputs = {
         "u": normal(b, h * w, d).to(dtype),
-        "maps": normal(b, h * w, 4, r + 2 * n),
+        "coeffs": normal(b, h * w, 4, r + 2 * n),
         "dt_weight": normal(4, d, r) * r**-0.5,
         "dt_bias": normal(4, d) - 1,
         "A": -4 * torch.rand(4, d, n, generator=draw),
@@ -33,18 +33,26 @@ def scan_inputs(
     return {name: x.to(device) for name, x in inputs.items()}
 
 
+def scan_call(x: dict[str, Tensor], height: int, width: int) -> launchers.ScanCall:
+    """The call of such inputs, along four directions, under softplus."""
+    absent = {"x_proj_weight": None, "delta": None, "initial_state": None}
+    return launchers.ScanCall(**x, **absent, height=height, width=width, softplus=True)
+
+
 def scan_forward(x: dict[str, Tensor], height: int, width: int, plan: Any = None, save: bool = True) -> Any:
     """y, last states and saved states."""
-    weights = (x["dt_weight"], x["dt_bias"], x["A"], x["D"])
-    return launchers.scan.forward(x["u"], x["maps"], None, *weights, None, height, width, True, save, plan=plan)
+    return launchers.scan.forward(scan_call(x, height, width), save, plan=plan)
 
 
 def scan_backward(
     x: dict[str, Tensor], grad_y: Tensor, saved: Tensor, height: int, width: int, plan: Any = None
-) -> tuple[Tensor, ...]:
-    """The gradients of u, maps, steps, dt_weight, dt_bias, A, D and of the initial state."""
-    rest = (x["dt_weight"], x["dt_bias"], x["A"], x["D"], saved, height, width, True)
-    return launchers.scan.backward(grad_y, None, x["u"], x["maps"], None, *rest, plan=plan)
+) -> dict[str, Tensor]:
+    """The gradients, by the names of the inputs."""
+    call = scan_call(x, height, width)
+    b, (k, d, n) = len(x["u"]), x["A"].shape
+    grads = (grad_y, x["A"].new_zeros(b, k, d, n))
+    found = launchers.scan.backward(call, [saved], grads, [True] * 9, plan=plan)
+    return {name: grad for name, grad in zip(call._fields, found, strict=False) if name in (*x, "initial_state")}
 
 
 def kan_inputs(
@@ -69,6 +77,31 @@ def kan_inputs(
     return {name: x.to(device) for name, x in inputs.items()}
 
 
+def kan_call(x: dict[str, Tensor], extrapolation: str, uniform: bool) -> launchers.KANCall:
+    """The call of such inputs, of silu and without a bias."""
+    tensors = {name: value for name, value in x.items() if name != "grad_y"}
+    return launchers.KANCall(**tensors, activated=None, bias=None, extrapolation=extrapolation, uniform=uniform)
+
+
+def kan_forward(x: dict[str, Tensor], extrapolation: str = "zero", uniform: bool = True, tiles: Any = None) -> Tensor:
+    """The output."""
+    return launchers.kan.forward(kan_call(x, extrapolation, uniform), False, tiles=tiles)[0]
+
+
+def kan_backward(
+    x: dict[str, Tensor],
+    wanted: tuple[bool, bool],
+    extrapolation: str = "zero",
+    uniform: bool = True,
+    tiles: Any = (None, None),
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, of the activation, and of both weights; wanted are those of x, of the weights."""
+    inputs, weights = wanted
+    flags = [inputs, False, weights, weights, False, False]
+    call = kan_call(x, extrapolation, uniform)
+    return launchers.kan.backward(call, [], [x["grad_y"]], flags, tiles=tiles)[:4]
+
+
 def _scan(plan: tuple[int, int, bool] | None, back: bool) -> Call:
     def call(device: str, heavy: bool) -> None:
         size = (8, 128, 128, 32, 16, 1) if heavy else (1, 5, 7, 33, 4, 2)
@@ -85,11 +118,10 @@ def _kan(uniform: bool, back: tuple[bool, bool]) -> Call:
     def call(device: str, heavy: bool) -> None:
         size, dtype = ((65536, 64, 64, 5, 3), torch.bfloat16) if heavy else ((37, 19, 23, 5, 3), torch.float32)
         x = kan_inputs(*size, device, dtype, uniform)
-        weights = (x["base_weight"], x["spline_weight"], x["grid"])
         if any(back):
-            launchers.kan.backward(x["grad_y"], x["x"], None, *weights, "linear", uniform, *back)
+            kan_backward(x, back, "linear", uniform)
         else:
-            launchers.kan.forward(x["x"], None, *weights, None, "linear", uniform)
+            kan_forward(x, "linear", uniform)
 
     return call
 

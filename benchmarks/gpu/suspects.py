@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu import launchers
-from gpu.calls import CALLS, kan_inputs, scan_backward, scan_forward, scan_inputs
+from gpu.calls import CALLS, kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import Results, judge, moved, results, same_bits, same_numbers, tf32
 from gpu.guards import between_nan, guarded
 from gpu.kernels import compiled_kernels
@@ -22,7 +22,6 @@ from gpu.processes import only_one
 from gpu.sweep import MODULES, OPS, Module, Op, as_op, image, line, splines
 from gpu.tasks import Setting, Skip, Task, Wrong
 
-NAMES = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
 REPEATS = 20
 SIZES = (  # b h w d n r of the scans that are run under every plan
     (1, 9, 7, 33, 16, 2),
@@ -47,8 +46,7 @@ def scan_results(x: dict[str, Tensor], grad_y: Tensor, height: int, width: int, 
     """Outputs and gradients of the scan's launcher, under one plan."""
     y, last, saved = scan_forward(x, height, width, plan)
     grads = scan_backward(x, grad_y, saved, height, width, plan and plan._replace(pair=False))
-    named = {f"grad {name}": g for name, g in zip(NAMES, grads, strict=True) if name != "delta"}
-    return {"y": y, "last": last, **named}
+    return {"y": y, "last": last, **{f"grad {name}": grad for name, grad in grads.items()}}
 
 
 def plans_agree(size: tuple[int, ...], setting: Setting) -> dict[str, Any]:
@@ -164,12 +162,11 @@ def kan_large_offsets(setting: Setting) -> dict[str, Any]:
     long = torch.zeros(rows, 64, dtype=torch.bfloat16, device=setting.device)
     grad = torch.zeros_like(long)
     long[-tail:], grad[-tail:] = x["x"], x["grad_y"]
-    rest = (x["base_weight"], x["spline_weight"], x["grid"])
     tiles = launchers.kan.Tiles(16 if setting.rehearsal else 128, 16, 64, 4, 2)
 
-    def run(x: Tensor, grad_y: Tensor) -> Results:
-        y = launchers.kan.forward(x, None, *rest, None, "zero", True, tiles=tiles)
-        grads = launchers.kan.backward(grad_y, x, None, *rest, "zero", True, True, True, tiles=(tiles, None))
+    def run(rows: Tensor, grad_y: Tensor) -> Results:
+        inputs = {**x, "x": rows, "grad_y": grad_y}
+        y, grads = kan_forward(inputs, tiles=tiles), kan_backward(inputs, (True, True), tiles=(tiles, None))
         return {"y": y[-tail:], "grad x": grads[0][-tail:], "grad base": grads[2], "grad spline": grads[3]}
 
     found, alone = run(long, grad), run(x["x"], x["grad_y"])
@@ -187,8 +184,8 @@ def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
     one = scan_inputs(1, side, side, d, 1, 1, setting.device, torch.bfloat16)
     shape = (b, side * side, d)
     many = {**one, "u": torch.zeros(shape, dtype=torch.bfloat16, device=setting.device)}
-    many["maps"] = torch.zeros(b, *one["maps"].shape[1:], device=setting.device)
-    many["u"][-1], many["maps"][-1] = one["u"][0], one["maps"][0]
+    many["coeffs"] = torch.zeros(b, *one["coeffs"].shape[1:], device=setting.device)
+    many["u"][-1], many["coeffs"][-1] = one["u"][0], one["coeffs"][0]
     plan = launchers.scan.Plan(32, 4096 if not setting.rehearsal else 16, not back)
     if not back:
         found = {"y": scan_forward(many, side, side, plan, save=False)[0][-1:]}
@@ -200,7 +197,7 @@ def scan_batch_offsets(back: bool, setting: Setting) -> dict[str, Any]:
     for x, grad in ((many, grad_y), (one, grad_y[-1:])):
         saved = scan_forward(x, side, side, plan)[2]
         grads = scan_backward(x, grad, saved, side, side, plan)
-        runs.append({"grad u": grads[0][-1:], "grad maps": grads[1][-1:], "grad A": grads[5]})
+        runs.append({"grad u": grads["u"][-1:], "grad coeffs": grads["coeffs"][-1:], "grad A": grads["A"]})
         del saved, grads
     same_bits({"grad u": runs[0]["grad u"]}, runs[1], f"image {b} of {b}", one)
     same_numbers(runs[0], runs[1], f"a batch of {b}", inputs=one)
@@ -212,14 +209,14 @@ def scan_image_offsets(setting: Setting) -> dict[str, Any]:
     height, width, d = (1024, 1023, 512) if not setting.rehearsal else (1, 2, 64)
     plan = launchers.scan.Plan(32, 4096 if not setting.rehearsal else 16)
     whole = scan_inputs(1, height, width, d, 1, 1, setting.device, torch.bfloat16)
-    part = {name: x if name == "maps" else x[..., -32:].contiguous() for name, x in whole.items()}
+    part = {name: x if name == "coeffs" else x[..., -32:].contiguous() for name, x in whole.items()}
     part |= {name: whole[name][:, -32:].contiguous() for name in ("dt_weight", "A")}
     grad_y = torch.randn(whole["u"].shape, generator=torch.Generator().manual_seed(1)).to(whole["u"])
     runs: list[Results] = []
     for x, grad in ((whole, grad_y), (part, grad_y[..., -32:].contiguous())):
         y, _, saved = scan_forward(x, height, width, plan)
         grads = scan_backward(x, grad, saved, height, width, plan)
-        runs.append({"y": y[..., -32:], "grad u": grads[0][..., -32:], "grad A": grads[5][:, -32:]})
+        runs.append({"y": y[..., -32:], "grad u": grads["u"][..., -32:], "grad A": grads["A"][:, -32:]})
         del y, saved, grads
     same_bits({k: runs[0][k] for k in ("y", "grad u")}, runs[1], f"the last 32 of {d} channels", {})
     same_numbers(runs[0], runs[1], f"the last 32 of {d} channels")

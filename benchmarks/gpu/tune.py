@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from clock import seconds_per_call
 from measure import relative_l2
+from torch import Tensor
 
 from gpu import launchers
-from gpu.calls import kan_inputs, scan_backward, scan_forward, scan_inputs
+from gpu.calls import kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
 from gpu.compare import CLOSE
 from gpu.journal import WRONG, Journal
 from gpu.processes import run
@@ -94,18 +95,16 @@ def kan_calls(kernel: str, shape: tuple[int, int], dtype: torch.dtype, setting: 
     """A KAN kernel at a shape, under every choice of tiles."""
     rows, width = shape
     x = kan_inputs(rows, width, width, 5, 3, setting.device, dtype)
-    weights = (x["base_weight"], x["spline_weight"], x["grid"])
     half = dtype != torch.float32
     job = launchers.kan.Job(rows, width, width, 8, 3, True, half, not half)
     calls: Calls = {}
     for t in tiles(kernel, job, launchers.kan._gpu(x["x"].device))[: 3 if setting.rehearsal else None]:
         if kernel == "forward":
-            calls[t] = partial(launchers.kan.forward, x["x"], None, *weights, None, "zero", True, tiles=t)
+            calls[t] = partial(kan_forward, x, tiles=t)
         else:
             wanted = (kernel == "grad_input", kernel == "grad_weights")
             chosen = (t, None) if wanted[0] else (None, t)
-            rest = (*weights, "zero", True, *wanted)
-            calls[t] = partial(launchers.kan.backward, x["grad_y"], x["x"], None, *rest, tiles=chosen)
+            calls[t] = partial(kan_backward, x, wanted, tiles=chosen)
     return calls
 
 
@@ -170,10 +169,16 @@ def results_of(call: Callable[[], Any]) -> Any:
 
 def agrees(found: Any, expected: Any) -> bool:
     """Whether all tensors of two results are the same but for the order of sums; saved states may be cut elsewhere."""
-    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True)
+    pairs = zip(*map(_tensors, (found, expected)), strict=True)
     return all(
         relative_l2(x, y) <= (CLOSE if x.dtype == torch.float32 else 2.0**-8) for x, y in pairs if x.shape == y.shape
     )
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Those of a result: one, several, or several by name."""
+    values = [found] if isinstance(found, Tensor) else found.values() if isinstance(found, dict) else found
+    return [x for x in values if x is not None]
 
 
 def counters(kernel: str, setting: Setting) -> dict[str, Any]:

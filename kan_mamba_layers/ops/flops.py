@@ -1,55 +1,28 @@
-"""Tell PyTorch's FLOP counter the cost of our operators, without importing it: it would bring Triton along."""
+"""What the fused ops cost, for PyTorch's FLOP counter, which is not imported for it: that would bring Triton along."""
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[Any, Callable[..., int]] = {}
 
 
-def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Register a formula of the shapes of ``operator``'s arguments, now or as soon as the counter is imported.
-
-    The counter copies the formulas when it is made, so they must be there before, whatever is imported first.
-    """
-    if _COUNTER in sys.modules:
-        sys.modules[_COUNTER].register_flop_formula(operator)(formula)
-    else:
-        _formulas[operator] = formula
+def register_formula(operator: Any, formula: Callable[..., int]) -> None:
+    """Register a formula of the shapes of ``operator``'s arguments, for every counter from now on."""
+    _formulas[operator] = formula
+    count_flops()
 
 
-class _Finder(MetaPathFinder):
-    """Waits for the import of the counter, and then steps aside."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(Loader):
-    """Loads the counter as its own loader does, and registers the formulas."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        for operator, formula in _formulas.items():
-            module.register_flop_formula(operator)(formula)
-
-
-if _COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _Finder())
+def count_flops() -> None:
+    """Tell the counter our formulas, if it is imported; those at work have a copy of all formulas, and get them too."""
+    counter = sys.modules.get(_COUNTER)
+    if counter is None:
+        return
+    for operator in _formulas.keys() - counter.flop_registry.keys():
+        counter.register_flop_formula(operator)(_formulas[operator])
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
+        registry.update({operator: counter.flop_registry[operator] for operator in _formulas})

@@ -109,27 +109,27 @@ def operator_inputs(
     n: int,
     r: int = 0,
     *,
-    walks: int = 1,
+    directions: int = 1,
     groups: int = 1,
     initial: bool = False,
-    maps: bool = True,
+    coeffs: bool = True,
     seed: int = 0,
 ) -> Inputs:
-    """Tensors of the operator beneath both scans: `maps`, or the weight that makes them; steps of rank r, or given."""
+    """Tensors of the operator beneath both scans: `coeffs` or the weight that makes them; steps of rank r or given."""
     randn, columns = normal(seed), r + 2 * n
     inputs = {"u": randn(b, length, d)}
-    if maps:
-        inputs["maps"] = randn(b, length, walks * groups, columns)
+    if coeffs:
+        inputs["coeffs"] = randn(b, length, directions * groups, columns)
     else:
-        inputs["x_proj_weight"] = randn(walks, columns, d) * d**-0.5
+        inputs["x_proj_weight"] = randn(directions, columns, d) * d**-0.5
     if r == 0:
-        inputs["delta"] = randn(b, length, walks, d)
-    inputs["dt_weight"] = randn(walks, d, r) * max(r, 1) ** -0.5
-    inputs["dt_bias"] = randn(walks, d) - 1
-    inputs["A"] = -randn(walks, d, n).exp()
+        inputs["delta"] = randn(b, length, directions, d)
+    inputs["dt_weight"] = randn(directions, d, r) * max(r, 1) ** -0.5
+    inputs["dt_bias"] = randn(directions, d) - 1
+    inputs["A"] = -randn(directions, d, n).exp()
     inputs["D"] = randn(d)
     if initial:
-        inputs["initial"] = randn(b, walks, d, n)
+        inputs["initial_state"] = randn(b, directions, d, n)
     return {k: v.float() for k, v in inputs.items()}
 
 

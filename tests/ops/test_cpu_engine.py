@@ -94,7 +94,7 @@ class TestShapes:
 
         inputs = image_inputs(7, 5, 6, 20, 2, 3, dtype=torch.float64)
         whole = gradients(on_images("cpu"), inputs)
-        monkeypatch.setattr(cpu, "_MAPS_BYTES", 1)
+        monkeypatch.setattr(cpu, "_COEFFS_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so blocks of 3, 3 and 1
         out, grads = gradients(on_images("cpu"), inputs)
         assert_close("out", out, whole[0], 1e-13)

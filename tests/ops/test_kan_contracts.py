@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import assert_budget, assert_close, gradients, says, strided
 from kan_mamba_layers import kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
-from kan_mamba_layers.ops.kan_linear import library
+from kan_mamba_layers.ops.kan_linear.call import Wanted, load
 from ops.kan_calls import FUSED, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
@@ -45,11 +45,11 @@ class TestRegistration:
         tensors = operands(dtype, layout, activated)
         needed = [x if x is None or k == 4 else x.requires_grad_(layout == "sliced") for k, x in enumerate(tensors)]
         bias = torch.randn(4, dtype=dtype) if activated else None
-        torch.library.opcheck(OPS.kan.default, (*needed, bias, "zero", True, backend))
+        torch.library.opcheck(OPS.kan_linear.default, (*needed, bias, "zero", True, True, backend))
         grad_y = strided(torch.randn(20, 4, dtype=dtype), layout)
-        torch.library.opcheck(
-            OPS.kan_backward.default, (grad_y, *needed, "linear", activated, True, True, backend), atol=1e-5, rtol=1e-5
-        )
+        wanted = [x is not None and k != 4 for k, x in enumerate((*needed, bias))]
+        arguments = (*needed, bias, "linear", activated, grad_y, wanted, backend)
+        torch.library.opcheck(OPS.kan_linear_backward.default, arguments, atol=1e-5, rtol=1e-5)
 
     @fused
     @pytest.mark.parametrize("wanted", FLAGS, ids=str)
@@ -60,10 +60,11 @@ class TestRegistration:
     ) -> None:
         """Also where autocast has made the weights of another dtype than x."""
         x, active, base, splines, grid = operands(torch.float32, "contiguous", activated, weights)
-        arguments = (torch.randn(20, 4).to(weights), x, active, base, splines, grid, "zero", False, *wanted, backend)
-        torch.library.opcheck(OPS.kan_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
-        results = OPS.kan_backward(*arguments)
-        assert [r.numel() > 0 for r in results] == [wanted[0], wanted[0] and activated, wanted[1], wanted[1]]
+        flags = [wanted[0], wanted[0] and activated, wanted[1], wanted[1], False, False]
+        grad_y = torch.randn(20, 4).to(weights)
+        arguments = (x, active, base, splines, grid, None, "zero", False, grad_y, flags, backend)
+        torch.library.opcheck(OPS.kan_linear_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert [r.numel() > 0 for r in OPS.kan_linear_backward(*arguments)] == flags
 
     @fused
     @pytest.mark.parametrize("layout", ["sliced", "transposed"])
@@ -71,10 +72,11 @@ class TestRegistration:
         tensors = operands(torch.float32, "contiguous", True)
         grad_y = torch.randn(20, 4)
         other = [strided(x, layout) for x in tensors]
-        y, again = (OPS.kan(*x, None, "linear", False, backend) for x in (tensors, other))
+        y, again = (OPS.kan_linear(*x, None, "linear", False, True, backend) for x in (tensors, other))
         assert torch.equal(y, again) and again.is_contiguous()
-        grads = OPS.kan_backward(grad_y, *tensors, "linear", False, True, True, backend)
-        again = OPS.kan_backward(strided(grad_y, layout), *other, "linear", False, True, True, backend)
+        rest, wanted = (None, "linear", False), [True] * 4 + [False] * 2
+        grads = OPS.kan_linear_backward(*tensors, *rest, grad_y, wanted, backend)
+        again = OPS.kan_linear_backward(*other, *rest, strided(grad_y, layout), wanted, backend)
         assert all(torch.equal(a, b) and b.is_contiguous() for a, b in zip(grads, again, strict=True))
 
     @fused
@@ -101,11 +103,11 @@ class Seen(list):
     """What the engine was asked for, call by call: whether x and the weights want gradients."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-        engine = library._engine(backend)
+        engine = load(backend)
         backward = engine.backward
 
         def spy(*arguments: object) -> object:
-            self.append(arguments[-2:])
+            self.append(Wanted.of(arguments[-1]))
             return backward(*arguments)
 
         monkeypatch.setattr(engine, "backward", spy)

@@ -23,6 +23,8 @@ from helpers import fresh_process, says
 from kan_mamba_layers import resolve
 from kan_mamba_layers.ops import backend as choice
 from kan_mamba_layers.ops import limits
+from kan_mamba_layers.ops.kan_linear.call import KANCall
+from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from ops.kan_calls import kan_inputs
 from ops.scan_calls import Inputs, image_inputs, line_inputs
 
@@ -81,16 +83,15 @@ class Entries(list):
         def plain(name: str) -> Callable[..., object]:
             return lambda *inputs: self.append(name) or scans[name](*inputs)
 
-        def scan(*inputs: object, **named: object) -> object:
-            self.append(named["backend"] if named else inputs[-1])
+        def scan(call: ScanCall, backend: str) -> object:
+            self.append(backend)
             if not stand_in:
-                return fused_scan(*inputs, **named)
-            u, A = (named["u"], named["A"]) if named else (inputs[0], inputs[6])
-            return torch.zeros_like(u), u.new_zeros(len(u), *A.shape)
+                return fused_scan(call, backend)
+            return torch.zeros_like(call.u), call.u.new_zeros(len(call.u), *call.A.shape)
 
-        def kan(*inputs: object) -> object:
-            self.append(inputs[-1])
-            return fused_kan(*inputs[:-1], "chunked" if stand_in else inputs[-1])
+        def kan(call: KANCall, backend: str) -> object:
+            self.append(backend)
+            return fused_kan(call, "chunked" if stand_in else backend)
 
         for name in scans:
             monkeypatch.setitem(SCANS._SCANS, name, plain(name))

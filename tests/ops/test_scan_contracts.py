@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import assert_close, fresh_process, gradients, strided
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
-from kan_mamba_layers.ops.selective_scan.library import fused_scan
+from kan_mamba_layers.ops.selective_scan.call import ScanCall, fused_scan
 from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines, operator_inputs
 
 pytest.importorskip("numba")
 
 OPS = torch.ops.kan_mamba_layers
-NAMES = ("u", "maps", "x_proj_weight", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
+NAMES = ScanCall._fields[:9]
+ALL = [True] * 9
 BOTH = (torch.float32, torch.float64)
 
 
@@ -29,12 +30,12 @@ Form = tuple[Inputs, tuple[int, int, bool]]  # tensors, and height, width and wh
 
 
 def image_form() -> Form:
-    """Four walks over an image, whose maps the engine makes."""
-    return operator_inputs(2, 5 * 8, 6, 3, 2, walks=4, maps=False), (5, 8, True)
+    """Four directions over an image, whose coefficients the backend makes."""
+    return operator_inputs(2, 5 * 8, 6, 3, 2, directions=4, coeffs=False), (5, 8, True)
 
 
 def line_form(l: int = 37, groups: int = 1, initial: bool = False) -> Form:
-    """One walk along a sequence, with given maps and steps."""
+    """One direction along a sequence, with given coefficients and steps."""
     return operator_inputs(2, l, 6, 3, groups=groups, initial=initial), (1, l, True)
 
 
@@ -71,31 +72,33 @@ class TestRegistration:
     @pytest.mark.parametrize("form", ["image", "line", "groups", "initial"])
     def test_opcheck(self, form: str, requires_grad: bool, layout: str, dtype: torch.dtype) -> None:
         inputs, sizes = prepared(form, dtype, layout, requires_grad)
-        torch.library.opcheck(OPS.scan.default, (*inputs, *sizes, True, "cpu"))
+        torch.library.opcheck(OPS.selective_scan.default, (*inputs, *sizes, True, "cpu"))
         without_states = (*inputs, *sizes, False, "cpu")
-        torch.library.opcheck(OPS.scan.default, without_states, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(OPS.selective_scan.default, without_states, test_utils=("test_schema", "test_faketensor"))
         with torch.no_grad():
-            y, last, saved = OPS.scan(*inputs, *sizes, True, "cpu")
+            y, last, saved = OPS.selective_scan(*inputs, *sizes, True, "cpu")
         grads = [strided(torch.randn_like(x), layout).requires_grad_(requires_grad) for x in (y, last)]
-        torch.library.opcheck(OPS.scan_backward.default, (*grads, *inputs[:-1], saved, *sizes, "cpu"))
+        wanted = [x is not None for x in inputs]
+        arguments = (*inputs, *sizes, saved, *grads, wanted, "cpu")
+        torch.library.opcheck(OPS.selective_scan_backward.default, arguments)
 
     @pytest.mark.parametrize("form", FORMS)
     def test_states_are_saved_only_for_a_gradient(self, form: str) -> None:
         inputs, sizes = prepared(form, torch.float32, "contiguous", False)
-        sizes_of_saved = [OPS.scan(*inputs, *sizes, save, "cpu")[2].numel() for save in (False, True)]
+        sizes_of_saved = [OPS.selective_scan(*inputs, *sizes, save, "cpu")[2].numel() for save in (False, True)]
         assert sizes_of_saved[0] == 0 < sizes_of_saved[1]
 
     @pytest.mark.parametrize("form", FORMS)
     def test_layout_does_not_matter(self, form: str) -> None:
         inputs, sizes = prepared(form, torch.float32, "contiguous", False)
-        y, _, saved = OPS.scan(*inputs, *sizes, True, "cpu")
+        y, _, saved = OPS.selective_scan(*inputs, *sizes, True, "cpu")
         grads = (torch.randn_like(y), torch.randn(2, len(inputs[6]), *inputs[6].shape[1:]))
-        expected = (y, *OPS.scan_backward(*grads, *inputs[:-1], saved, *sizes, "cpu"))
+        expected = (y, *OPS.selective_scan_backward(*inputs, *sizes, saved, *grads, ALL, "cpu"))
         for layout in ("sliced", "transposed"):
             other = [strided(x, layout) if x is not None and x.numel() else x for x in inputs]
-            y, _, saved = OPS.scan(*other, *sizes, True, "cpu")
+            y, _, saved = OPS.selective_scan(*other, *sizes, True, "cpu")
             other_grads = (strided(x, layout) for x in grads)
-            results = (y, *OPS.scan_backward(*other_grads, *other[:-1], saved, *sizes, "cpu"))
+            results = (y, *OPS.selective_scan_backward(*other, *sizes, saved, *other_grads, ALL, "cpu"))
             for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
                 assert_close(f"{layout}, result {i}", result, wanted, 1e-6)
 
@@ -103,7 +106,7 @@ class TestRegistration:
     def test_inputs_are_left_as_they_are(self, form: str) -> None:
         inputs, sizes = prepared(form, torch.float32, "contiguous", True)
         before = [None if x is None else x.detach().clone() for x in inputs]
-        y, last = fused_scan(*inputs, *sizes, "cpu")
+        y, last = fused_scan(ScanCall(*inputs, *sizes), "cpu")
         (y.sum() + last.sum()).backward()
         assert all(x is None or torch.equal(x, old) for x, old in zip(inputs, before, strict=True))
 
@@ -199,7 +202,7 @@ class TestExport:
         x, *weights = image().values()
         shapes = {"x": {0: b, 1: h, 2: w}, "weights": [None] * 5}
         program = torch.export.export(Image(), (x, weights), dynamic_shapes=shapes, strict=strict)
-        assert "kan_mamba_layers.scan" in program.graph_module.print_readable(print_output=False)
+        assert "kan_mamba_layers.selective_scan" in program.graph_module.print_readable(print_output=False)
         module = self.round_trip(program)
         for b, h, w in [(1, 1, 1), (3, 2, 3), (2, 31, 1), (1, 4, 8), (2, 11, 3), (1, 20, 30)]:
             x = torch.randn(b, h, w, 6)

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kan_mamba_layers.ops.selective_scan import triton as launcher
+from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -38,7 +39,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-# name: (d, n, r, k, dtype of u, y and their gradients); r = 0 is one walk with given steps
+# name: (d, n, r, k, dtype of u, y and their gradients); r = 0 is one direction with given steps
 MODELS = {
     "n16 r1": (32, 16, 1, 4, "fp32"),
     "n16 r2": (64, 16, 2, 4, "fp32"),
@@ -82,15 +83,26 @@ def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
     """What a forward and a backward pass launch for two chunks of an image, under the plans for a batch of 8."""
     found: list[Variant] = []
     plans = (launcher.choose_plan(8, 1024, d, k, 1, n, 132, back=back)._replace(chunk=32) for back in (False, True))
-    u, maps = torch.zeros(1, 64, d, dtype=TYPES[dtype]), torch.zeros(1, 64, k, r + 2 * n)
-    delta = torch.zeros(1, 64, k, d) if r == 0 else None
-    rest = (delta, torch.zeros(k, d, r), torch.zeros(k, d), torch.ones(k, d, n), torch.zeros(d))
+    call = ScanCall(
+        u=torch.zeros(1, 64, d, dtype=TYPES[dtype]),
+        coeffs=torch.zeros(1, 64, k, r + 2 * n),
+        x_proj_weight=None,
+        delta=torch.zeros(1, 64, k, d) if r == 0 else None,
+        dt_weight=torch.zeros(k, d, r),
+        dt_bias=torch.zeros(k, d),
+        A=torch.ones(k, d, n),
+        D=torch.zeros(d),
+        initial_state=None,
+        height=8,
+        width=8,
+        softplus=True,
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module, names in KERNELS.items():
             for name in names:
                 patch.setattr(module, name, Recorder(getattr(module, name), found))
-        _, _, saved = launcher.forward(u, maps, *rest, None, 8, 8, True, True, plan=next(plans))
-        launcher.backward(u, None, u, maps, *rest, saved, 8, 8, True, plan=next(plans))
+        y, last, saved = launcher.forward(call, True, plan=next(plans))
+        launcher.backward(call, [saved], [y, last], [True] * 9, plan=next(plans))
     return found
 
 

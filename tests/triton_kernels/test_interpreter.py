@@ -7,6 +7,7 @@ between sentinels, and the sentinels are looked at afterwards.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from kan_mamba_layers.ops.selective_scan import triton as launcher
+from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -39,7 +41,7 @@ from gpu.guards import between_nan, guarded
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-INPUTS = ("u", "maps", "delta", "dt_weight", "dt_bias", "A", "D", "initial")
+INPUTS = ("u", "coeffs", "delta", "dt_weight", "dt_bias", "A", "D", "initial_state")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ CASES = [
     line(w=34, g=2),
     line(w=21, tile=4, plan=Plan(32, 8), g=3, initial=True),
     line(w=21, tile=4, plan=Plan(32, 4), softplus=False, initial=True),
-    line(w=12, r=3, g=2),  # steps of low rank, one walk
+    line(w=12, r=3, g=2),  # steps of low rank, one direction
     line(w=5, n=100),
 ]
 
@@ -125,7 +127,7 @@ CASES = [
 def make_inputs(case: Case) -> dict[str, Tensor | None]:
     """Each between NaN; None where the case has no such tensor."""
     b, l, d, n, r = case.b, case.h * case.w, case.d, case.n, case.r
-    inputs = operator_inputs(b, l, d, n, r, walks=case.k, groups=case.g, initial=case.initial)
+    inputs = operator_inputs(b, l, d, n, r, directions=case.k, groups=case.g, initial=case.initial)
     inputs["u"] = inputs["u"].to(case.dtype)
     if not case.softplus:  # positive and negative steps, and a state that may grow, but not out of float32
         inputs["dt_bias"] = 0.2 * inputs["dt_bias"]
@@ -136,11 +138,11 @@ def make_inputs(case: Case) -> dict[str, Tensor | None]:
 def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """y and the last states, through explicit lists of pixels and `reference.scan`, in the dtype of the inputs."""
     groups, n, r = (case.g, -1), case.n, case.r
-    u, maps, initial = x["u"], x["maps"], x["initial"]
+    u, coeffs, initial = x["u"], x["coeffs"], x["initial_state"]
     y, last = x["D"] * u, []
     for k in range(case.k):
         order = [i * case.w + j for i, j in walk(k, case.h, case.w)]
-        rows = maps[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
+        rows = coeffs[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
         low, B, C = rows.split([r, n, n], -1)
         if x["delta"] is None:
             z = low @ x["dt_weight"][k].unflatten(0, groups).mT  # b g l d/g
@@ -170,15 +172,18 @@ def oracle_gradients(
     return {"y": y.detach(), "last": last.detach(), **{f"d{k}": g for k, g in zip(wanted, grads, strict=True)}}
 
 
+def call_of(case: Case, inputs: dict[str, Tensor | None]) -> ScanCall:
+    return ScanCall(**inputs, x_proj_weight=None, height=case.h, width=case.w, softplus=case.softplus)
+
+
 def run(case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor, grad_last: Tensor | None) -> dict[str, Tensor]:
     """What `oracle_gradients` returns, by the Triton kernels."""
-    end = (case.h, case.w, case.softplus)
-    y, last, saved = launcher.forward(*inputs.values(), *end, True, plan=case.plan)
+    call = call_of(case, inputs)
+    y, last, saved = launcher.forward(call, True, plan=case.plan)
     back_plan = case.plan and case.plan._replace(pair=False)
-    grads = launcher.backward(
-        grad_y, grad_last, *(inputs[k] for k in INPUTS if k != "initial"), saved, *end, plan=back_plan
-    )
-    named = {f"d{k}": grad for k, grad in zip(INPUTS, grads, strict=True)}
+    grads = (grad_y, torch.zeros_like(last) if grad_last is None else grad_last)
+    found = launcher.backward(call, [saved], grads, [True] * 9, plan=back_plan)
+    named = {f"d{k}": grad for k, grad in zip(ScanCall._fields, found, strict=False)}
     for name in INPUTS:
         like = inputs[name]
         if like is not None:
@@ -249,10 +254,11 @@ def test_same_bits_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inference_gives_the_same_and_saves_nothing() -> None:
     case = Case(h=2, w=5)
     inputs = make_inputs(case)
-    y, last, saved = launcher.forward(*inputs.values(), 2, 5, True, False)
-    expected, expected_last, expected_saved = launcher.forward(*inputs.values(), 2, 5, True, True)
+    call = call_of(case, inputs)
+    y, last, saved = launcher.forward(call, False)
+    expected, expected_last, expected_saved = launcher.forward(call, True)
     assert torch.equal(y, expected) and torch.equal(last, expected_last)
-    assert saved.shape == (0,) and expected_saved.shape == launcher.saved_shape(1, 10, 5, 4, 1, 4)
+    assert saved.shape == (0,) and expected_saved.numel() == math.prod(launcher.saved_shape(1, 10, 5, 4, 1, 4))
 
 
 def test_gradient_in_any_layout() -> None:
@@ -268,8 +274,8 @@ def test_gradient_in_any_layout() -> None:
 def test_empty_batch(case: Case) -> None:
     got = run(case, make_inputs(case), *make_grads(case))
     assert got["y"].shape == (0, case.h * case.w, case.d)
-    assert got["last"].shape == got["dinitial"].shape == (0, case.k, case.d, case.n)
-    assert (got["dA"] == 0).all() and (got["dD"] == 0).all() and (got["dmaps"] == 0).all()
+    assert got["last"].shape == got["dinitial_state"].shape == (0, case.k, case.d, case.n)
+    assert (got["dA"] == 0).all() and (got["dD"] == 0).all() and (got["dcoeffs"] == 0).all()
 
 
 @pytest.mark.parametrize("z", [-60.0, -20.0, -10.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 10.0, 20.0, 60.0])
@@ -295,9 +301,9 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
     inputs["delta"].abs_()
     inputs["dt_bias"].zero_()
     inputs["u"][:, :10] = 0.0  # a state of zero stays zero, however fast it could grow
-    inputs["maps"].abs_()
+    inputs["coeffs"].abs_()
     inputs["u"].abs_()
-    y, last, _ = launcher.forward(*inputs.values(), 1, 24, False, False, plan=case.plan)
+    y, last, _ = launcher.forward(call_of(case, inputs), False, plan=case.plan)
     expected, expected_last = oracle(case, inputs)
     for actual, want in ((y, expected), (last, expected_last)):
         assert torch.equal(actual.isfinite(), want.isfinite())
@@ -307,13 +313,13 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
 
 def test_too_large_an_image_is_refused() -> None:
     """By the op, and by the launcher that an exported program calls."""
-    u, maps = torch.empty(()).expand(1, 1 << 20, 2048), torch.empty(()).expand(1, 1 << 20, 1, 8)
-    A, B = torch.empty(2048, 4), maps[:, :, 0, :4].mT
+    u, coeffs = torch.empty(()).expand(1, 1 << 20, 2048), torch.empty(()).expand(1, 1 << 20, 1, 8)
+    A, B = torch.empty(2048, 4), coeffs[:, :, 0, :4].mT
     with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='auto'")):
         selective_scan(u.mT, u.mT, A, B, B, backend="triton")
     rest = (torch.empty(1, 2048, 0), torch.empty(1, 2048), A[None], torch.empty(2048), None)
     with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='chunked'")):
-        launcher.forward(u, maps, u[:, :, None], *rest, 1, 1 << 20, True, False)
+        launcher.forward(ScanCall(u, coeffs, None, u[:, :, None], *rest, 1, 1 << 20, True), False)
 
 
 def test_plans() -> None:

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kan_mamba_layers.ops.kan_linear import triton as launcher
+from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, backward_kernel, forward_kernel
 
 RECORDED = Path(__file__).with_name("kan_resources.json")
@@ -91,17 +92,14 @@ def launched(kernel: str, model: Model, target: str) -> tuple[Any, tuple[Any, ..
         like = {"device": "meta", "dtype": model.dtype}
         x, weights = torch.empty(rows, i, **like), (torch.empty(o, i, **like), torch.empty(o, i, bases, **like))
         grid = torch.empty(i, model.g + 2 * model.s + 1, device="meta")
-        rest = (x, x if model.given else None, *weights, grid)
-        grad_y, bias, options = (
-            torch.empty(rows, o, **like),
-            torch.empty(o, **like),
-            (model.extrapolation, model.uniform),
-        )
+        rest = (torch.empty(o, **like), model.extrapolation, model.uniform)
+        call, grad_y = KANCall(x, x if model.given else None, *weights, grid, *rest), torch.empty(rows, o, **like)
+        inputs, weights = kernel == "grad_input", kernel == "grad_weights"
         try:
             if kernel == "forward":
-                launcher.forward(*rest, bias, *options)
+                launcher.forward(call, False)
             else:
-                launcher.backward(grad_y, *rest, *options, kernel == "grad_input", kernel == "grad_weights")
+                launcher.backward(call, [], [grad_y], [inputs, False, weights, weights, False, False])
         except Launched as caught:
             return found, *caught.args
     raise AssertionError(f"{kernel} was not launched")

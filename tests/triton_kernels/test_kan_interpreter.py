@@ -30,6 +30,7 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from kan_mamba_layers.ops.kan_linear import triton as launcher
+from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, Job, Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -149,14 +150,19 @@ def expected(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[
     return {"y": y.detach(), **dict(zip(("dx", "dbase", "dspline", "dactivated"), grads, strict=False))}
 
 
+def backward(call: KANCall, grad_y: Tensor, inputs: bool = True, weights: bool = True, **tiles: object) -> tuple:
+    """The gradients of x, of the activation, of the base weights and of the spline weights."""
+    flags = [inputs, inputs and call.activated is not None, weights, weights, False, False]
+    return launcher.backward(call, [], [grad_y], flags, **tiles)[:4]
+
+
 def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What `expected` returns, by the Triton kernels."""
     activated = between_nan(torch.tanh(inputs["x"].float()).to(case.dtype)) if case.given else None
     rest = (inputs["x"], activated, inputs["base_weight"], inputs["spline_weight"], inputs["grid"])
-    bias = inputs["bias"] if case.bias else None
-    y = launcher.forward(*rest, bias, case.extrapolation, case.uniform, tiles=case.tiles)
-    options = (case.extrapolation, case.uniform, True, True)
-    dx, dactivated, dbase, dspline = launcher.backward(inputs["grad_y"], *rest, *options, tiles=case.back_tiles)
+    call = KANCall(*rest, inputs["bias"] if case.bias else None, case.extrapolation, case.uniform)
+    (y,) = launcher.forward(call, False, tiles=case.tiles)
+    dx, dactivated, dbase, dspline = backward(call, inputs["grad_y"], tiles=case.back_tiles)
     got = {"y": y, "dx": dx, "dbase": dbase, "dspline": dspline}
     return {**got, "dactivated": dactivated} if case.given else got
 
@@ -208,15 +214,15 @@ def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
     bases = 2 + s
     x = torch.cat([torch.linspace(-2, 2, 60), grid[0]])[:, None]
     weights = torch.zeros(bases, 1), torch.eye(bases)[:, None]
-    y = launcher.forward(x, None, *weights, grid, None, "zero", uniform)
+    (y,) = launcher.forward(KANCall(x, None, *weights, grid, None, "zero", uniform), False)
     exact = basis_oracle(to_array(x), to_array(grid), s)[:, 0]
     if s == 1:  # SciPy's elements are closed on the right
         exact[x[:, 0] == grid[0, -1]] = 0.0
     assert_close("bases", y, exact, 3e-6)
     # All bases at once: the points once more for each of them, with a gradient of that output alone.
     points, picks = x.repeat(bases, 1), torch.eye(bases).repeat_interleave(len(x), 0)
-    rest = (points, None, *weights, grid, "zero", uniform, True, False)
-    slopes = launcher.backward(picks, *rest, tiles=(LARGE, None))[0].view(bases, -1).T
+    call = KANCall(points, None, *weights, grid, None, "zero", uniform)
+    slopes = backward(call, picks, weights=False, tiles=(LARGE, None))[0].view(bases, -1).T
     away = to_array((x - grid).abs().amin(-1)) > 1e-5
     assert_close("slopes", slopes[away], basis_oracle(to_array(x), to_array(grid), s, derivative=1)[away, 0], 5e-6)
 
@@ -267,8 +273,8 @@ def test_slots_in_a_loop_or_unrolled_give_the_same_bits() -> None:
     for extrapolation in ("zero", "linear"):
         case = Case(rows=20, extrapolation=extrapolation)
         x = make_inputs(case)
-        rest = (x["x"], None, x["base_weight"], x["spline_weight"], x["grid"], x["bias"], extrapolation, True)
-        loop, unrolled = (launcher.forward(*rest, tiles=SMALL._replace(slots=slots)) for slots in (1, 9))
+        call = KANCall(x["x"], None, x["base_weight"], x["spline_weight"], x["grid"], x["bias"], extrapolation, True)
+        loop, unrolled = (launcher.forward(call, False, tiles=SMALL._replace(slots=slots))[0] for slots in (1, 9))
         assert_close(extrapolation, loop, unrolled, 3e-7)
 
 
@@ -284,16 +290,14 @@ def test_only_what_is_asked_for(given: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launcher._Launch, "__call__", count)
     x = make_inputs(Case())
     activated = x["x"].tanh() if given else None
-    rest = (x["grad_y"], x["x"], activated, x["base_weight"], x["spline_weight"], x["grid"], "zero", True)
-    both = launcher.backward(*rest, True, True)
-    inputs_only, weights_only, nothing = (launcher.backward(*rest, *flags) for flags in ((1, 0), (0, 1), (0, 0)))
+    call = KANCall(x["x"], activated, x["base_weight"], x["spline_weight"], x["grid"], None, "zero", True)
+    both = backward(call, x["grad_y"])
+    inputs_only, weights_only, nothing = (backward(call, x["grad_y"], *flags) for flags in ((1, 0), (0, 1), (0, 0)))
     assert len(launches) == 4
     for n in range(4):
-        wanted = n != 1 or given
-        like = both[n] if wanted else torch.empty(0)
-        assert torch.equal(inputs_only[n], like if n < 2 else torch.empty(0))
-        assert torch.equal(weights_only[n], torch.empty(0) if n < 2 else like)
-        assert nothing[n].shape == (0,)
+        given_it, other = (inputs_only[n], weights_only[n])[:: 1 if n < 2 else -1]
+        assert torch.equal(given_it, both[n]) and (both[n].numel() > 0) == (n != 1 or given)
+        assert other is None and nothing[n] is None
 
 
 @pytest.mark.parametrize("given", [False, True])

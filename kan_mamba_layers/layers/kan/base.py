@@ -20,7 +20,7 @@ from kan_mamba_layers.layers.kan.edges import (
 from kan_mamba_layers.layers.kan.grid import fit_knots, inner_knots, is_uniform, refine_knots, transfer, uniform_knots
 from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_points
 from kan_mamba_layers.ops.autocast import autocast_off
-from kan_mamba_layers.ops.kan_linear import Extrapolation, bspline_basis
+from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
 from kan_mamba_layers.layers.kan.linear import KANLinear
 from kan_mamba_layers.ops.backend import Backend
-from kan_mamba_layers.ops.kan_linear import Extrapolation
+from kan_mamba_layers.ops.bspline import Extrapolation
 
 
 class KANLayer(nn.Module):

@@ -10,7 +10,7 @@ from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
 from kan_mamba_layers.ops import kan_linear
 from kan_mamba_layers.ops.backend import Backend, check_backend
-from kan_mamba_layers.ops.kan_linear import Extrapolation
+from kan_mamba_layers.ops.bspline import Extrapolation
 
 
 class KANLinear(SplineLayer):

@@ -5,72 +5,57 @@ first and features last in it, so every operation runs along memory.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kan_mamba_layers.ops.bspline import end_slopes, reciprocal
+from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
+from kan_mamba_layers.ops.operator import contiguous
 
 _TILE_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 25}  # of the operand: a core's cache, and enough to fill a GPU
 
 
-def forward(
-    x: Tensor,  # rows i
-    activated: Tensor | None,  # rows i
-    base_weight: Tensor,  # o i
-    spline_weight: Tensor,  # o i g+s
-    grid: Tensor,  # i g+2s+1
-    bias: Tensor | None,  # o
-    extrapolation: str,
-    uniform: bool,
-) -> Tensor:  # rows o
+def forward(call: KANCall, save: bool) -> tuple[Tensor]:  # rows o
     """The product of each tile's features with the weights."""
-    weight = _pack(base_weight, spline_weight)  # slots*i o
-    y = weight.new_empty(len(x), weight.shape[1])
-    splines = (_EvenSplines if uniform else _FreeSplines)(grid, spline_weight.shape[2], extrapolation)
-    for rows, features, _ in _tiles(x, activated, splines, weight, slopes=False):
-        if bias is None:
+    call = KANCall(*contiguous(call))
+    weight = _pack(call.base_weight, call.spline_weight)  # slots*i o
+    y = weight.new_empty(len(call.x), weight.shape[1])
+    for rows, features, _ in _tiles(call, weight, slopes=False):
+        if call.bias is None:
             torch.mm(features, weight, out=y[rows])
         else:
-            torch.addmm(bias, features, weight, out=y[rows])
-    return y
+            torch.addmm(call.bias, features, weight, out=y[rows])
+    return (y,)
 
 
 def backward(
-    grad_y: Tensor,  # rows o
-    x: Tensor,
-    activated: Tensor | None,
-    base_weight: Tensor,
-    spline_weight: Tensor,
-    grid: Tensor,
-    extrapolation: str,
-    uniform: bool,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, activated, base_weight and spline_weight; empty where they are not wanted."""
-    weight = _pack(base_weight, spline_weight)  # slots*i o
-    exact = grid.dtype
-    dx = x.new_empty(x.shape if input_grad else 0)
-    dactivated = x.new_empty(x.shape if input_grad and activated is not None else 0)
-    dweight = torch.zeros(weight.shape[::-1] if weight_grad else 0, dtype=exact, device=x.device)  # o slots*i
-    splines = (_EvenSplines if uniform else _FreeSplines)(grid, spline_weight.shape[2], extrapolation)
-    for rows, features, slopes in _tiles(x, activated, splines, weight, slopes=input_grad):
-        if weight_grad:
+    call: KANCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted."""
+    call, (grad_y,), want = KANCall(*contiguous(call)), contiguous(grads), Wanted.of(wanted)
+    x, weight = call.x, _pack(call.base_weight, call.spline_weight)  # slots*i o
+    exact = call.grid.dtype
+    grad_x = x.new_empty(x.shape if want.inputs else 0)
+    grad_activated = x.new_empty(x.shape if want.inputs and call.activated is not None else 0)
+    grad_weight = torch.zeros(weight.shape[::-1] if want.weights else 0, dtype=exact, device=x.device)  # o slots*i
+    for rows, features, slopes in _tiles(call, weight, slopes=want.inputs):
+        if want.weights:
             if exact == weight.dtype:
-                dweight.addmm_(grad_y[rows].T, features)
+                grad_weight.addmm_(grad_y[rows].T, features)
             else:
-                dweight += grad_y[rows].T @ features
-        if input_grad:
-            dfeatures = (grad_y[rows] @ weight.T).view(slopes.shape)  # rows slots i
-            if activated is not None:
-                dactivated[rows] = dfeatures[:, 0]
-            dx[rows] = slopes.mul_(dfeatures).sum(1)
-    if not weight_grad:
-        return dx, dactivated, weight.new_empty(0), weight.new_empty(0)
-    dweight = dweight.to(weight.dtype).view(len(base_weight), -1, x.shape[1])  # o slots i
-    return dx, dactivated, dweight[:, 0].contiguous(), dweight[:, 1:].mT.contiguous()
+                grad_weight += grad_y[rows].T @ features
+        if want.inputs:
+            grad_features = (grad_y[rows] @ weight.T).view(slopes.shape)  # rows slots i
+            if call.activated is not None:
+                grad_activated[rows] = grad_features[:, 0]
+            grad_x[rows] = slopes.mul_(grad_features).sum(1)
+    grad_base = grad_spline = None
+    if want.weights:
+        grad_weight = grad_weight.to(weight.dtype).view(len(call.base_weight), -1, x.shape[1])  # o slots i
+        grad_base, grad_spline = grad_weight[:, 0].contiguous(), grad_weight[:, 1:].mT.contiguous()
+    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
 
 
 def _pack(base_weight: Tensor, spline_weight: Tensor) -> Tensor:  # slots*i o
@@ -78,14 +63,14 @@ def _pack(base_weight: Tensor, spline_weight: Tensor) -> Tensor:  # slots*i o
     return torch.cat([base_weight.T[None], spline_weight.permute(2, 1, 0)]).flatten(0, 1)
 
 
-def _tiles(
-    x: Tensor, activated: Tensor | None, splines: "_Splines", weight: Tensor, slopes: bool
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(call: KANCall, weight: Tensor, slopes: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Tile by tile: its rows, its features (rows slots*i), and their derivatives by x (rows slots i), if wanted.
 
     Both live in the same memory for all tiles.
     """
-    (rows, i), slots = x.shape, weight.shape[0] // x.shape[1]
+    x, activated, (rows, i) = call.x, call.activated, call.x.shape
+    slots = weight.shape[0] // i
+    splines = (_UniformSplines if call.uniform else _NonuniformSplines)(call)
     tile = max(16, _TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "other"] // len(weight))
     if x.device.type == "cpu":
         tile *= torch.get_num_threads()
@@ -110,14 +95,14 @@ def _tiles(
 class _Splines:
     """Bases of a degree on a grid, written into a tile of the operand."""
 
-    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
-        self.dtype = grid.dtype
-        self.knots = grid.T.contiguous()  # m i
-        self.degree = len(self.knots) - 1 - bases
+    def __init__(self, call: KANCall) -> None:
+        self.dtype = call.grid.dtype
+        self.knots = call.grid.T.contiguous()  # m i
+        self.degree = call.spline_order
         self.low, self.high = self.knots[self.degree], self.knots[-self.degree - 1]
-        self.extrapolation = extrapolation
-        if extrapolation == "linear":
-            self.ends = end_slopes(grid, self.degree).mT.contiguous()  # 2 g+s i
+        self.extrapolation = call.extrapolation
+        if call.extrapolation == "linear":
+            self.ends = end_slopes(call.grid, self.degree).mT.contiguous()  # 2 g+s i
 
     def write(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:  # rows i, rows g+s i, rows g+s i or empty
         """Write bases and, unless it is empty, their derivatives."""
@@ -138,12 +123,12 @@ class _Splines:
         raise NotImplementedError
 
 
-class _EvenSplines(_Splines):
-    """Equally spaced knots: a sum of truncated powers about each centre; see ``basis.closed_form``."""
+class _UniformSplines(_Splines):
+    """Equally spaced knots: a sum of truncated powers about each centre; see ``bspline.closed_form``."""
 
-    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
-        super().__init__(grid, bases, extrapolation)
-        s = self.degree
+    def __init__(self, call: KANCall) -> None:
+        super().__init__(call)
+        s, bases, grid = self.degree, call.spline_weight.shape[2], call.grid
         self.per_unit = (len(self.knots) - 1) / (self.knots[-1] - self.knots[0])  # i
         self.centres = (torch.arange(bases, dtype=grid.dtype, device=grid.device) + (s + 1) / 2)[:, None]  # g+s 1
         terms = range(math.ceil((s + 1) / 2))
@@ -167,11 +152,11 @@ class _EvenSplines(_Splines):
             slopes.mul_(signed.sign_()).mul_(self.per_unit)
 
 
-class _FreeSplines(_Splines):
+class _NonuniformSplines(_Splines):
     """Any knots: the Cox-de Boor recursion, with the reciprocals of all widths made beforehand."""
 
-    def __init__(self, grid: Tensor, bases: int, extrapolation: str) -> None:
-        super().__init__(grid, bases, extrapolation)
+    def __init__(self, call: KANCall) -> None:
+        super().__init__(call)
         self.per_width = [reciprocal(self.knots[p:] - self.knots[:-p]) for p in range(1, self.degree + 1)]  # m-p i
 
     def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:

@@ -6,31 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.ops.bspline import closed_form, cox_de_boor, end_slopes
-
-
-def basis(x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolation: str) -> Tensor:  # ... i g+s
-    """Bases of ``x``; outside the interval of the grid they go to zero, stay, or go on along their tangent."""
-    if extrapolation == "zero":
-        return closed_form(x, grid, spline_order) if uniform else cox_de_boor(x, grid, spline_order)
-    low, high = grid[:, spline_order], grid[:, -spline_order - 1]
-    held = torch.clamp(x, low, high)
-    last = grid.shape[1] - spline_order - 2
-    bases = closed_form(held, grid, spline_order) if uniform else cox_de_boor(held, grid, spline_order, last)
-    if extrapolation == "linear":
-        below, above = end_slopes(grid, spline_order)  # i g+s
-        bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
-    return bases
-
-
-def is_silu(base_activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether it is the function that the engines compute themselves."""
-    return base_activation is F.silu or type(base_activation) is torch.nn.SiLU
-
-
-def activate(x: Tensor, base_activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply an activation to a copy: it may work in place."""
-    return F.silu(x) if is_silu(base_activation) else base_activation(x.clone())
+from kan_mamba_layers.ops.bspline import basis
+from kan_mamba_layers.ops.kan_linear.call import activate
 
 
 def kan_linear(

@@ -21,13 +21,13 @@ from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.limits import count_groups
 from kan_mamba_layers.ops.selective_scan import chunked, reference
+from kan_mamba_layers.ops.selective_scan.call import ScanCall, fused_scan
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
-from kan_mamba_layers.ops.selective_scan.library import fused_scan
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-_ENGINES = ("cpu", "triton")
+_FUSED = ("cpu", "triton")
 _SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": chunked.scan}
 
 
@@ -68,7 +68,7 @@ def selective_scan(
         return_last_state: whether ``h`` after the last step is returned too.
         initial_state: ``h`` before the first step, shape ``(b, d, n)``; zero if not given.
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`. If ``B`` or
-            ``C`` is constant in time, ``"auto"`` takes ``"chunked"``: the engines would treat every channel as a group.
+            ``C`` is constant in time, ``"auto"`` takes ``"chunked"``: fused, every channel would be a group.
 
     Returns:
         ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute
@@ -93,7 +93,7 @@ def selective_scan(
         Gu and Dao, Mamba, arXiv 2312.00752, equation 2 and section 3.2.
     """
     batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    engine = resolve("selective_scan", backend, u, A=A, B=B, C=C)
+    chosen = resolve("selective_scan", backend, u, A=A, B=B, C=C)
     groups = count_groups(B, C, channels)
     dtype = torch.promote_types(u.dtype, torch.float32)
 
@@ -104,11 +104,11 @@ def selective_scan(
         return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
 
     with autocast_off(u):
-        # A gate multiplies y before its one rounding, so an engine must not round y to half precision.
+        # A gate multiplies y before its one rounding, so a fused backend must not round y to half precision.
         inputs = (u if z is None else u.to(dtype), delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
         skip, bias, state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
-        run = _scan_fused if engine in _ENGINES else _scan_plain
-        y, state = run(engine, delta_softplus, *inputs, skip, bias, state)
+        run = _scan_fused if chosen in _FUSED else _scan_plain
+        y, state = run(chosen, delta_softplus, *inputs, skip, bias, state)
         if z is not None:
             y = y.to(dtype) * F.silu(z.to(dtype))
     y = y.to(u.dtype)
@@ -152,26 +152,26 @@ def _scan_fused(
     state: Tensor | None,  # b d n
 ) -> tuple[Tensor, Tensor]:  # b d l, b d n
     channels, length = u.shape[1:]
-    y, last = fused_scan(
-        u=_for_engine(u.mT, backend),  # b l d
-        maps=torch.cat([B, C], -1).transpose(1, 2),  # b l g 2n
+    call = ScanCall(
+        u=_for_fused(u.mT, backend),  # b l d
+        coeffs=torch.cat([B, C], -1).transpose(1, 2),  # b l g 2n
         x_proj_weight=None,
         delta=delta.mT[:, :, None],  # b l 1 d
         dt_weight=A.new_empty(1, channels, 0),
         dt_bias=A.new_zeros(1, channels) if bias is None else bias[None],
         A=A[None],
         D=A.new_zeros(channels) if D is None else D,
-        initial=None if state is None else state[:, None],
+        initial_state=None if state is None else state[:, None],
         height=1,
         width=length,
         softplus=softplus,
-        backend=backend,
     )
+    y, last = fused_scan(call, backend)
     return y.mT, last[:, 0]
 
 
-def _for_engine(x: Tensor, backend: str) -> Tensor:
-    """The Triton engine reads half precision itself."""
+def _for_fused(x: Tensor, backend: str) -> Tensor:
+    """The Triton kernels read half precision themselves."""
     return x if backend == "triton" else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -226,14 +226,14 @@ def cross_selective_scan(
         Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
     _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    engine = resolve("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
+    chosen = resolve("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with autocast_off(x):
         inputs = (x, *(w.to(dtype) for w in (x_proj_weight, dt_proj_weight, dt_proj_bias)))
         A = -torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1))  # k d n
         skip = D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)  # d
-        run: Callable[..., Tensor] = _cross_scan_fused if engine in _ENGINES else _cross_scan_plain
-        return run(engine, *inputs, A, skip).to(x.dtype)
+        run: Callable[..., Tensor] = _cross_scan_fused if chosen in _FUSED else _cross_scan_plain
+        return run(chosen, *inputs, A, skip).to(x.dtype)
 
 
 def _cross_scan_plain(
@@ -255,12 +255,25 @@ def _cross_scan_fused(
     backend: str, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
 ) -> Tensor:
     _, height, width, _ = x.shape
-    u = _for_engine(x, backend).flatten(1, 2)  # b l d
-    maps = None
+    u = _for_fused(x, backend).flatten(1, 2)  # b l d
+    coeffs = None
     if backend == "triton":
-        maps = F.linear(u.to(A.dtype), x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))  # b l k r+2n
-    weight = x_proj_weight if maps is None else None
-    y, _ = fused_scan(u, maps, weight, None, dt_weight, dt_bias, A, skip, None, height, width, True, backend)
+        coeffs = F.linear(u.to(A.dtype), x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))  # b l k r+2n
+    call = ScanCall(
+        u=u,
+        coeffs=coeffs,
+        x_proj_weight=x_proj_weight if coeffs is None else None,
+        delta=None,
+        dt_weight=dt_weight,
+        dt_bias=dt_bias,
+        A=A,
+        D=skip,
+        initial_state=None,
+        height=height,
+        width=width,
+        softplus=True,
+    )
+    y, _ = fused_scan(call, backend)
     return y.unflatten(1, (height, width))
 
 

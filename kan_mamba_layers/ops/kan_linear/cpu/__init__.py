@@ -4,11 +4,15 @@ The kernels see features and outputs in whole vectors of 16, padded with zeros, 
 at a time: a row of a few vectors for every slot of every feature.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, block, forward_kernel, weight_kernel
+from kan_mamba_layers.ops.operator import contiguous
 from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
 from kan_mamba_layers.ops.simd.vector import LANES
 from kan_mamba_layers.ops.simd.wide import vector_registers
@@ -20,81 +24,57 @@ _BLOCK = 128  # rows that a kernel takes at a time
 _Fields = dict[str, Tensor | int | None]
 
 
-def forward(
-    x: Tensor,  # rows i
-    activated: Tensor | None,  # rows i
-    base_weight: Tensor,  # o i
-    spline_weight: Tensor,  # o i g+s
-    grid: Tensor,  # i g+2s+1
-    bias: Tensor | None,  # o
-    extrapolation: str,
-    uniform: bool,
-) -> Tensor:  # rows o
+def forward(call: KANCall, save: bool) -> tuple[Tensor]:  # rows o
     """The sum over all edges."""
-    call = _Call(x, activated, spline_weight, grid, extrapolation, uniform)
-    bounds = call.bounds(3)
-    y = x.new_empty(call.rows, call.padded_outputs, dtype=call.dtype)
-    start = grid.new_zeros(call.outputs) if bias is None else bias
-    fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds)}
-    fields |= {"BIAS": call.pad(start, call.padded_outputs), "Y": y}
-    call.run(forward_kernel.entry, call.blocks, bounds, fields, call.degree)
-    return y[:, : call.outputs].to(base_weight.dtype).contiguous()
+    call = KANCall(*contiguous(call))
+    launch = _Launch(call)
+    bounds = launch.bounds(3)
+    y = call.x.new_empty(launch.rows, launch.padded_outputs, dtype=launch.dtype)
+    start = call.grid.new_zeros(launch.outputs) if call.bias is None else call.bias
+    fields: _Fields = {"WEIGHT": launch.pack(call, bounds)}
+    fields |= {"BIAS": launch.pad(start, launch.padded_outputs), "Y": y}
+    launch.run(forward_kernel.entry, launch.blocks, bounds, fields, launch.degree)
+    return (y[:, : launch.outputs].to(call.base_weight.dtype).contiguous(),)
 
 
 def backward(
-    grad_y: Tensor,  # rows o
-    x: Tensor,
-    activated: Tensor | None,
-    base_weight: Tensor,
-    spline_weight: Tensor,
-    grid: Tensor,
-    extrapolation: str,
-    uniform: bool,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, activated, base_weight and spline_weight; empty where they are not wanted."""
-    call = _Call(x, activated, spline_weight, grid, extrapolation, uniform)
-    grad = call.pad(grad_y, call.padded_outputs)
-    dx, dactivated, dbase_weight, dspline_weight = (t.new_empty(0) for t in (x, x, base_weight, spline_weight))
-    if input_grad:
-        bounds = call.bounds(5)
-        dx = x.new_empty(call.rows, call.padded_features, dtype=call.dtype)
-        fields: _Fields = {"WEIGHT": call.pack(base_weight, spline_weight, bounds), "GRAD_Y": grad}
-        call.run(backward_kernel.input_entry, call.blocks, bounds, fields | {"DX": dx}, call.degree)
-        dx = dx[:, : call.features].to(x.dtype).contiguous()
-        if activated is not None:
-            dactivated = (grad_y @ base_weight).to(x.dtype)
-    if weight_grad:
-        bounds = call.bounds(call.degree + 3)
-        teams, splits = call.shares(len(bounds) - 1)
-        dweight = grad.new_empty(splits, call.packed_size)
-        fields = {"TEAMS": teams, "SPLITS": splits, "GRAD_Y": grad, "DWEIGHT": dweight}
-        tasks = call.padded_features // LANES * teams * splits
-        call.run(backward_kernel.weight_entry, tasks, bounds, fields, call.degree)
-        total = dweight[0]
-        for share in dweight[1:]:
+    call: KANCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted."""
+    call, (grad_y,), want = KANCall(*contiguous(call)), contiguous(grads), Wanted.of(wanted)
+    launch = _Launch(call)
+    grad = launch.pad(grad_y, launch.padded_outputs)
+    grad_x = grad_activated = grad_base = grad_spline = None
+    if want.inputs:
+        bounds = launch.bounds(5)
+        padded = call.x.new_empty(launch.rows, launch.padded_features, dtype=launch.dtype)
+        fields: _Fields = {"WEIGHT": launch.pack(call, bounds), "GRAD_Y": grad, "GRAD_X": padded}
+        launch.run(backward_kernel.input_entry, launch.blocks, bounds, fields, launch.degree)
+        grad_x = padded[:, : launch.features].to(call.x.dtype).contiguous()
+        if call.activated is not None:
+            grad_activated = (grad_y @ call.base_weight).to(call.x.dtype)
+    if want.weights:
+        bounds = launch.bounds(launch.degree + 3)
+        output_groups, splits = launch.shares(len(bounds) - 1)
+        grad_weight = grad.new_empty(splits, launch.packed_size)
+        fields = {"OUTPUT_GROUPS": output_groups, "SPLITS": splits, "GRAD_Y": grad, "GRAD_WEIGHT": grad_weight}
+        tasks = launch.padded_features // LANES * output_groups * splits
+        launch.run(backward_kernel.weight_entry, tasks, bounds, fields, launch.degree)
+        total = grad_weight[0]
+        for share in grad_weight[1:]:
             total += share
-        dbase_weight, dspline_weight = (d.to(base_weight.dtype) for d in call.unpack(total, bounds))
-    return dx, dactivated, dbase_weight, dspline_weight
+        grad_base, grad_spline = (g.to(call.base_weight.dtype) for g in launch.unpack(total, bounds))
+    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
 
 
-class _Call:
+class _Launch:
     """The sizes of one call, and the layout of its tensors for the kernels."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        activated: Tensor | None,
-        spline_weight: Tensor,
-        grid: Tensor,
-        extrapolation: str,
-        uniform: bool,
-    ) -> None:
-        self.dtype = grid.dtype
-        self.rows, self.features = x.shape
-        self.outputs, _, self.bases = spline_weight.shape
-        self.degree = grid.shape[1] - 1 - self.bases
+    def __init__(self, call: KANCall) -> None:
+        self.dtype = call.grid.dtype
+        self.rows, self.features = call.x.shape
+        self.outputs, _, self.bases = call.spline_weight.shape
+        self.degree = call.spline_order
         self.intervals = self.bases - self.degree
         self.padded_features, self.padded_outputs = (-(-n // LANES) * LANES for n in (self.features, self.outputs))
         slots = 1 + self.bases + 2 * self.degree
@@ -103,11 +83,11 @@ class _Call:
         self.blocks = -(-self.rows // self.block)
         pad = self.padded_features
         self.inputs: _Fields = {
-            "X": self.pad(x, pad),
-            "ACTIVATED": None if activated is None else self.pad(activated, pad),
-            "KNOTS": self.even_knots(grid) if uniform else self.free_knots(grid),
-            "EXTRAPOLATION": _MODES[extrapolation],
-            "EVEN": uniform,
+            "X": self.pad(call.x, pad),
+            "ACTIVATED": None if call.activated is None else self.pad(call.activated, pad),
+            "KNOTS": self.uniform_knots(call.grid) if call.uniform else self.nonuniform_knots(call.grid),
+            "EXTRAPOLATION": _MODES[call.extrapolation],
+            "UNIFORM": call.uniform,
         }
 
     def pad(self, x: Tensor, length: int) -> Tensor:
@@ -115,13 +95,13 @@ class _Call:
         x = x.to(self.dtype)
         return x.contiguous() if x.shape[-1] == length else F.pad(x, (0, length - x.shape[-1]))
 
-    def even_knots(self, grid: Tensor) -> Tensor:  # i m -> i' 4
+    def uniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' 4
         """The first knot, the reciprocal of the spacing, and both ends of the interval."""
         per_spacing = (grid.shape[1] - 1) / (grid[:, -1] - grid[:, 0])
         knots = torch.stack([grid[:, 0], per_spacing, grid[:, self.degree], grid[:, -self.degree - 1]], 1)
         return F.pad(knots, (0, 0, 0, self.padded_features - self.features)).contiguous()
 
-    def free_knots(self, grid: Tensor) -> Tensor:  # i m -> i' m+2s
+    def nonuniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' m+2s
         """All knots, and ``s`` more on either side, of which only the order counts."""
         beyond = torch.arange(1, self.degree + 1, dtype=grid.dtype)
         knots = torch.cat([grid[:, :1] - beyond.flip(0), grid, grid[:, -1:] + beyond], 1)
@@ -139,10 +119,10 @@ class _Call:
             bounds.append(bounds[-1] + next(n for n in (4, 2, 1) if n <= min(widest, end - bounds[-1])))
         return torch.tensor(bounds)
 
-    def pack(self, base_weight: Tensor, spline_weight: Tensor, bounds: Tensor) -> Tensor:
+    def pack(self, call: KANCall, bounds: Tensor) -> Tensor:
         """The weights in the order of the kernels; zero where there is no feature, basis or output."""
         packed = torch.empty(self.packed_size, dtype=self.dtype)
-        base_weight, spline_weight = base_weight.to(self.dtype), spline_weight.to(self.dtype)
+        base_weight, spline_weight = call.base_weight.to(self.dtype), call.spline_weight.to(self.dtype)
         features, outputs = self.padded_features - self.features, self.padded_outputs - self.outputs
         if features or outputs:
             base_weight = F.pad(base_weight, (0, features, 0, outputs))
@@ -161,10 +141,10 @@ class _Call:
         return base_weight[edges].contiguous(), spline_weight[edges].contiguous()
 
     def shares(self, parts: int) -> tuple[int, int]:
-        """Into how many teams the parts and into how many splits the rows are cut, to give every thread work."""
+        """Number of groups of outputs and of splits of the rows, to give every thread work."""
         wanted = -(-torch.get_num_threads() * LANES // self.padded_features)
-        teams = min(parts, wanted)
-        return teams, max(1, min(-(-wanted // teams), self.blocks))
+        groups = min(parts, wanted)
+        return groups, max(1, min(-(-wanted // groups), self.blocks))
 
     def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: _Fields, *constants: int) -> None:
         """Let a kernel do its tasks."""

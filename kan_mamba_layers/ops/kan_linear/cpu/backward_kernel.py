@@ -5,16 +5,16 @@ from collections.abc import Callable
 from kan_mamba_layers.ops.kan_linear.cpu.block import (
     BLOCK,
     DEGREE,
-    DWEIGHT,
-    DX,
     FEATURES,
+    GRAD_WEIGHT,
+    GRAD_X,
     GRAD_Y,
     INTERVALS,
+    OUTPUT_GROUPS,
     OUTPUTS,
     PARTS,
     ROWS,
     SPLITS,
-    TEAMS,
     WEIGHT,
     cell_of,
     factor_at,
@@ -106,12 +106,12 @@ def _project(call, zero, splines, scratch, first, rows, first_feature, vector):
 @inlined
 def _write_sums(call, first, rows, first_feature, scratch):
     """Bring the sums into the order of memory."""
-    dx, sums = array(call, DX), more_at(call)
+    grad_x, sums = array(call, GRAD_X), more_at(call)
     for row in range(rows):
         into = (first + row) * size(call, FEATURES) + first_feature
         for feature in range(LANES):
             half, f = feature // HALF, feature % HALF
-            write(dx, into + feature, read(scratch, sums + (row // 2 * 2 + half) * LANES + row % 2 * HALF + f))
+            write(grad_x, into + feature, read(scratch, sums + (row // 2 * 2 + half) * LANES + row % 2 * HALF + f))
 
 
 def weight_entry(number: int, degree: int) -> Callable[..., None]:
@@ -131,17 +131,17 @@ def weight_gradient(call, splines):
     """Work on tasks until none is left: 16 features, some parts of the outputs, some of the rows."""
     scratch = pointer(own_scratch(call), call)
     task = next_task(call)
-    block, teams, splits, parts = size(call, BLOCK), size(call, TEAMS), size(call, SPLITS), size(call, PARTS)
+    block, groups, splits, parts = size(call, BLOCK), size(call, OUTPUT_GROUPS), size(call, SPLITS), size(call, PARTS)
     while task < size(call, TASKS):
-        split, team, feature = task % splits, task // splits % teams, task // splits // teams * LANES
+        split, group, feature = task % splits, task // splits % groups, task // splits // groups * LANES
         blocks = (size(call, ROWS) + block - 1) // block
-        _clear(call, split, parts * team // teams, parts * (team + 1) // teams, feature)
+        _clear(call, split, parts * group // groups, parts * (group + 1) // groups, feature)
         for b in range(blocks * split // splits, blocks * (split + 1) // splits):
             rows = min(block, size(call, ROWS) - b * block)
             write_factors(call, b * block, rows, feature, scratch, False)
             for f in range(LANES):
                 _mark(call, f, rows, scratch)
-                for part in range(parts * team // teams, parts * (team + 1) // teams):
+                for part in range(parts * group // groups, parts * (group + 1) // groups):
                     vector, vectors = part_of(call, part)
                     for_width(_collect, call, vectors, splines, scratch, b * block, split, feature + f, vector)
         task = next_task(call)
@@ -150,13 +150,13 @@ def weight_gradient(call, splines):
 @inlined
 def _clear(call, split, first_part, end_part, first_feature):
     """Begin with zeros."""
-    dweight = array(call, DWEIGHT)
+    grad_weight = array(call, GRAD_WEIGHT)
     for part in range(first_part, end_part):
         vector, vectors = part_of(call, part)
         row = vectors * LANES * slots(call)
         base = (split * size(call, OUTPUTS) + vector * LANES) * size(call, FEATURES) * slots(call)
         for k in range(first_feature * row, (first_feature + LANES) * row, LANES):
-            store(dweight, base + k, splat(0.0, dweight))
+            store(grad_weight, base + k, splat(0.0, grad_weight))
 
 
 @inlined
@@ -180,7 +180,8 @@ def _collect(call, zero, splines, scratch, first, split, feature, vector):
     """
     outputs, lanes, cells = size(call, OUTPUTS), lanes_of(zero), size(call, INTERVALS) + 2 * size(call, DEGREE)
     words = size(call, BLOCK) // WORD
-    grad_y, dweight, masks = array(call, GRAD_Y), array(call, DWEIGHT), integers(advance(scratch, more_at(call)))
+    grad_y, grad_weight = array(call, GRAD_Y), array(call, GRAD_WEIGHT)
+    masks = integers(advance(scratch, more_at(call)))
     part = (split * outputs + vector * LANES) * size(call, FEATURES)
     base = (part + feature * lanes) * slots(call)
     total, sums = zero, several(zero, splines)
@@ -195,10 +196,10 @@ def _collect(call, zero, splines, scratch, first, split, feature, vector):
                 total = fma(grad, spread(zero, scratch, factor), total)
                 sums = add_multiples(sums, grad, scratch, factor + LANES)
         slot = base + (1 + cell) * lanes
-        store(dweight, slot, load_as(zero, dweight, slot) + sums[0])
+        store(grad_weight, slot, load_as(zero, grad_weight, slot) + sums[0])
         sums = without_first(sums, zero)
     for k in range(size(call, DEGREE)):
         slot = base + (1 + cells + k) * lanes
-        store(dweight, slot, load_as(zero, dweight, slot) + sums[0])
+        store(grad_weight, slot, load_as(zero, grad_weight, slot) + sums[0])
         sums = without_first(sums, zero)
-    store(dweight, base, load_as(zero, dweight, base) + total)
+    store(grad_weight, base, load_as(zero, grad_weight, base) + total)

@@ -17,8 +17,8 @@ ZERO, CLAMP, LINEAR = range(3)  # the ways to extrapolate
 # What stands where in the block of a call: sizes, switches, and addresses (0 for what a call has not).
 # fmt: off
 (
-    ROWS, FEATURES, OUTPUTS, INTERVALS, DEGREE, EVEN, EXTRAPOLATION, BLOCK, PARTS, TEAMS, SPLITS,
-    BOUNDS, X, ACTIVATED, KNOTS, WEIGHT, BASE, SPLINES, BIAS, Y, GRAD_Y, DX, DWEIGHT,
+    ROWS, FEATURES, OUTPUTS, INTERVALS, DEGREE, UNIFORM, EXTRAPOLATION, BLOCK, PARTS, OUTPUT_GROUPS, SPLITS,
+    BOUNDS, X, ACTIVATED, KNOTS, WEIGHT, BASE, SPLINES, BIAS, Y, GRAD_Y, GRAD_X, GRAD_WEIGHT,
     FIELDS,
 ) = range(OWN_FIELDS, OWN_FIELDS + 24)
 # fmt: on
@@ -85,23 +85,23 @@ def write_factors(call, first_row, rows, first_feature, scratch, slopes):
     """Find cells and factors of 16 features in a block of rows, or the factors of the derivative by x."""
     block = size(call, BLOCK)
     groups = (rows + LANES - 1) // LANES
-    _bring(call, array(call, X), first_row, rows, first_feature, scratch, 0)
+    _copy(call, array(call, X), first_row, rows, first_feature, scratch, 0)
     if size(call, ACTIVATED):
-        _bring(call, array(call, ACTIVATED), first_row, rows, first_feature, scratch, LANES * block)
+        _copy(call, array(call, ACTIVATED), first_row, rows, first_feature, scratch, LANES * block)
     for feature in range(LANES):
         for group in range(groups):
             at = feature * block + LANES * group
             into = factor_at(call, feature, LANES * group)
             _write_activation(call, at, scratch, into, slopes)
-            if size(call, EVEN):
-                _place_evenly(call, first_feature + feature, at, scratch)
+            if size(call, UNIFORM):
+                _locate_uniform(call, first_feature + feature, at, scratch)
             else:
-                _place_freely(call, first_feature + feature, at, scratch)
+                _locate_nonuniform(call, first_feature + feature, at, scratch)
             _write_splines(call, first_feature + feature, scratch, into + LANES, slopes)
 
 
 @compiled
-def _bring(call, source, first_row, rows, first_feature, scratch, into):
+def _copy(call, source, first_row, rows, first_feature, scratch, into):
     """Copy 16 features of a block of rows, features first; the last row stands for those that miss."""
     features, block = size(call, FEATURES), size(call, BLOCK)
     for group in range(0, rows, LANES):
@@ -135,7 +135,7 @@ def _one_unless_nan(x, zero, one):
 
 
 @compiled
-def _place_evenly(call, feature, at, scratch):
+def _locate_uniform(call, feature, at, scratch):
     """Find where x lies among equally spaced knots: its cell, and its place there, from 0 to 1.
 
     Also 1 if it counts, or 0 outside of all cells, except for NaN; and the way to go on from the place.
@@ -153,11 +153,11 @@ def _place_evenly(call, feature, at, scratch):
         held = _hold(x, broadcast(knots, 4 * feature + 2), broadcast(knots, 4 * feature + 3))
         u, distance, counts = (held - first) * per_spacing, x - held, _one_unless_nan(x, zero, one)
         cell = _hold(floor(u), splat(float(degree), knots), splat(float(degree + intervals - 1), knots))
-    _write_place(call, at, scratch, u - cell, counts, distance, cell)
+    _write_location(call, at, scratch, u - cell, counts, distance, cell)
 
 
 @compiled
-def _place_freely(call, feature, at, scratch):
+def _locate_nonuniform(call, feature, at, scratch):
     """The same among any knots, with x itself, or the end that it passed, as its place."""
     knots = array(call, KNOTS)
     zero, one = splat(0.0, knots), splat(1.0, knots)
@@ -181,12 +181,12 @@ def _place_freely(call, feature, at, scratch):
     else:
         last = splat(float(degree + intervals - 1), knots)
         cell, distance, counts = where_less(cell, last, cell, last), x - held, _one_unless_nan(x, zero, one)
-    _write_place(call, at, scratch, held, counts, distance, cell)
-    _bring_knots(call, feature, at, scratch)
+    _write_location(call, at, scratch, held, counts, distance, cell)
+    _copy_knots(call, feature, at, scratch)
 
 
 @inlined
-def _write_place(call, at, scratch, position, counts, distance, cell):
+def _write_location(call, at, scratch, position, counts, distance, cell):
     store(scratch, work_at(call), position)
     store(scratch, work_at(call) + LANES, distance)
     store(scratch, work_at(call) + 2 * LANES, counts)
@@ -194,7 +194,7 @@ def _write_place(call, at, scratch, position, counts, distance, cell):
 
 
 @inlined
-def _bring_knots(call, feature, at, scratch):
+def _copy_knots(call, feature, at, scratch):
     """Copy the ``2 s`` knots about the cell of each of 16 rows; of ``s`` more on either side only the order counts."""
     degree, cells = size(call, DEGREE), 2 * LANES * size(call, BLOCK) + at
     knots, into = array(call, KNOTS), work_at(call) + LANES * (2 * degree + 4)
@@ -209,7 +209,7 @@ def _bring_knots(call, feature, at, scratch):
 def _rise(call, feature, position, p, k, scratch):
     """How far the k-th basis of degree p - 1 has risen in its support, and the slope of that times the degree p."""
     knots, one = array(call, KNOTS), splat(1.0, scratch)
-    if size(call, EVEN):
+    if size(call, UNIFORM):
         return (position + splat(float(p - k), scratch)) * splat(1.0 / p, scratch), broadcast(knots, 4 * feature + 1)
     degree = size(call, DEGREE)
     local = work_at(call) + LANES * (3 * degree + 3 + k)

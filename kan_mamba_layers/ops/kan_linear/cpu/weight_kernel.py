@@ -47,9 +47,9 @@ def move(call, pack):
     degree, bases = size(call, DEGREE), size(call, INTERVALS) + size(call, DEGREE)
     task = next_task(call)
     while task < size(call, TASKS):
-        at, lanes = _place(call, task)
-        _turn(call, array(call, BASE), task, 1, at, lanes, scratch, pack)
-        _turn(call, array(call, SPLINES), task, bases, at + (1 + degree) * lanes, lanes, scratch, pack)
+        at, lanes = _offset_of(call, task)
+        _repack(call, array(call, BASE), task, 1, at, lanes, scratch, pack)
+        _repack(call, array(call, SPLINES), task, bases, at + (1 + degree) * lanes, lanes, scratch, pack)
         if pack:
             for feature in range(size(call, FEATURES)):
                 edge = at + feature * slots(call) * lanes
@@ -60,7 +60,7 @@ def move(call, pack):
 
 
 @compiled
-def _place(call, vector):
+def _offset_of(call, vector):
     """Where the first slot of a vector of outputs is, and the distance to the next slot."""
     bounds = integers(array(call, BOUNDS))
     part = 0
@@ -72,7 +72,7 @@ def _place(call, vector):
 
 
 @compiled
-def _turn(call, plain, vector, count, at, lanes, scratch, pack):
+def _repack(call, plain, vector, count, at, lanes, scratch, pack):
     """Between 16 rows of ``count`` weights for each feature, and a vector for each of these weights."""
     weight, length, edge = array(call, WEIGHT), size(call, FEATURES) * count, slots(call) * lanes
     for column in range(0, length, LANES):

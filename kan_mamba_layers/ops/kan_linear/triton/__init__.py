@@ -5,6 +5,7 @@ nothing of the size of x times its bases is ever in memory. Nothing is added ato
 results repeat bit for bit.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import triton
 from torch import Tensor
 
 from kan_mamba_layers.ops.bspline import end_slopes, reciprocal
+from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.kan_linear.triton import backward_kernel, forward_kernel
 from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import unit
+from kan_mamba_layers.ops.operator import contiguous
 
 _INTERPRETED = not isinstance(forward_kernel.kan_forward, triton.JITFunction)
 
@@ -114,22 +117,12 @@ def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
     return tiles._replace(parts=max(1, parts))
 
 
-def forward(
-    x: Tensor,  # rows i
-    activated: Tensor | None,  # rows i
-    base_weight: Tensor,  # o i
-    spline_weight: Tensor,  # o i c
-    grid: Tensor,  # i m
-    bias: Tensor | None,  # o
-    extrapolation: str,
-    uniform: bool,
-    *,
-    tiles: Tiles | None = None,
-) -> Tensor:  # rows o
+def forward(call: KANCall, save: bool, *, tiles: Tiles | None = None) -> tuple[Tensor]:  # rows o
     """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o``."""
-    launch = _Launch(x, activated, base_weight, spline_weight, grid, extrapolation, uniform)
+    call = KANCall(*contiguous(call))
+    x, bias, launch = call.x, call.bias, _Launch(call)
     job = launch.job
-    y = _empty(x, job.rows, job.o, dtype=base_weight.dtype)
+    y = _empty(x, job.rows, job.o, dtype=call.base_weight.dtype)
     t = tiles or forward_tiles(job, _gpu(x.device))
     inputs = (x, launch.activated, launch.packed(), y if bias is None else bias, *launch.knots())
     with torch.cuda.device_of(x):
@@ -139,38 +132,31 @@ def forward(
             t,
             (*inputs, y, job.rows, job.i, job.o),
             UNIT=launch.unit,
-            TURN=launch.turn,
+            SCALE=launch.scale,
             BIAS=bias is not None,
             UNROLL=t.slots > 1,
         )
-    return y
+    return (y,)
 
 
 def backward(
-    grad_y: Tensor,  # rows o
-    x: Tensor,  # rows i
-    activated: Tensor | None,  # rows i
-    base_weight: Tensor,  # o i
-    spline_weight: Tensor,  # o i c
-    grid: Tensor,  # i m
-    extrapolation: str,
-    uniform: bool,
-    input_grad: bool,
-    weight_grad: bool,
+    call: KANCall,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    wanted: Sequence[bool],
     *,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, activated, base_weight and spline_weight; empty where not asked for."""
-    launch = _Launch(x, activated, base_weight, spline_weight, grid, extrapolation, uniform)
-    job, dtype = launch.job, base_weight.dtype
-    grad_x, grad_activated = _empty(x, 0, dtype=x.dtype), _empty(x, 0, dtype=x.dtype)
-    grad_base, grad_spline = _empty(x, 0, dtype=dtype), _empty(x, 0, dtype=dtype)
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted."""
+    call, (grad_y,), want = KANCall(*contiguous(call)), contiguous(grads), Wanted.of(wanted)
+    x, dtype, launch = call.x, call.base_weight.dtype, _Launch(call)
+    job = launch.job
+    grad_x = grad_activated = grad_base = grad_spline = None
     with torch.cuda.device_of(x):
         knots = launch.knots()
-        if input_grad:
+        if want.inputs:
             grad_x = _empty(x, job.rows, job.i, dtype=x.dtype)
-            if activated is not None:
-                grad_activated = _empty(x, job.rows, job.i, dtype=x.dtype)
+            grad_activated = _empty(x, *((job.rows, job.i) if call.activated is not None else (0,)), dtype=x.dtype)
             t = tiles[0] or grad_input_tiles(job, _gpu(x.device))
             launch(
                 backward_kernel.grad_input,
@@ -180,55 +166,45 @@ def backward(
                 LOWER_UNIT=unit(job.s - 1),
                 ONCE=job.o <= t.outs,
             )
-        if weight_grad:
+        if want.weights:
             t = tiles[1] or grad_weights_tiles(job, _gpu(x.device))
             groups = _blocks(1 + job.bases, t.slots)
-            rows_a_part = _blocks(max(1, _blocks(job.rows, t.parts)), t.rows) * t.rows
-            parts = _empty(x, _blocks(job.rows, rows_a_part), job.o, 1 + job.bases, job.i)
+            rows_per_part = _blocks(max(1, _blocks(job.rows, t.parts)), t.rows) * t.rows
+            parts = _empty(x, _blocks(job.rows, rows_per_part), job.o, 1 + job.bases, job.i)
             launch(
                 backward_kernel.grad_weights,
                 (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(parts)),
                 t,
-                (grad_y, x, launch.activated, *knots, parts, job.rows, rows_a_part, job.i, job.o),
+                (grad_y, x, launch.activated, *knots, parts, job.rows, rows_per_part, job.i, job.o),
                 UNIT=launch.unit,
-                TURN=launch.turn,
+                SCALE=launch.scale,
                 SLOTS=t.slots,
             )
-            packed = parts.sum(0)  # o 1+c i
+            packed = parts.sum(0)  # o 1+g+s i
             grad_base = _empty(x, job.o, job.i, dtype=dtype).copy_(packed[:, 0])
             grad_spline = _empty(x, job.o, job.i, job.bases, dtype=dtype).copy_(packed[:, 1:].mT)
-    return grad_x, grad_activated, grad_base, grad_spline
+    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
 
 
 class _Launch:
     """What the kernels of one call have in common."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        activated: Tensor | None,
-        base_weight: Tensor,
-        spline_weight: Tensor,
-        grid: Tensor,
-        extrapolation: str,
-        uniform: bool,
-    ) -> None:
-        outputs, inputs, bases = spline_weight.shape
-        order = grid.shape[1] - 1 - bases
-        half, precision = base_weight.dtype != torch.float32, _precision(base_weight.dtype)
-        full = precision == "ieee" and not half
-        self.job = Job(len(x), inputs, outputs, bases, order, uniform, half, full)
-        self.grid = grid
-        self.base_weight, self.spline_weight = base_weight, spline_weight
-        self.activated = x if activated is None else activated
+    def __init__(self, call: KANCall) -> None:
+        outputs, inputs, bases = call.spline_weight.shape
+        dtype, order = call.base_weight.dtype, call.spline_order
+        half, precision = dtype != torch.float32, _precision(dtype)
+        self.job = Job(len(call.x), inputs, outputs, bases, order, call.uniform, half, precision == "ieee" and not half)
+        self.grid = call.grid
+        self.base_weight, self.spline_weight = call.base_weight, call.spline_weight
+        self.activated = call.x if call.activated is None else call.activated
         self.unit = unit(order)
-        self.turn = unit(order - 1) * (order + 1) / (2 * self.unit)
+        self.scale = unit(order - 1) * (order + 1) / (2 * self.unit)
         self.constants = {
             "S": order,
             "BASES": bases,
-            "UNIFORM": uniform,
-            "EXTRAPOLATION": extrapolation,
-            "SILU": activated is None,
+            "UNIFORM": call.uniform,
+            "EXTRAPOLATION": call.extrapolation,
+            "SILU": call.activated is None,
             "PRECISION": precision,
             "INTERPRETED": _INTERPRETED,
         }
@@ -240,7 +216,7 @@ class _Launch:
             sizes = {"ROWS": t.rows, "INS": t.ins, "OUTS": t.outs, "num_warps": t.warps, "num_stages": t.stages}
             kernel[programs](*arguments, **self.constants, **sizes, **more)
 
-    def packed(self) -> Tensor:  # o 1+c i
+    def packed(self) -> Tensor:  # o 1+g+s i
         """Base and spline weights as one, inputs side by side."""
         return torch.cat([self.base_weight[:, None], self.spline_weight.mT], 1)
 
@@ -256,7 +232,7 @@ class _Launch:
             table[p, :-p] = reciprocal(knots[p:] - knots[:-p])
         if self.constants["EXTRAPOLATION"] != "linear":
             return table, knots
-        return table, end_slopes(grid, s).mT.contiguous()  # 2 c i
+        return table, end_slopes(grid, s).mT.contiguous()  # 2 g+s i
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

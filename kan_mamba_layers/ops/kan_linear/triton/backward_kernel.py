@@ -13,7 +13,7 @@ from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import (
     cox_de_boor,
     end_slope,
     ends,
-    place,
+    locate,
     product,
 )
 
@@ -57,9 +57,9 @@ def grad_slot(
 def grad_input(
     grad_y,  # rows o
     x,  # rows i
-    weight,  # o 1+c i
+    weight,  # o 1+g+s i
     knots,  # m i, or s+1 m i with reciprocals unless UNIFORM
-    slopes,  # 2 c i, read unless UNIFORM
+    slopes,  # 2 g+s i, read unless UNIFORM
     grad_x,  # rows i
     grad_activated,  # rows i, written unless SILU
     rows, IN, OUT,
@@ -118,7 +118,7 @@ def grad_input(
 def sum_slots(
     grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
     S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SILU: tl.constexpr,
-    UNIT: tl.constexpr, TURN: tl.constexpr, BASE: tl.constexpr, SLOTS: tl.constexpr,
+    UNIT: tl.constexpr, SCALE: tl.constexpr, BASE: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -135,17 +135,17 @@ def sum_slots(
         there = (r[None, :] < end) & inside
         xi = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
         gy = tl.load(grad_y + r[:, None] * OUT + o, mask=(r[:, None] < end) & (o < OUT), other=0.0)
-        z, below, above = place(xi, knots, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION)
+        z, below, above = locate(xi, knots, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION)
         if BASE:
             a = xi * tl.sigmoid(xi) if SILU else tl.load(activated + at, mask=there, other=0.0)
         else:
-            a = basis(z, below, above, slot - 1, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, TURN)
+            a = basis(z, below, above, slot - 1, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, SCALE)
         sum0 = product(a, gy, sum0, PRECISION, INTERPRETED)
         if SLOTS > 1:
-            a = basis(z, below, above, slot, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, TURN)
+            a = basis(z, below, above, slot, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, SCALE)
             sum1 = product(a, gy, sum1, PRECISION, INTERPRETED)
         if SLOTS > 2:
-            a = basis(z, below, above, slot + 1, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, TURN)
+            a = basis(z, below, above, slot + 1, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, SCALE)
             sum2 = product(a, gy, sum2, PRECISION, INTERPRETED)
     wanted = inside & (o < OUT)
     part += o.to(tl.int64) * ((1 + BASES) * IN) + slot * IN + i
@@ -166,11 +166,11 @@ def grad_weights(
     x,  # rows i
     activated,  # rows i, read unless SILU
     knots,  # m i, or s+1 m i with reciprocals unless UNIFORM
-    slopes,  # 2 c i, read unless UNIFORM
-    parts,  # p o 1+c i
-    rows, rows_a_part, IN, OUT,
+    slopes,  # 2 g+s i, read unless UNIFORM
+    parts,  # p o 1+g+s i
+    rows, rows_per_part, IN, OUT,
     S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SILU: tl.constexpr,
-    UNIT: tl.constexpr, TURN: tl.constexpr, SLOTS: tl.constexpr,
+    UNIT: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -180,18 +180,18 @@ def grad_weights(
     i = tl.program_id(0) // GROUPS * INS + tl.arange(0, INS)[:, None]
     o = tl.program_id(1) * OUTS + tl.arange(0, OUTS)[None, :]
     p = tl.program_id(2).to(tl.int64)
-    begin = p * rows_a_part
-    end = tl.minimum(begin + rows_a_part, rows)
+    begin = p * rows_per_part
+    end = tl.minimum(begin + rows_per_part, rows)
     part = parts + p * OUT * ((1 + BASES) * IN)
     if slot == 0:
         sum_slots(
             grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
-            S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, TURN, True, SLOTS,
+            S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, SCALE, True, SLOTS,
             ROWS, INS, OUTS, PRECISION, INTERPRETED,
         )  # fmt: skip
     else:
         sum_slots(
             grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
-            S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, TURN, False, SLOTS,
+            S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, SCALE, False, SLOTS,
             ROWS, INS, OUTS, PRECISION, INTERPRETED,
         )  # fmt: skip

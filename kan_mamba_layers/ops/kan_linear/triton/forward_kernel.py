@@ -1,6 +1,6 @@
 """The Triton kernel of the KAN linear map, forward, and the bases in registers, which the backward kernels share.
 
-Slot 0 of the packed weight, ``o 1+c i``, belongs to the activation, slot 1 + j to basis j of the c = g + s bases. The
+Slot 0 of the packed weight, ``o 1+g+s i``, belongs to the activation, slot 1 + j to basis j of the g + s bases. The
 operand A of every product is made in registers from a tile of x and goes to the tensor cores from there.
 
 Bases of equally spaced knots are computed without their factor ``unit(s)``; the kernels multiply it in where a tile is
@@ -162,7 +162,7 @@ def end_slope(j, S: tl.constexpr):
 
 
 @triton.jit
-def place(
+def locate(
     x, knots, inside, IN, S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr
 ):
     """Where the bases of x are evaluated, and how far x lies below (negative) and above the interval of the grid.
@@ -189,16 +189,16 @@ def place(
 @triton.jit
 def basis(
     z, below, above, j, knots, slopes, inside, IN,
-    S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, TURN: tl.constexpr,
+    S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Basis j, over ``unit(S)`` for equally spaced knots; ``knots`` and ``slopes`` point at the features of the tile.
 
-    TURN is ``unit(S - 1) (S + 1) / (2 unit(S))``: from the units of ``end_slope`` to those of ``place``.
+    SCALE is ``unit(S - 1) (S + 1) / (2 unit(S))``: from the units of ``end_slope`` to those of ``locate``.
     """
     if UNIFORM:
         b = cardinal(z - (j * (2 / (S + 1)) + 1.0), S)
         if EXTRAPOLATION == "linear":
-            b += below * (end_slope(j, S) * TURN) - above * (end_slope(BASES - 1 - j, S) * TURN)
+            b += below * (end_slope(j, S) * SCALE) - above * (end_slope(BASES - 1 - j, S) * SCALE)
     else:
         b = cox_de_boor(z, j, knots, inside, IN, BASES + S + 1, S)
         if EXTRAPOLATION == "linear":
@@ -221,14 +221,14 @@ def product(a, b, sums, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 def kan_forward(
     x,  # rows i
     activated,  # rows i, read unless SILU
-    weight,  # o 1+c i
+    weight,  # o 1+g+s i
     bias,  # o, read if BIAS
     knots,  # m i, or s+1 m i with reciprocals unless UNIFORM
-    slopes,  # 2 c i, read unless UNIFORM
+    slopes,  # 2 g+s i, read unless UNIFORM
     y,  # rows o
     rows, IN, OUT,
     S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SILU: tl.constexpr,
-    UNIT: tl.constexpr, TURN: tl.constexpr, BIAS: tl.constexpr, UNROLL: tl.constexpr,
+    UNIT: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, UNROLL: tl.constexpr,
     ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -251,12 +251,12 @@ def kan_forward(
         if UNIFORM:
             base *= 1 / UNIT
         sums = product(base, tl.load(w, mask=wanted, other=0.0), sums, PRECISION, INTERPRETED)
-        z, below, above = place(xi, knots + across, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION)
+        z, below, above = locate(xi, knots + across, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION)
         if UNROLL:
             for j in tl.static_range(BASES):
                 b = basis(
                     z, below, above, j, knots + across, slopes + across, inside, IN,
-                    S, BASES, UNIFORM, EXTRAPOLATION, TURN,
+                    S, BASES, UNIFORM, EXTRAPOLATION, SCALE,
                 )  # fmt: skip
                 wj = tl.load(w + (1 + j) * IN, mask=wanted, other=0.0)
                 sums = product(b, wj, sums, PRECISION, INTERPRETED)
@@ -264,7 +264,7 @@ def kan_forward(
             for j in range(BASES):
                 b = basis(
                     z, below, above, j, knots + across, slopes + across, inside, IN,
-                    S, BASES, UNIFORM, EXTRAPOLATION, TURN,
+                    S, BASES, UNIFORM, EXTRAPOLATION, SCALE,
                 )  # fmt: skip
                 wj = tl.load(w + (1 + j) * IN, mask=wanted, other=0.0)
                 sums = product(b, wj, sums, PRECISION, INTERPRETED)

@@ -1,6 +1,6 @@
 """The scan on CPUs: lays out the arguments for the Numba kernels and calls them on PyTorch's threads.
 
-The engine works on a few images at a time. The maps of a four-direction scan need several times the memory of the
+A few images are scanned at a time. The coefficients of a scan in four directions need several times the memory of the
 image, so they are made from it where they are used, in forward and again in backward, and never stay for a batch.
 
 The kernels see channels in whole tiles of 16: a group of channels that does not fill its last tile is padded with
@@ -8,12 +8,13 @@ zeros.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, block, forward_kernel
 from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
 from kan_mamba_layers.ops.simd.vector import LANES
@@ -22,8 +23,8 @@ _Fields = dict[str, Tensor | int | None]
 _KERNELS = (block, forward_kernel, backward_kernel)
 
 _LOG2_E = 1 / math.log(2)
-_TEAM_TILES = 8  # that a thread takes through a walk together: they share the maps
-_MAPS_BYTES = 1 << 24  # that are made at a time: memory that the allocator keeps, and near enough to stay in a cache
+_GROUP_TILES = 8  # of tiles that a thread takes along a direction together: they share the coefficients
+_COEFFS_BYTES = 1 << 24  # made at a time: memory that the allocator keeps, and near enough to stay in a cache
 
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
@@ -31,136 +32,120 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
     return b, k, -(-l // block.CHUNK), n, g * _padded(d // g)
 
 
-def forward(
-    u: Tensor,  # b l d
-    maps: Tensor | None,  # b l k*g r+2n
-    x_proj_weight: Tensor | None,  # k r+2n d; makes the maps where they are not given
-    delta: Tensor | None,  # b l k d
-    dt_weight: Tensor,  # k d r
-    dt_bias: Tensor,  # k d
-    A: Tensor,  # k d n
-    D: Tensor,  # d
-    initial: Tensor | None,  # b k d n
-    height: int,
-    width: int,
-    softplus: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # y: b l d, last state: b k d n, saved states
-    """Scan along all walks and add up."""
-    sizes = _Sizes(u, maps, dt_weight, A)
-    b, l, k, n, d = sizes.batch, sizes.length, sizes.walks, sizes.states, sizes.padded
-    weights = sizes.weights(dt_weight, dt_bias, A, D)
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # b l d, b k d n, saved states
+    """Scan along all directions and add up."""
+    u, sizes = call.u, _Sizes(call)
+    b, l, k, n, d = sizes.batch, sizes.length, sizes.directions, sizes.states, sizes.padded
+    weights = sizes.weights(call)
     y, last = u.new_empty(b, l, sizes.channels), u.new_empty(b, k, n, d)
     saved = u.new_empty(saved_shape(b, l, sizes.channels, k, sizes.groups, n) if save else (b, 0))
     for images in sizes.blocks():
         count = images.stop - images.start
         wanted = torch.get_num_threads() / count
-        teams = sizes.teams(wanted)
-        parts = _parts(wanted / teams, k)
+        tile_groups = sizes.tile_groups(wanted)
+        parts = _parts(wanted / tile_groups, k)
         total = sizes.target(y[images], parts)
-        fields = weights | sizes.inputs(images, u, maps, x_proj_weight, delta)
-        fields |= {} if initial is None else {"INITIAL": sizes.pad(initial[images].mT)}
-        fields |= {"HEIGHT": height, "WIDTH": width, "SOFTPLUS": softplus, "SAVE": save}
+        fields = weights | sizes.inputs(call, images) | {"SAVE": save}
+        fields |= {} if call.initial_state is None else {"INITIAL": sizes.pad(call.initial_state[images].mT)}
         fields |= {"Y": total, "LAST": last[images], "SAVED": saved[images]}
-        _run(forward_kernel.entry, sizes, count, teams, parts, fields)
+        _run(forward_kernel.entry, sizes, count, tile_groups, parts, fields)
         sizes.collect(total, y[images])
-    return y, sizes.cut(last).mT.contiguous(), saved
+    return y, sizes.cut(last).mT.contiguous(), saved.flatten()
 
 
 def backward(
-    grad_y: Tensor,  # b l d
-    grad_last: Tensor,  # b k d n
-    u: Tensor,
-    maps: Tensor | None,
-    x_proj_weight: Tensor | None,
-    delta: Tensor | None,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    saved: Tensor,
-    height: int,
-    width: int,
-    softplus: bool,
-) -> tuple[Tensor, ...]:
-    """The gradients of all tensors of forward, in its order; empty for those that were not given."""
-    sizes = _Sizes(u, maps, dt_weight, A)
-    b, l, k, n, r, d = sizes.batch, sizes.length, sizes.walks, sizes.states, sizes.rank, sizes.padded
-    weights = sizes.weights(dt_weight, dt_bias, A, D)
-    du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    dmaps = torch.empty_like(_or_empty(maps, u), memory_format=torch.contiguous_format)
-    dx_proj_weight = torch.zeros_like(_or_empty(x_proj_weight, u), memory_format=torch.contiguous_format)
-    ddelta = u.new_empty(0) if delta is None else u.new_empty(b, l, k, d)
-    ddt_weight, ddt_bias, dD = u.new_empty(b, k, r, d), u.new_empty(b, k, d), u.new_empty(b, d)
-    dA, dinitial = (u.new_empty(b, k, n, d) for _ in range(2))
-    saved = saved.view(saved_shape(b, l, sizes.channels, k, sizes.groups, n))
+    call: ScanCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all tensors that are given."""
+    u, weight, sizes = call.u, call.x_proj_weight, _Sizes(call)
+    b, l, k, n, r, d = sizes.batch, sizes.length, sizes.directions, sizes.states, sizes.rank, sizes.padded
+    grad_y, grad_last = grads
+    weights = sizes.weights(call)
+    grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
+    grad_coeffs = None if call.coeffs is None else torch.empty_like(call.coeffs, memory_format=torch.contiguous_format)
+    grad_weight = None if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    grad_delta = u.new_empty(0) if call.delta is None else u.new_empty(b, l, k, d)
+    grad_dt_weight, grad_dt_bias, grad_D = u.new_empty(b, k, r, d), u.new_empty(b, k, d), u.new_empty(b, d)
+    grad_A, grad_initial = (u.new_empty(b, k, n, d) for _ in range(2))
+    states = saved[0].view(saved_shape(b, l, sizes.channels, k, sizes.groups, n))
     for images in sizes.blocks():
         count = images.stop - images.start
-        # Walks have maps of their own, tiles share them: cut by walks first, then by teams, whose maps are added.
-        wanted = torch.get_num_threads() / count
-        parts = _parts(wanted, k)
-        teams = sizes.teams(wanted / parts)
-        total = sizes.target(du[images], parts)
-        new = u.new_zeros if teams > 1 and sizes.groups > 1 else u.new_empty
-        total_maps = new(teams, count, l, k * sizes.groups, r + 2 * n)
-        fields = weights | sizes.inputs(images, u, maps, x_proj_weight, delta)
-        fields |= {"HEIGHT": height, "WIDTH": width, "SOFTPLUS": softplus, "SAVED": saved[images]}
+        # Directions have coefficients of their own, tiles share them: cut by directions first, then by groups of tiles,
+        # whose gradients of the coefficients are added.
+        needed = torch.get_num_threads() / count
+        parts = _parts(needed, k)
+        tile_groups = sizes.tile_groups(needed / parts)
+        total = sizes.target(grad_u[images], parts)
+        new = u.new_zeros if tile_groups > 1 and sizes.groups > 1 else u.new_empty
+        total_coeffs = new(tile_groups, count, l, k * sizes.groups, r + 2 * n)
+        fields = weights | sizes.inputs(call, images) | {"SAVED": states[images]}
         fields |= {"GRAD_Y": sizes.pad(grad_y[images]), "GRAD_LAST": sizes.pad(grad_last[images].mT)}
-        fields |= {"DU": total, "DMAPS": total_maps, "DDELTA": ddelta[images], "DINITIAL": dinitial[images]}
-        fields |= {"DDT_WEIGHT": ddt_weight[images], "DDT_BIAS": ddt_bias[images], "DA": dA[images], "DD": dD[images]}
-        _run(backward_kernel.entry, sizes, count, teams, parts, fields)
-        sizes.collect(total, du[images])
-        if x_proj_weight is None:
-            dmaps[images] = _add_up(total_maps)
-        else:
-            rows, columns = _add_up(total_maps).flatten(0, 1).flatten(1), u[images].flatten(0, 1)  # b*l k*(r+2n), b*l d
-            du[images] += _product(rows, x_proj_weight.flatten(0, 1).T).view(count, l, -1)
-            dx_proj_weight += (rows.T @ columns).view_as(x_proj_weight)
+        fields |= {"GRAD_U": total, "GRAD_COEFFS": total_coeffs, "GRAD_DELTA": grad_delta[images]}
+        fields |= {"GRAD_DT_WEIGHT": grad_dt_weight[images], "GRAD_DT_BIAS": grad_dt_bias[images]}
+        fields |= {"GRAD_A": grad_A[images], "GRAD_D": grad_D[images], "GRAD_INITIAL": grad_initial[images]}
+        _run(backward_kernel.entry, sizes, count, tile_groups, parts, fields)
+        sizes.collect(total, grad_u[images])
+        if grad_coeffs is not None:
+            grad_coeffs[images] = _add_up(total_coeffs)
+        if weight is not None and grad_weight is not None:
+            rows, columns = (
+                _add_up(total_coeffs).flatten(0, 1).flatten(1),
+                u[images].flatten(0, 1),
+            )  # b*l k*(r+2n), b*l d
+            grad_u[images] += _product(rows, weight.flatten(0, 1).T).view(count, l, -1)
+            grad_weight += (rows.T @ columns).view_as(weight)
     return (
-        *(du, dmaps, dx_proj_weight, ddelta if delta is None else sizes.cut(ddelta)),
-        *(sizes.cut(ddt_weight.sum(0)).mT.contiguous(), sizes.cut(ddt_bias.sum(0))),
-        *(sizes.cut(dA.sum(0)).mT.contiguous(), sizes.cut(dD.sum(0)), sizes.cut(dinitial).mT.contiguous()),
+        grad_u,
+        grad_coeffs,
+        grad_weight,
+        None if call.delta is None else sizes.cut(grad_delta),
+        sizes.cut(grad_dt_weight.sum(0)).mT.contiguous(),
+        sizes.cut(grad_dt_bias.sum(0)),
+        sizes.cut(grad_A.sum(0)).mT.contiguous(),
+        sizes.cut(grad_D.sum(0)),
+        sizes.cut(grad_initial).mT.contiguous(),
     )
 
 
 class _Sizes:
     """The sizes of one call, and the layout of its tensors for the kernels."""
 
-    def __init__(self, u: Tensor, maps: Tensor | None, dt_weight: Tensor, A: Tensor) -> None:
-        self.dtype = u.dtype
-        self.batch, self.length, self.channels = u.shape
-        self.walks, _, self.states = A.shape
-        self.rank = dt_weight.shape[2]
-        self.groups = 1 if maps is None else maps.shape[2] // self.walks
+    def __init__(self, call: ScanCall) -> None:
+        self.dtype = call.u.dtype
+        self.batch, self.length, self.channels = call.u.shape
+        self.directions, _, self.states = call.A.shape
+        self.rank = call.dt_weight.shape[2]
+        self.groups = call.groups
         self.padded = self.groups * _padded(self.channels // self.groups)
         self.tiles = self.padded // LANES
-        self.row_bytes = self.length * self.walks * self.groups * (self.rank + 2 * self.states) * u.element_size()
+        row = self.directions * self.groups * (self.rank + 2 * self.states)
+        self.row_bytes = self.length * row * call.u.element_size()
 
     def blocks(self) -> Iterator[slice]:
         """Some images after the others: one for each thread, and more where they are small."""
-        count = max(torch.get_num_threads(), _MAPS_BYTES // max(1, self.row_bytes))
+        count = max(torch.get_num_threads(), _COEFFS_BYTES // max(1, self.row_bytes))
         return (slice(i, min(i + count, self.batch)) for i in range(0, self.batch, count))
 
-    def teams(self, wanted: float) -> int:
-        """Into how many teams the tiles are cut, to have so many and none too large."""
-        return max(1, min(self.tiles, math.ceil(max(wanted, self.tiles / _TEAM_TILES))))
+    def tile_groups(self, wanted: float) -> int:
+        """Number of groups of tiles: ``wanted`` to give all threads work, and no group too large."""
+        return max(1, min(self.tiles, math.ceil(max(wanted, self.tiles / _GROUP_TILES))))
 
-    def weights(self, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> _Fields:
+    def weights(self, call: ScanCall) -> _Fields:
         """What all images share."""
         pad = self.pad
-        return {"DT_WEIGHT": pad(dt_weight.mT), "DT_BIAS": pad(dt_bias), "A": pad((A * _LOG2_E).mT), "D": pad(D)}
+        fields: _Fields = {"DT_WEIGHT": pad(call.dt_weight.mT), "DT_BIAS": pad(call.dt_bias)}
+        fields |= {"A": pad((call.A * _LOG2_E).mT), "D": pad(call.D)}
+        return fields | {"HEIGHT": call.height, "WIDTH": call.width, "SOFTPLUS": call.softplus}
 
-    def inputs(
-        self, images: slice, u: Tensor, maps: Tensor | None, x_proj_weight: Tensor | None, delta: Tensor | None
-    ) -> _Fields:
+    def inputs(self, call: ScanCall, images: slice) -> _Fields:
         """What a block of images is scanned with."""
-        u = u[images]
-        if maps is not None:
-            maps = maps[images].contiguous()
-        elif x_proj_weight is not None:
-            maps = _product(u.flatten(0, 1), x_proj_weight.flatten(0, 1))  # b*l k*(r+2n)
-        inputs: _Fields = {"U": self.pad(u), "MAPS": maps}
-        return inputs if delta is None else inputs | {"DELTA": self.pad(delta[images])}
+        u, coeffs = call.u[images], call.coeffs
+        if coeffs is not None:
+            coeffs = coeffs[images].contiguous()
+        elif call.x_proj_weight is not None:
+            coeffs = _product(u.flatten(0, 1), call.x_proj_weight.flatten(0, 1))  # b*l k*(r+2n)
+        inputs: _Fields = {"U": self.pad(u), "COEFFS": coeffs}
+        return inputs if call.delta is None else inputs | {"DELTA": self.pad(call.delta[images])}
 
     def target(self, result: Tensor, parts: int) -> Tensor:  # b l d -> parts b l d'
         """Where a kernel leaves what ``collect`` brings to the result: the result itself if it can be."""
@@ -169,7 +154,7 @@ class _Sizes:
         return result.new_empty(parts, *result.shape[:2], self.padded)
 
     def collect(self, parts: Tensor, result: Tensor) -> None:  # parts b l d' -> b l d
-        """Add up the parts of the walks."""
+        """Add up the parts of the directions."""
         if parts.data_ptr() != result.data_ptr():
             result.copy_(self.cut(_add_up(parts)))
 
@@ -187,22 +172,22 @@ class _Sizes:
         return x.unflatten(-1, (self.groups, -1))[..., : self.channels // self.groups].flatten(-2).contiguous()
 
 
-def _run(entry: Entry, sizes: _Sizes, batch: int, teams: int, parts: int, fields: _Fields) -> None:
+def _run(entry: Entry, sizes: _Sizes, batch: int, tile_groups: int, parts: int, fields: _Fields) -> None:
     """Let a kernel do the tasks of a block of images."""
-    fields |= {"TEAMS": teams, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
-    fields |= {"STATES": sizes.states, "RANK": sizes.rank, "WALKS": sizes.walks, "GROUPS": sizes.groups}
-    scratch = block.scratch_elements(-(-sizes.tiles // teams), sizes.states, sizes.rank)
+    fields |= {"TILE_GROUPS": tile_groups, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
+    fields |= {"STATES": sizes.states, "RANK": sizes.rank, "DIRECTIONS": sizes.directions, "GROUPS": sizes.groups}
+    scratch = block.scratch_elements(-(-sizes.tiles // tile_groups), sizes.states, sizes.rank)
     kernel = c_function(entry, sizes.dtype, _KERNELS)
-    run_kernel(kernel, block, fields, batch * teams * parts, scratch, sizes.dtype)
+    run_kernel(kernel, block, fields, batch * tile_groups * parts, scratch, sizes.dtype)
 
 
 def _padded(channels: int) -> int:
     return -(-channels // LANES) * LANES
 
 
-def _parts(wanted: float, walks: int) -> int:
-    """Into how many parts the walks are cut to get so many times more tasks."""
-    return next((parts for parts in (1, 2, 4) if parts >= min(wanted, walks)), walks)
+def _parts(wanted: float, directions: int) -> int:
+    """Number of parts into which the directions are cut: ``wanted``, or as many as there are."""
+    return next((parts for parts in (1, 2, 4) if parts >= min(wanted, directions)), directions)
 
 
 def _add_up(parts: Tensor) -> Tensor:
@@ -213,10 +198,6 @@ def _add_up(parts: Tensor) -> Tensor:
     for part in parts[2:]:
         total += part
     return total
-
-
-def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,43 +2,7 @@
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops.selective_scan.cpu.block import (
-    BATCH,
-    CHANNELS,
-    CHUNK,
-    DA,
-    DD,
-    DDELTA,
-    DDT_BIAS,
-    DDT_WEIGHT,
-    DINITIAL,
-    DMAPS,
-    DT_WEIGHT,
-    DU,
-    FEW_STATES,
-    GRAD_LAST,
-    GRAD_Y,
-    HEIGHT,
-    LN_2,
-    RANK,
-    SAVED,
-    SOFTPLUS,
-    STATES,
-    TIMES,
-    WALKS,
-    WIDTH,
-    A,
-    D,
-    U,
-    copy_rows,
-    expect_rows,
-    follow,
-    opens_group,
-    row_of,
-    steps_before_softplus,
-    task_of,
-    tiles_of,
-)
+from kan_mamba_layers.ops.selective_scan.cpu import block
 from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
 from kan_mamba_layers.ops.simd.vector import (
     LANES,
@@ -78,26 +42,26 @@ def backward(call):
     scratch = own_scratch(call)
     job = next_task(call)
     while job < size(call, TASKS):
-        image, team, part, first, end = task_of(call, job)
+        image, tile_group, part, first, end = block.task_of(call, job)
         for k in range(first, end):
-            _backward_walk(call, image, team, part, k, k == first, scratch)
+            _scan_direction(call, image, tile_group, part, k, k == first, scratch)
         job = next_task(call)
 
 
 @compiled
-def _backward_walk(call, image, team, part, k, overwrite, scratch):
-    """The gradients of a team of tiles, chunk by chunk from the last to the first."""
-    length, channels = size(call, HEIGHT) * size(call, WIDTH), size(call, CHANNELS)
-    states, rank = size(call, STATES), size(call, RANK)
+def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
+    """The gradients of a group of tiles, chunk by chunk from the last to the first."""
+    length, channels = size(call, block.HEIGHT) * size(call, block.WIDTH), size(call, block.CHANNELS)
+    states, rank = size(call, block.STATES), size(call, block.RANK)
     row_length = rank + 2 * states
-    walk = image * size(call, WALKS) + k
-    first, end = tiles_of(call, team)
-    positions, coming = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * CHUNK, call))
-    work = pointer(scratch + 16 * CHUNK, call)
-    rows = 10 * TIMES
-    sums = rows + row_length * CHUNK
+    sequence = image * size(call, block.DIRECTIONS) + k
+    first, end = block.tiles_of(call, tile_group)
+    positions, next_positions = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * block.CHUNK, call))
+    work = pointer(scratch + 16 * block.CHUNK, call)
+    rows = 10 * block.TIMES
+    sums = rows + row_length * block.CHUNK
     # Of each tile: the adjoint state; dA, ddt_weight, ddt_bias, dD; and what their sums have lost by rounding.
-    totals = sums + row_length * CHUNK
+    totals = sums + row_length * block.CHUNK
     kept = (states + 2 * (states + rank + 2)) * LANES
 
     for tile in range(first, end):
@@ -105,41 +69,41 @@ def _backward_walk(call, image, team, part, k, overwrite, scratch):
         for i in range(0, kept, LANES):
             store(work, total + i, splat(0.0, call))
         for n in range(states):
-            at = (walk * states + n) * channels + tile * LANES
-            store(work, total + n * LANES, load(array(call, GRAD_LAST), at))
-    last = (length + CHUNK - 1) // CHUNK - 1
-    steps = length - last * CHUNK
-    follow(call, k, last * CHUNK, steps, positions)
+            at = (sequence * states + n) * channels + tile * LANES
+            store(work, total + n * LANES, load(array(call, block.GRAD_LAST), at))
+    last = (length + block.CHUNK - 1) // block.CHUNK - 1
+    steps = length - last * block.CHUNK
+    block.fill_positions(call, k, last * block.CHUNK, steps, positions)
     for chunk in range(last, -1, -1):
-        next_steps = CHUNK if chunk > 0 else 0
-        follow(call, k, (chunk - 1) * CHUNK, next_steps, coming)
-        expected = next_steps if states >= FEW_STATES else 0
+        next_steps = block.CHUNK if chunk > 0 else 0
+        block.fill_positions(call, k, (chunk - 1) * block.CHUNK, next_steps, next_positions)
+        to_prefetch = next_steps if states >= block.FEW_STATES else 0
         for tile in range(first, end):
-            if tile == first or opens_group(call, tile):
-                copy_rows(call, image, k, tile, steps, positions, work, rows)
-                for i in range(0, row_length * CHUNK, LANES):
+            if tile == first or block.opens_group(call, tile):
+                block.copy_rows(call, image, k, tile, steps, positions, work, rows)
+                for i in range(0, row_length * block.CHUNK, LANES):
                     store(work, sums + i, splat(0.0, call))
             total = totals + (tile - first) * kept
             _backward_tile(
                 *(call, image, part, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total),
-                *(expected, coming, tile == first),
+                *(to_prefetch, next_positions, tile == first),
             )
-            if tile == end - 1 or opens_group(call, tile + 1):
-                _store_rows(call, image, team, k, tile, steps, positions, work, sums)
-        positions, coming, steps = coming, positions, next_steps
+            if tile == end - 1 or block.opens_group(call, tile + 1):
+                _store_rows(call, image, tile_group, k, tile, steps, positions, work, sums)
+        positions, next_positions, steps = next_positions, positions, next_steps
     for tile in range(first, end):
         total = totals + (tile - first) * kept
         for n in range(states):
-            into = (walk * states + n) * channels + tile * LANES
-            store(array(call, DINITIAL), into, load(work, total + n * LANES))
-            store(array(call, DA), into, load(work, total + (states + n) * LANES))
+            into = (sequence * states + n) * channels + tile * LANES
+            store(array(call, block.GRAD_INITIAL), into, load(work, total + n * LANES))
+            store(array(call, block.GRAD_A), into, load(work, total + (states + n) * LANES))
         for r in range(rank):
-            into = (walk * rank + r) * channels + tile * LANES
-            store(array(call, DDT_WEIGHT), into, load(work, total + (2 * states + r) * LANES))
+            into = (sequence * rank + r) * channels + tile * LANES
+            store(array(call, block.GRAD_DT_WEIGHT), into, load(work, total + (2 * states + r) * LANES))
         rest = total + (2 * states + rank) * LANES
-        store(array(call, DDT_BIAS), walk * channels + tile * LANES, load(work, rest))
+        store(array(call, block.GRAD_DT_BIAS), sequence * channels + tile * LANES, load(work, rest))
         if k == 0:
-            store(array(call, DD), image * channels + tile * LANES, load(work, rest + LANES))
+            store(array(call, block.GRAD_D), image * channels + tile * LANES, load(work, rest + LANES))
 
 
 @compiled
@@ -157,32 +121,44 @@ def _backward_tile(
     rows,
     sums,
     total,
-    expected,
-    coming,
-    expects_rows,
+    to_prefetch,
+    next_positions,
+    prefetches_rows,
 ):
-    """One chunk of one tile. Little by little it asks for what the next chunk will read."""
-    channels, states, rank, walks = size(call, CHANNELS), size(call, STATES), size(call, RANK), size(call, WALKS)
-    length, channel, row_length = size(call, HEIGHT) * size(call, WIDTH), tile * LANES, rank + 2 * states
-    u, grad_y, du, A_, saved = (
-        array(call, U),
-        array(call, GRAD_Y),
-        array(call, DU),
-        array(call, A),
-        array(call, SAVED),
+    """One chunk of one tile; prefetches the next chunk's inputs on the way."""
+    channels, states, rank, directions = (
+        size(call, block.CHANNELS),
+        size(call, block.STATES),
+        size(call, block.RANK),
+        size(call, block.DIRECTIONS),
     )
-    softplus = size(call, SOFTPLUS)
-    skip = load(array(call, D), channel)
+    length, channel, row_length = size(call, block.HEIGHT) * size(call, block.WIDTH), tile * LANES, rank + 2 * states
+    u, grad_y, grad_u, A_, saved = (
+        array(call, block.U),
+        array(call, block.GRAD_Y),
+        array(call, block.GRAD_U),
+        array(call, block.A),
+        array(call, block.SAVED),
+    )
+    softplus = size(call, block.SOFTPLUS)
+    skip = load(array(call, block.D), channel)
     pixel = image * length * channels + channel
-    du_pixel = pixel + part * size(call, BATCH) * length * channels
-    step, slope, entry, grad, grad_entry, grad_step = 0, TIMES, 2 * TIMES, 3 * TIMES, 4 * TIMES, 5 * TIMES
-    decays, before, terms_B, terms_C = 6 * TIMES, 7 * TIMES, 8 * TIMES, 9 * TIMES
+    grad_u_pixel = pixel + part * size(call, block.BATCH) * length * channels
+    step, slope, entry, grad, grad_entry, grad_step = (
+        0,
+        block.TIMES,
+        2 * block.TIMES,
+        3 * block.TIMES,
+        4 * block.TIMES,
+        5 * block.TIMES,
+    )
+    decays, before, terms_B, terms_C = 6 * block.TIMES, 7 * block.TIMES, 8 * block.TIMES, 9 * block.TIMES
     adjoint, da_total = total, total + states * LANES
     dw_total = da_total + states * LANES
     dbias_total = dw_total + rank * LANES
     lost = (states + rank + 2) * LANES  # from a sum to what it has lost
 
-    steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
+    block.steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
     if softplus != 0:
         for t in range(steps):
             dt, dt_slope = softplus_and_slope(load(work, step + t * LANES))
@@ -195,15 +171,17 @@ def _backward_tile(
         store(work, grad_entry + t * LANES, splat(0.0, call))
         store(work, grad_step + t * LANES, splat(0.0, call))
 
-    saved_first = ((image * walks + k) * ((length + CHUNK - 1) // CHUNK) + chunk) * states * channels + channel
+    saved_first = (
+        (image * directions + k) * ((length + block.CHUNK - 1) // block.CHUNK) + chunk
+    ) * states * channels + channel
     for n in range(states):
-        for t in range(expected * n // states, expected * (n + 1) // states):
-            position = read(coming, t)
+        for t in range(to_prefetch * n // states, to_prefetch * (n + 1) // states):
+            position = read(next_positions, t)
             prefetch(u, pixel + position * channels)
             prefetch(grad_y, pixel + position * channels)
-            prefetch(du, du_pixel + position * channels)
-            if expects_rows:
-                expect_rows(call, image, k, tile, position)
+            prefetch(grad_u, grad_u_pixel + position * channels)
+            if prefetches_rows:
+                block.prefetch_rows(call, image, k, tile, position)
         a = load(A_, (k * states + n) * channels + channel)
         h = load(saved, saved_first + n * channels)
         for t in range(steps):
@@ -230,8 +208,8 @@ def _backward_tile(
             da = fma(dexponent, load(work, step + t * LANES), da)
         store(work, adjoint + n * LANES, carried)
         _add_to(work, da_total + n * LANES, lost, da)
-        _add_sums(work, terms_B, steps, sums + (rank + n) * CHUNK)
-        _add_sums(work, terms_C, steps, sums + (rank + states + n) * CHUNK)
+        _add_sums(work, terms_B, steps, sums + (rank + n) * block.CHUNK)
+        _add_sums(work, terms_C, steps, sums + (rank + states + n) * block.CHUNK)
 
     dbias, dskip = splat(0.0, call), splat(0.0, call)
     for t in range(steps):
@@ -239,36 +217,38 @@ def _backward_tile(
         x = load(u, pixel + position * channels)
         g = load(work, grad + t * LANES)
         dentry = load(work, grad_entry + t * LANES)
-        dz = fma(load(work, grad_step + t * LANES), splat(LN_2, call), dentry * x)
+        dz = fma(load(work, grad_step + t * LANES), splat(block.LN_2, call), dentry * x)
         if softplus != 0:
             dz = dz * load(work, slope + t * LANES)
         dbias = dbias + dz
         store(work, slope + t * LANES, dz)
         if rank == 0:
-            store(array(call, DDELTA), ((image * length + position) * walks + k) * channels + channel, dz)
+            store(
+                array(call, block.GRAD_DELTA), ((image * length + position) * directions + k) * channels + channel, dz
+            )
         dx = dentry * load(work, step + t * LANES)
         if k == 0:
             dx = fma(skip, g, dx)
             dskip = fma(g, x, dskip)
-        into = du_pixel + position * channels
-        store(du, into, dx if overwrite else load(du, into) + dx)
+        into = grad_u_pixel + position * channels
+        store(grad_u, into, dx if overwrite else load(grad_u, into) + dx)
     _add_to(work, dbias_total, lost, dbias)
     _add_to(work, dbias_total + LANES, lost, dskip)
 
     for r in range(rank):
-        weight = load(array(call, DT_WEIGHT), (k * rank + r) * channels + channel)
+        weight = load(array(call, block.DT_WEIGHT), (k * rank + r) * channels + channel)
         dw = splat(0.0, call)
         for t in range(steps):
             dz = load(work, slope + t * LANES)
             store(work, terms_B + t * LANES, dz * weight)
             dw = fma(dz, broadcast(work, rows + t * row_length + r), dw)
         _add_to(work, dw_total + r * LANES, lost, dw)
-        _add_sums(work, terms_B, steps, sums + r * CHUNK)
+        _add_sums(work, terms_B, steps, sums + r * block.CHUNK)
 
 
 @compiled
 def _add_to(work, total, lost, x):
-    """Add a chunk's sum to the walk's, and keep what the rounding loses (Kahan): walks are long."""
+    """Add a chunk's sum to the direction's, and keep what the rounding loses (Kahan): directions are long."""
     before = load(work, total)
     x = x - load(work, total + lost)
     after = before + x
@@ -284,19 +264,19 @@ def _add_sums(work, terms, steps, into):
 
 
 @compiled
-def _store_rows(call, image, team, k, tile, steps, positions, work, sums):
+def _store_rows(call, image, tile_group, k, tile, steps, positions, work, sums):
     """Bring the sums, one row of times for each map, to the rows of the chunk's positions."""
-    dmaps = array(call, DMAPS)
-    first, length, distance = row_of(call, image, k, tile)
-    first += team * size(call, BATCH) * size(call, HEIGHT) * size(call, WIDTH) * distance
+    grad_coeffs = array(call, block.GRAD_COEFFS)
+    first, length, distance = block.row_of(call, image, k, tile)
+    first += tile_group * size(call, block.BATCH) * size(call, block.HEIGHT) * size(call, block.WIDTH) * distance
     whole = length // LANES * LANES
     for m in range(0, whole, LANES):
         for t in range(0, steps, LANES):
-            transpose(work, sums + m * CHUNK + t, CHUNK)
+            transpose(work, sums + m * block.CHUNK + t, block.CHUNK)
     for t in range(steps):
         row = first + read(positions, t) * distance
-        block, lane = t // LANES * LANES, t % LANES
+        column, lane = t // LANES * LANES, t % LANES
         for m in range(0, whole, LANES):
-            store(dmaps, row + m, load(work, sums + (m + lane) * CHUNK + block))
+            store(grad_coeffs, row + m, load(work, sums + (m + lane) * block.CHUNK + column))
         for m in range(whole, length):
-            write(dmaps, row + m, read(work, sums + m * CHUNK + t))
+            write(grad_coeffs, row + m, read(work, sums + m * block.CHUNK + t))

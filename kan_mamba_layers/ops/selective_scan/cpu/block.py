@@ -1,11 +1,11 @@
-"""What the forward and the backward kernels share: the block of a call, walks, rows of maps, steps.
+"""What the forward and the backward kernels share: the argument block, positions, rows of coefficients, step sizes.
 
-A task is a team of tiles of 16 channels of one image, along some of the walks. A kernel follows a walk by index, in
-chunks of ``CHUNK`` steps. For each chunk it copies the rows of maps, which all tiles share, and then takes one tile
-after the other: first the steps of all times, then each state through all times. So everything that a loop touches
-stays in the first cache, and a state stays in a register while it is carried.
+A task is a group of tiles of 16 channels of one image, along some of the directions. A kernel visits the positions of a
+direction in chunks of ``CHUNK`` steps. For each chunk it copies the rows of coefficients, which all tiles share, and
+then takes one tile after the other: first the step sizes of all times, then each state through all times. So everything
+that a loop touches stays in the first cache, and a state stays in a register while it is carried.
 
-All sizes and addresses of a call stand in one block of integers that the threads share. Names are those of the
+All sizes and addresses of a call are in one block of integers, which the threads share. Names are those of the
 definition; ``A`` is scaled by ``log2(e)``, since the kernels work with powers of two.
 """
 
@@ -15,23 +15,23 @@ from kan_mamba_layers.ops.simd.kernel import OWN_FIELDS, array, compiled, size
 from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, load, prefetch, read, store, write
 
 CHUNK = 32  # steps between saved states
-FEW_STATES = 4  # with fewer a chunk is over before memory could be asked for the next one
+FEW_STATES = 4  # below this, prefetching cannot overlap a chunk
 TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
 LN_2 = math.log(2)
 
-# What stands where in the block of a call: sizes, switches, and addresses (0 for what a call has not).
+# Field offsets in the argument block: sizes, switches, and addresses (0 = absent).
 # fmt: off
 (
-    PARTS, TEAMS, BATCH, HEIGHT, WIDTH, CHANNELS, STATES, RANK, WALKS, GROUPS, SOFTPLUS, SAVE,
-    U, MAPS, DELTA, DT_WEIGHT, DT_BIAS, A, D, INITIAL, Y, LAST, SAVED,
-    GRAD_Y, GRAD_LAST, DU, DMAPS, DDELTA, DDT_WEIGHT, DDT_BIAS, DA, DD, DINITIAL,
+    PARTS, TILE_GROUPS, BATCH, HEIGHT, WIDTH, CHANNELS, STATES, RANK, DIRECTIONS, GROUPS, SOFTPLUS, SAVE,
+    U, COEFFS, DELTA, DT_WEIGHT, DT_BIAS, A, D, INITIAL, Y, LAST, SAVED,
+    GRAD_Y, GRAD_LAST, GRAD_U, GRAD_COEFFS, GRAD_DELTA, GRAD_DT_WEIGHT, GRAD_DT_BIAS, GRAD_A, GRAD_D, GRAD_INITIAL,
     FIELDS,
 ) = range(OWN_FIELDS, OWN_FIELDS + 34)
 # fmt: on
 
 
 def scratch_elements(tiles: int, states: int, rank: int) -> int:
-    """What one thread needs for a team of tiles, in elements of the compute dtype; a position counts as two.
+    """What one thread needs for a group of tiles, in elements of the compute dtype; a position counts as two.
 
     Positions are those of a chunk and of the next one.
     """
@@ -41,34 +41,35 @@ def scratch_elements(tiles: int, states: int, rank: int) -> int:
 
 @compiled
 def task_of(call, task):
-    """Which image, team of tiles and part of the walks a task is, and the first walk of the part and of the next."""
-    parts, teams, walks = size(call, PARTS), size(call, TEAMS), size(call, WALKS)
+    """The image, group of tiles and part of the directions of a task; the part's first direction and its end."""
+    parts, tile_groups, directions = size(call, PARTS), size(call, TILE_GROUPS), size(call, DIRECTIONS)
     part = task % parts
-    return task // parts // teams, task // parts % teams, part, walks * part // parts, walks * (part + 1) // parts
+    first, end = directions * part // parts, directions * (part + 1) // parts
+    return task // parts // tile_groups, task // parts % tile_groups, part, first, end
 
 
 @compiled
-def tiles_of(call, team):
-    """The first tile of a team and of the next one."""
-    tiles, teams = size(call, CHANNELS) // LANES, size(call, TEAMS)
-    return tiles * team // teams, tiles * (team + 1) // teams
+def tiles_of(call, tile_group):
+    """The first tile of a group and its end."""
+    tiles, tile_groups = size(call, CHANNELS) // LANES, size(call, TILE_GROUPS)
+    return tiles * tile_group // tile_groups, tiles * (tile_group + 1) // tile_groups
 
 
 @compiled
-def follow(call, k, start, steps, positions):
-    """The positions that walk k visits from time ``start`` on: by rows or by columns, from the first or the last."""
+def fill_positions(call, k, start, steps, positions):
+    """The positions that direction k visits from time ``start`` on: by rows or columns, from the first or the last."""
     height, width = size(call, HEIGHT), size(call, WIDTH)
     time = start if k < 2 else height * width - 1 - start
-    way = 1 if k < 2 else -1
+    step = 1 if k < 2 else -1
     if k % 2 == 0:
         for t in range(steps):
-            write(positions, t, time + way * t)
+            write(positions, t, time + step * t)
     else:
         column = time // height
         row = time - column * height
         for t in range(steps):
             write(positions, t, row * width + column)
-            row += way
+            row += step
             if row == height:
                 row = 0
                 column += 1
@@ -79,10 +80,15 @@ def follow(call, k, start, steps, positions):
 
 @compiled
 def row_of(call, image, k, tile):
-    """Where the row of maps of position 0 begins, its length, and the distance to the next position's row."""
-    walks, groups, height, width = size(call, WALKS), size(call, GROUPS), size(call, HEIGHT), size(call, WIDTH)
+    """Offset of the row of coefficients of position 0, its length, and the distance to the next position's row."""
+    directions, groups, height, width = (
+        size(call, DIRECTIONS),
+        size(call, GROUPS),
+        size(call, HEIGHT),
+        size(call, WIDTH),
+    )
     length = size(call, RANK) + 2 * size(call, STATES)
-    distance = walks * groups * length
+    distance = directions * groups * length
     group = tile * LANES * groups // size(call, CHANNELS)
     return image * height * width * distance + (k * groups + group) * length, length, distance
 
@@ -95,43 +101,43 @@ def opens_group(call, tile):
 
 @compiled
 def copy_rows(call, image, k, tile, steps, positions, work, rows):
-    """Bring the chunk's rows of maps together."""
-    maps = array(call, MAPS)
+    """Copy the chunk's rows of coefficients."""
+    coeffs = array(call, COEFFS)
     first, length, distance = row_of(call, image, k, tile)
     for t in range(steps):
         source, into = first + read(positions, t) * distance, rows + t * length
         if length < LANES:
             for i in range(length):
-                write(work, into + i, read(maps, source + i))
+                write(work, into + i, read(coeffs, source + i))
         else:
             for i in range(0, length - LANES, LANES):
-                store(work, into + i, load(maps, source + i))
-            store(work, into + length - LANES, load(maps, source + length - LANES))
+                store(work, into + i, load(coeffs, source + i))
+            store(work, into + length - LANES, load(coeffs, source + length - LANES))
 
 
 @compiled
-def expect_rows(call, image, k, tile, position):
-    """Ask for a row of maps that the next chunk will read."""
-    maps = array(call, MAPS)
+def prefetch_rows(call, image, k, tile, position):
+    """Prefetch a row of coefficients of the next chunk."""
+    coeffs = array(call, COEFFS)
     first, length, distance = row_of(call, image, k, tile)
     row = first + position * distance
     for i in range(0, length, LANES):
-        prefetch(maps, row + i)
-    prefetch(maps, row + length - 1)
+        prefetch(coeffs, row + i)
+    prefetch(coeffs, row + length - 1)
 
 
 @compiled
 def steps_before_softplus(call, image, k, tile, steps, positions, work, rows, into):
     """``dt_weight @ low + dt_bias``, or ``delta + dt_bias``, at all times of a chunk."""
-    channels, rank, walks = size(call, CHANNELS), size(call, RANK), size(call, WALKS)
+    channels, rank, directions = size(call, CHANNELS), size(call, RANK), size(call, DIRECTIONS)
     row_length, channel = rank + 2 * size(call, STATES), tile * LANES
     weights, weight, delta = array(call, DT_WEIGHT), k * rank * channels + channel, array(call, DELTA)
-    pixel = (image * size(call, HEIGHT) * size(call, WIDTH) * walks + k) * channels + channel
+    pixel = (image * size(call, HEIGHT) * size(call, WIDTH) * directions + k) * channels + channel
     bias = load(array(call, DT_BIAS), k * channels + channel)
     for t in range(steps):
         z = bias
         for r in range(rank):
             z = fma(load(weights, weight + r * channels), broadcast(work, rows + t * row_length + r), z)
         if rank == 0:
-            z = z + load(delta, pixel + read(positions, t) * walks * channels)
+            z = z + load(delta, pixel + read(positions, t) * directions * channels)
         store(work, into + t * LANES, z)

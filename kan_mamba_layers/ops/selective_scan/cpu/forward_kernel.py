@@ -1,35 +1,8 @@
-"""The scan along its walks as a Numba kernel; :mod:`.block` says how it works."""
+"""The scan along its directions as a Numba kernel; :mod:`.block` says how it works."""
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops.selective_scan.cpu.block import (
-    BATCH,
-    CHANNELS,
-    CHUNK,
-    FEW_STATES,
-    HEIGHT,
-    INITIAL,
-    LAST,
-    RANK,
-    SAVE,
-    SAVED,
-    SOFTPLUS,
-    STATES,
-    TIMES,
-    WALKS,
-    WIDTH,
-    A,
-    D,
-    U,
-    Y,
-    copy_rows,
-    expect_rows,
-    follow,
-    opens_group,
-    steps_before_softplus,
-    task_of,
-    tiles_of,
-)
+from kan_mamba_layers.ops.selective_scan.cpu import block
 from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
 from kan_mamba_layers.ops.simd.vector import (
     LANES,
@@ -66,71 +39,84 @@ def forward(call):
     scratch = own_scratch(call)
     job = next_task(call)
     while job < size(call, TASKS):
-        image, team, part, first, end = task_of(call, job)
+        image, tile_group, part, first, end = block.task_of(call, job)
         for k in range(first, end):
-            _forward_walk(call, image, team, part, k, k == first, scratch)
+            _scan_direction(call, image, tile_group, part, k, k == first, scratch)
         job = next_task(call)
 
 
 @compiled
-def _forward_walk(call, image, team, part, k, overwrite, scratch):
-    """Set, or add to, the output of a team of tiles."""
-    length, channels = size(call, HEIGHT) * size(call, WIDTH), size(call, CHANNELS)
-    states, row_length = size(call, STATES), size(call, RANK) + 2 * size(call, STATES)
-    walk = image * size(call, WALKS) + k
-    chunks = (length + CHUNK - 1) // CHUNK
-    first, end = tiles_of(call, team)
-    positions, coming = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * CHUNK, call))
-    work = pointer(scratch + 16 * CHUNK, call)
-    rows = 3 * TIMES
-    carried = rows + row_length * CHUNK
+def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
+    """Set, or add to, the output of a group of tiles."""
+    length, channels = size(call, block.HEIGHT) * size(call, block.WIDTH), size(call, block.CHANNELS)
+    states, row_length = size(call, block.STATES), size(call, block.RANK) + 2 * size(call, block.STATES)
+    sequence = image * size(call, block.DIRECTIONS) + k
+    chunks = (length + block.CHUNK - 1) // block.CHUNK
+    first, end = block.tiles_of(call, tile_group)
+    positions, next_positions = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * block.CHUNK, call))
+    work = pointer(scratch + 16 * block.CHUNK, call)
+    rows = 3 * block.TIMES
+    carried = rows + row_length * block.CHUNK
 
     for tile in range(first, end):
         for n in range(states):
             h = splat(0.0, call)
-            if size(call, INITIAL) != 0:
-                h = load(array(call, INITIAL), (walk * states + n) * channels + tile * LANES)
+            if size(call, block.INITIAL) != 0:
+                h = load(array(call, block.INITIAL), (sequence * states + n) * channels + tile * LANES)
             store(work, carried + ((tile - first) * states + n) * LANES, h)
-    steps = min(CHUNK, length)
-    follow(call, k, 0, steps, positions)
+    steps = min(block.CHUNK, length)
+    block.fill_positions(call, k, 0, steps, positions)
     for chunk in range(chunks):
-        next_steps = min(CHUNK, length - chunk * CHUNK - steps)
-        follow(call, k, chunk * CHUNK + steps, next_steps, coming)
-        expected = next_steps if states >= FEW_STATES else 0
+        next_steps = min(block.CHUNK, length - chunk * block.CHUNK - steps)
+        block.fill_positions(call, k, chunk * block.CHUNK + steps, next_steps, next_positions)
+        to_prefetch = next_steps if states >= block.FEW_STATES else 0
         for tile in range(first, end):
-            if tile == first or opens_group(call, tile):
-                copy_rows(call, image, k, tile, steps, positions, work, rows)
+            if tile == first or block.opens_group(call, tile):
+                block.copy_rows(call, image, k, tile, steps, positions, work, rows)
             state = carried + (tile - first) * states * LANES
-            if size(call, SAVE) != 0:
+            if size(call, block.SAVE) != 0:
                 for n in range(states):
-                    into = ((walk * chunks + chunk) * states + n) * channels + tile * LANES
-                    store(array(call, SAVED), into, load(work, state + n * LANES))
+                    into = ((sequence * chunks + chunk) * states + n) * channels + tile * LANES
+                    store(array(call, block.SAVED), into, load(work, state + n * LANES))
             _forward_tile(
                 *(call, image, part, k, tile, overwrite, steps, positions, work, rows, state),
-                *(expected, coming, tile == first),
+                *(to_prefetch, next_positions, tile == first),
             )
-        positions, coming, steps = coming, positions, next_steps
+        positions, next_positions, steps = next_positions, positions, next_steps
     for tile in range(first, end):
         for n in range(states):
             h = load(work, carried + ((tile - first) * states + n) * LANES)
-            store(array(call, LAST), (walk * states + n) * channels + tile * LANES, h)
+            store(array(call, block.LAST), (sequence * states + n) * channels + tile * LANES, h)
 
 
 @compiled
 def _forward_tile(
-    call, image, part, k, tile, overwrite, steps, positions, work, rows, state, expected, coming, expects_rows
+    call,
+    image,
+    part,
+    k,
+    tile,
+    overwrite,
+    steps,
+    positions,
+    work,
+    rows,
+    state,
+    to_prefetch,
+    next_positions,
+    prefetches_rows,
 ):
-    """One chunk of one tile. Little by little it asks for what the next chunk will read."""
-    channels, states, rank = size(call, CHANNELS), size(call, STATES), size(call, RANK)
-    length, channel, row_length = size(call, HEIGHT) * size(call, WIDTH), tile * LANES, rank + 2 * states
-    u, y, A_ = array(call, U), array(call, Y), array(call, A)
-    skip = load(array(call, D), channel)
+    """One chunk of one tile; prefetches the next chunk's inputs on the way."""
+    channels, states, rank = size(call, block.CHANNELS), size(call, block.STATES), size(call, block.RANK)
+    length, channel, row_length = size(call, block.HEIGHT) * size(call, block.WIDTH), tile * LANES, rank + 2 * states
+    u, y, A_ = array(call, block.U), array(call, block.Y), array(call, block.A)
+    skip = load(array(call, block.D), channel)
     pixel = image * length * channels + channel
-    y_pixel = pixel + part * size(call, BATCH) * length * channels
-    step, entry, out = 0, TIMES, 2 * TIMES
+    y_pixel = pixel + part * size(call, block.BATCH) * length * channels
+    step, entry, out = 0, block.TIMES, 2 * block.TIMES
 
-    steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
-    if size(call, SOFTPLUS) != 0:
+    block.steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
+    if size(call, block.SOFTPLUS) != 0:
         for t in range(steps):
             dt, _ = softplus_and_slope(load(work, step + t * LANES))
             store(work, step + t * LANES, dt)
@@ -140,12 +126,12 @@ def _forward_tile(
         store(work, entry + t * LANES, load(work, step + t * LANES) * x)
         store(work, out + t * LANES, splat(0.0, call))
     for n in range(states):
-        for t in range(expected * n // states, expected * (n + 1) // states):
-            position = read(coming, t)
+        for t in range(to_prefetch * n // states, to_prefetch * (n + 1) // states):
+            position = read(next_positions, t)
             prefetch(u, pixel + position * channels)
             prefetch(y, y_pixel + position * channels)
-            if expects_rows:
-                expect_rows(call, image, k, tile, position)
+            if prefetches_rows:
+                block.prefetch_rows(call, image, k, tile, position)
         a = load(A_, (k * states + n) * channels + channel)
         h = load(work, state + n * LANES)
         for t in range(steps):

@@ -5,12 +5,15 @@ with adjoints, between ``step_sizes`` and ``step_gradients``. Nothing is added a
 so results repeat bit for bit.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kan_mamba_layers.ops.limits import against_addresses
+from kan_mamba_layers.ops.operator import contiguous
+from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 TILE = 16  # steps between two saved states
@@ -22,9 +25,9 @@ _LOG2E = 1.4426950408889634
 class Plan(NamedTuple):
     """How the work is shared out."""
 
-    block: int  # channels a program
+    block: int  # channels per program
     chunk: int  # steps of a chunk, a multiple of TILE
-    pair: bool = False  # whether a program walks its chunk there and back
+    pair: bool = False  # whether a program scans its chunk there and back
     warps: int | None = None  # of a program; by default one for 32 states
     stages: int | None = None  # of the compiler's software pipeline; by default the compiler's own
 
@@ -33,9 +36,9 @@ class Rule(NamedTuple):
     """What a plan is chosen by."""
 
     values: int  # of the state that a program holds, unless it has 32 channels
-    enough: int  # programs per multiprocessor with which walks are left whole
-    wanted: int  # programs per multiprocessor for which walks are cut
-    pair_steps: int  # of a cut chunk that a program walks there and back, at least
+    enough: int  # programs per multiprocessor with which sequences are left whole
+    wanted: int  # programs per multiprocessor for which they are cut
+    pair_steps: int  # of a cut chunk that a program scans there and back, at least
 
 
 # Those of 120 rules that were fastest over 12 shapes on an H200, on average 5 and 2 % behind each shape's best plan.
@@ -54,7 +57,7 @@ class _Sizes(NamedTuple):
 
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
-    """Shape of ``saved``: the state that enters every tile of ``TILE`` steps of every walk."""
+    """Shape of ``saved``: the state that enters every tile of ``TILE`` steps of every direction."""
     return b, k, _blocks(l, TILE), n, d
 
 
@@ -72,9 +75,9 @@ def choose_plan(
 ) -> Plan:
     """Give every multiprocessor work.
 
-    Four programs a multiprocessor, one for each of its schedulers, are enough to leave the walks whole, since cutting
-    them costs a second pass. Otherwise they are cut into chunks of at least two tiles. Walks go in pairs, which halves
-    the partial outputs, where that does not force a cut and leaves chunks that are long enough.
+    Four programs per multiprocessor, one for each of its schedulers, are enough to leave the sequences whole, since
+    cutting them costs a second pass. Otherwise they are cut into chunks of at least two tiles. Directions go in pairs,
+    which halves the partial outputs, where that does not force a cut and leaves chunks that are long enough.
     """
     rule = rule or (BACKWARD if back else FORWARD)
     full = rule.enough * multiprocessors
@@ -93,107 +96,91 @@ def choose_plan(
 
 
 def forward(
-    u: Tensor,  # b l d
-    maps: Tensor,  # b l k*g r+2n
-    delta: Tensor | None,  # b l k d
-    dt_weight: Tensor,  # k d r
-    dt_bias: Tensor,  # k d
-    A: Tensor,  # k d n
-    D: Tensor,  # d
-    initial: Tensor | None,  # b k d n
-    height: int,
-    width: int,
-    softplus: bool,
-    save: bool,
-    *,
-    plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # y: b l d, last: b k d n, saved
-    """Run all walks and add them up in image order."""
-    s = _sizes(u, maps, dt_weight, A)
+    call: ScanCall, save: bool, *, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # y: b l d, last: b k d n, saved states
+    """Run all directions and add them up in image order."""
+    call = ScanCall(*contiguous(call))
+    u, s = call.u, _sizes(call)
     y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
     last = _empty(u, s.b, s.k, s.n, s.d)
     saved = _empty(u, *(saved_shape(*s[:-1]) if save else (0,)))
     if u.numel() == 0:
-        return y, last.mT.contiguous(), saved
+        return y, last.mT.contiguous(), saved.flatten()
     plan = plan or choose_plan(*s[:-1], _multiprocessors(u))
     with torch.cuda.device_of(u):
-        launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
-        entering = launch.entering(u, initial, launch.step_inputs, launch.step_constants, back=False)
-        turns = 2 if plan.pair else 1
-        parts = _empty(u, s.k // turns, s.b, s.l, s.d)
+        launch = _Launch(call, s, plan)
+        entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
+        passes = 2 if plan.pair else 1
+        parts = _empty(u, s.k // passes, s.b, s.l, s.d)
         launch(
             forward_kernel.scan,
-            s.k // turns,
+            s.k // passes,
             (u, *launch.step_inputs, launch.a2, entering, parts, saved, last),
             plan.block,
-            TURNS=turns,
+            PASSES=passes,
             SAVE=save,
             **launch.step_constants,
         )
-        _merge(parts, u, D, y)
-    return y, last.mT.contiguous(), saved
+        _merge(parts, u, call.D, y)
+    return y, last.mT.contiguous(), saved.flatten()
 
 
 def backward(
-    grad_y: Tensor,  # b l d
-    grad_last: Tensor | None,  # b k d n
-    u: Tensor,  # b l d
-    maps: Tensor,  # b l k*g r+2n
-    delta: Tensor | None,  # b l k d
-    dt_weight: Tensor,  # k d r
-    dt_bias: Tensor,  # k d
-    A: Tensor,  # k d n
-    D: Tensor,  # d
-    saved: Tensor,
-    height: int,
-    width: int,
-    softplus: bool,
+    call: ScanCall,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    wanted: Sequence[bool],
     *,
     plan: Plan | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients of u, maps, delta, dt_weight, dt_bias, A, D and the initial state."""
-    s = _sizes(u, maps, dt_weight, A)
+) -> Sequence[Tensor | None]:
+    """The gradients of all tensors."""
+    call = ScanCall(*contiguous(call))
+    u, s = call.u, _sizes(call)
+    grad_y, grad_last = contiguous(grads)
     if u.numel() == 0:
-        given = delta if delta is not None else u.new_empty(0, dtype=torch.float32)
-        likes = (u, maps, given, dt_weight, dt_bias, A, D, A.new_empty(s.b, s.k, s.d, s.n))
-        return tuple(torch.zeros_like(like) for like in likes)
+        return [torch.zeros_like(x) if isinstance(x, Tensor) else None for x in call[: len(wanted)]]
     plan = plan or choose_plan(*s[:-1], _multiprocessors(u), back=True)
-    grad_y = grad_y.contiguous()
     with torch.cuda.device_of(u):
-        launch = _Launch(s, plan, maps, delta, dt_weight, dt_bias, A, height, width, softplus)
+        launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
-        ready = (maps, steps, dt_weight, torch.zeros_like(dt_bias))  # instead of what the steps are made from
+        ready = (
+            launch.coeffs,
+            steps,
+            call.dt_weight,
+            torch.zeros_like(call.dt_bias),
+        )  # instead of what makes the steps
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         parts = _empty(u, s.k, s.b, s.l, s.d)
         grad_bc = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
         grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
         in_front = _empty(u, s.b, s.k, s.n, s.d)
+        inputs = (grad_y, u, launch.coeffs, launch.a2, saved[0], behind, scratch)
         outputs = (parts, grad_bc, steps, grad_a, in_front)
-        inputs = (grad_y, u, maps, launch.a2, saved, behind, scratch)
         launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block)
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
-        _merge(parts, grad_y, D, grad_u)
+        _merge(parts, grad_y, call.D, grad_u)
 
-        grad_maps = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
-        torch.sum(grad_bc, 0, out=grad_maps[..., s.r :])
+        grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
+        torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
         ranges = _blocks(s.b * s.l, PIXELS)
         grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
         grad_bias = _empty(u, ranges, s.k, s.d)
-        launch.over_pixels(steps_kernel.step_gradients, steps, grad_maps, grad_weight, grad_bias)
+        launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
 
     grad_weight = grad_weight.sum(0).mT
-    if s.r > launch.rank and delta is None:  # of a high rank, expanded by a matrix product
+    if s.r > launch.rank and call.delta is None:  # of a high rank, expanded by a matrix product
         z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
-        low = maps[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
-        grad_low = z @ dt_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
-        grad_maps[..., : s.r] = grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r)
-        grad_weight = (z.mT @ low).view(dt_weight.shape)
+        low = launch.coeffs[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
+        grad_low = z @ call.dt_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
+        grad_coeffs[..., : s.r] = grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r)
+        grad_weight = (z.mT @ low).view(call.dt_weight.shape)
     return (
         grad_u,
-        grad_maps,
-        steps if delta is not None else _empty(u, 0),
+        grad_coeffs,
+        None,
+        steps if call.delta is not None else None,
         grad_weight.contiguous(),
         grad_bias.sum(0),
         grad_a.sum((0, 1)).mT.contiguous(),
@@ -205,44 +192,34 @@ def backward(
 class _Launch:
     """What all kernels of one call have in common."""
 
-    def __init__(
-        self,
-        s: _Sizes,
-        plan: Plan,
-        maps: Tensor,
-        delta: Tensor | None,
-        dt_weight: Tensor,
-        dt_bias: Tensor,
-        A: Tensor,
-        height: int,
-        width: int,
-        softplus: bool,
-    ) -> None:
-        rank = s.r if delta is None else 0
+    def __init__(self, call: ScanCall, s: _Sizes, plan: Plan) -> None:
+        rank, delta = s.r if call.delta is None else 0, call.delta
+        coeffs = _coeffs(call)
         if rank > _MAX_RANK:
-            low = maps[..., :rank].unflatten(2, (s.k, s.g))  # b l k g r
-            delta = torch.einsum("blkgr,kgdr->blkgd", low, dt_weight.unflatten(1, (s.g, -1))).flatten(3).contiguous()
+            low = coeffs[..., :rank].unflatten(2, (s.k, s.g))  # b l k g r
+            weight = call.dt_weight.unflatten(1, (s.g, -1))
+            delta = torch.einsum("blkgr,kgdr->blkgd", low, weight).flatten(3).contiguous()
             rank = 0
-        self.s, self.plan, self.height, self.width = s, plan, height, width
+        self.s, self.plan, self.height, self.width = s, plan, call.height, call.width
         self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
-        self.a2 = (A * _LOG2E).mT.contiguous()  # k n d
-        self.maps, self.delta = maps, maps if delta is None else delta
-        self.dt_weight, self.dt_bias = dt_weight.mT.contiguous(), dt_bias
-        self.rank, self.states, self.softplus = rank, _power_of_two(s.n), softplus
-        self.sizes = {"N": s.n, "RANK": s.r, "WALKS": s.k, "GROUPS": s.g}
+        self.a2 = (call.A * _LOG2E).mT.contiguous()  # k n d
+        self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
+        self.dt_weight, self.dt_bias = call.dt_weight.mT.contiguous(), call.dt_bias
+        self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
+        self.sizes = {"N": s.n, "RANK": s.r, "DIRECTIONS": s.k, "GROUPS": s.g}
 
     @property
     def step_inputs(self) -> tuple[Tensor, ...]:
         """What the step sizes are made from."""
-        return self.maps, self.delta, self.dt_weight, self.dt_bias
+        return self.coeffs, self.delta, self.dt_weight, self.dt_bias
 
     @property
     def step_constants(self) -> dict[str, Any]:
         """How the forward kernels make them."""
         return {"R": self.rank, "RP": _power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
 
-    def __call__(self, kernel: Any, walks: int, tensors: tuple[Tensor, ...], block: int, **constants: Any) -> None:
-        """Launch a kernel over blocks of channels, walks, chunks and images."""
+    def __call__(self, kernel: Any, directions: int, tensors: tuple[Tensor, ...], block: int, **constants: Any) -> None:
+        """Launch a kernel over blocks of channels, directions, chunks and images."""
         s, plan = self.s, self.plan
         blocks, tiles = s.g * _blocks(s.d // s.g, block), _blocks(s.l, TILE)
         numbers = (self.height, self.width, s.d, s.d // s.g, plan.chunk, self.chunks, tiles, blocks, s.b)
@@ -250,7 +227,7 @@ class _Launch:
         constants["num_warps"] = plan.warps or min(16, max(1, self.states // 32))
         if plan.stages:
             constants["num_stages"] = plan.stages
-        kernel[(blocks * walks * self.chunks * s.b,)](*tensors, *numbers, **constants)
+        kernel[(blocks * directions * self.chunks * s.b,)](*tensors, *numbers, **constants)
 
     def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
         """Launch a kernel of the step sizes."""
@@ -278,7 +255,9 @@ class _Launch:
         self(forward_kernel.chunk_ends, s.k, (x, *inputs, self.a2, ends, sums), block, BACK=back, **constants)
         grid = (_blocks(s.n * s.d, 128) * s.b * s.k,)
         sizes = (s.d, self.chunks, s.n * s.d)
-        forward_kernel.carry[grid](ends, sums, self.a2, start, *sizes, WALKS=s.k, BACK=back, BLOCK=128, num_warps=4)
+        forward_kernel.carry[grid](
+            ends, sums, self.a2, start, *sizes, DIRECTIONS=s.k, BACK=back, BLOCK=128, num_warps=4
+        )
         return ends
 
 
@@ -306,10 +285,18 @@ def _multiprocessors(u: Tensor) -> int:
     return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 132
 
 
-def _sizes(u: Tensor, maps: Tensor, dt_weight: Tensor, A: Tensor) -> _Sizes:
-    b, l, d = u.shape
-    k, _, n = A.shape
+def _coeffs(call: ScanCall) -> Tensor:
+    """The coefficients, which the public ops give this backend."""
+    if call.coeffs is None:
+        raise ValueError("coeffs is None, and backend='triton' does not make them from x_proj_weight; give coeffs")
+    return call.coeffs
+
+
+def _sizes(call: ScanCall) -> _Sizes:
+    b, l, d = call.u.shape
+    k, _, n = call.A.shape
+    _, _, groups, row = _coeffs(call).shape
     # `resolve` has checked it, but an exported program may be run on larger images than it was checked for.
-    if reason := against_addresses("u", l, d, max(k * d, maps.shape[2] * maps.shape[3])):
+    if reason := against_addresses("u", l, d, max(k * d, groups * row)):
         raise ValueError(f"backend='triton' cannot run this scan: {reason}; use smaller images or backend='chunked'")
-    return _Sizes(b, l, d, k, maps.shape[2] // k, n, maps.shape[3] - 2 * n)
+    return _Sizes(b, l, d, k, groups // k, n, row - 2 * n)

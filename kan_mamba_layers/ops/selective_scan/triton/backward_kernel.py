@@ -1,10 +1,11 @@
 """The Triton kernel of the scan, backward.
 
-A program takes one chunk of one walk, like the forward kernels, and goes through its tiles against the direction: once
-along the direction from the saved state, leaving every step's state in a scratch of one tile, and back with the adjoint
-of the state in registers. What the next step needs is loaded before this one is computed. Nothing is unrolled.
+A program takes one chunk of one direction, like the forward kernels, and goes through its tiles from the last to the
+first: once along the direction from the saved state, leaving every step's state in a scratch of one tile, and back with
+the adjoint of the state in registers. What the next step needs is loaded before this one is computed. Nothing is
+unrolled.
 
-The step sizes are in memory, where ``steps_kernel`` has put them, and their gradients take their place.
+The step sizes are in memory, where ``steps_kernel`` has put them, and their gradients take their index.
 
 Sums over the states and over the channels are both needed here, so lanes lie across both: Triton gives every lane four
 neighbouring channels of some of the states if the scratch's addresses run through the channels, and they do.
@@ -13,7 +14,7 @@ neighbouring channels of some of the states if the scratch's addresses run throu
 import triton
 import triton.language as tl
 
-from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import load_row, this_program, walk_from, walk_on
+from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import advance, load_row, start_at, this_program
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -21,23 +22,23 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def scan_backward(
     grad_y,  # b l d
-    u, maps, a2,
+    u, coeffs, a2,
     saved,  # b k t n d: state that enters each tile
     behind,  # b k c n d: adjoint of the state, from behind each chunk
     scratch,  # one tile of states for each program
     parts,  # k b l d: gradients of u
-    grad_maps,  # j b l k*g 2n: gradients of B and C, one part a block of channels
+    grad_coeffs,  # j b l k*g 2n: gradients of B and C, one part per block of channels
     steps,  # b l k d: step sizes, then their gradients
     grad_a,  # b c k n d
     in_front,  # b k n d: adjoint of the initial state
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
-    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, WALKS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk."""
     ROW: tl.constexpr = RANK + 2 * N
     length = height * width
-    block, k, c, b = this_program(blocks, chunks, WALKS)
+    block, k, c, b = this_program(blocks, chunks, DIRECTIONS)
     g, j = block // (blocks // GROUPS), block % (blocks // GROUPS)
     lane = j * BLOCK + tl.arange(0, BLOCK)
     keep = lane < group
@@ -51,59 +52,59 @@ def scan_backward(
     first = c * chunk
     count_all = tl.minimum(chunk, length - first)
     up = k < 2
-    bk = b * WALKS + k
+    bk = b * DIRECTIONS + k
     u += b * (length * channels)
     grad_y += b * (length * channels)
-    maps += b * (length * (WALKS * GROUPS * ROW)) + (k * GROUPS + g) * ROW + RANK
-    steps += b * (length * (WALKS * channels)) + k * channels
+    coeffs += b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW + RANK
+    steps += b * (length * (DIRECTIONS * channels)) + k * channels
     parts += (k * batch + b) * (length * channels)
-    grad_maps += (j * batch + b) * (length * (WALKS * GROUPS * 2 * N)) + (k * GROUPS + g) * (2 * N)
+    grad_coeffs += (j * batch + b) * (length * (DIRECTIONS * GROUPS * 2 * N)) + (k * GROUPS + g) * (2 * N)
     scratch += ((bk * chunks + c) * blocks + block) * (TILE * NP * BLOCK)
 
     back = tl.load(behind + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
     sum_a = tl.zeros((NP, BLOCK), tl.float32)
-    turns = tl.cdiv(count_all, TILE)
-    for turn in range(turns):
-        place = first + tl.where(up, turns - 1 - turn, turn) * TILE
-        count = tl.minimum(TILE, first + count_all - place)
-        h = tl.load(saved + (bk * tiles + place // TILE) * (N * channels) + tile, mask=inside, other=0.0)
+    count_tiles = tl.cdiv(count_all, TILE)
+    for t in range(count_tiles):
+        index = first + tl.where(up, count_tiles - 1 - t, t) * TILE
+        count = tl.minimum(TILE, first + count_all - index)
+        h = tl.load(saved + (bk * tiles + index // TILE) * (N * channels) + tile, mask=inside, other=0.0)
 
-        p, i, line, stride, jump = walk_from(tl.where(up, place, place + count - 1), k, up, height, width)
-        dt = tl.load(steps + p * (WALKS * channels) + d, mask=keep, other=0.0)
+        p, i, line, stride, jump = start_at(tl.where(up, index, index + count - 1), k, up, height, width)
+        dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
         x = tl.load(u + p * channels + d, mask=keep, other=0.0)
-        bt = load_row(maps + p * (WALKS * GROUPS * ROW), n, N, NP)
+        bt = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
         for s in range(count):
             # The loads of the next step are issued first; after the last one the same values are read again.
-            after, i = walk_on(p, i, line, stride, jump)
+            after, i = advance(p, i, line, stride, jump)
             p = tl.where(s + 1 < count, after, p)
-            next_dt = tl.load(steps + p * (WALKS * channels) + d, mask=keep, other=0.0)
+            next_dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
-            next_b = load_row(maps + p * (WALKS * GROUPS * ROW), n, N, NP)
+            next_b = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
             tl.store(scratch + s * (NP * BLOCK) + local, h)
             h = tl.exp2(dt[None, :] * a) * h + (dt * x.to(tl.float32))[None, :] * bt[:, None]
             dt, x, bt = next_dt, next_x, next_b
         tl.debug_barrier()
 
-        p, i, line, stride, jump = walk_from(tl.where(up, place + count - 1, place), k, not up, height, width)
-        dt = tl.load(steps + p * (WALKS * channels) + d, mask=keep, other=0.0)
+        p, i, line, stride, jump = start_at(tl.where(up, index + count - 1, index), k, not up, height, width)
+        dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
         x = tl.load(u + p * channels + d, mask=keep, other=0.0)
         gy = tl.load(grad_y + p * channels + d, mask=keep, other=0.0)
-        bt = load_row(maps + p * (WALKS * GROUPS * ROW), n, N, NP)
-        ct = load_row(maps + p * (WALKS * GROUPS * ROW) + N, n, N, NP)
+        bt = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
+        ct = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW) + N, n, N, NP)
         before = tl.load(scratch + (count - 1) * (NP * BLOCK) + local)  # the state before this step
         for s in range(count):
             here = p
-            after, i = walk_on(p, i, line, stride, jump)
+            after, i = advance(p, i, line, stride, jump)
             p = tl.where(s + 1 < count, after, p)
-            next_dt = tl.load(steps + p * (WALKS * channels) + d, mask=keep, other=0.0)
+            next_dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
             next_gy = tl.load(grad_y + p * channels + d, mask=keep, other=0.0)
-            next_b = load_row(maps + p * (WALKS * GROUPS * ROW), n, N, NP)
-            next_c = load_row(maps + p * (WALKS * GROUPS * ROW) + N, n, N, NP)
+            next_b = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
+            next_c = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW) + N, n, N, NP)
             next_before = tl.load(scratch + tl.maximum(count - 2 - s, 0) * (NP * BLOCK) + local)
             x, gy = x.to(tl.float32), gy.to(tl.float32)
             grad_h = gy[None, :] * ct[:, None] + back
-            grad_row = grad_maps + here * (WALKS * GROUPS * 2 * N)
+            grad_row = grad_coeffs + here * (DIRECTIONS * GROUPS * 2 * N)
             tl.store(grad_row + n, tl.sum(grad_h * (dt * x)[None, :], 1), mask=n < N)
             tl.store(grad_row + N + n, tl.sum(gy[None, :] * h, 1), mask=n < N)
             back = tl.exp2(dt[None, :] * a) * grad_h
@@ -112,10 +113,10 @@ def scan_backward(
             inflow = tl.sum(grad_h * bt[:, None], 0)
             tl.store(parts + here * channels + d, inflow * dt, mask=keep)
             grad_step = inflow * x + tl.sum(rate * a, 0) * LN2
-            tl.store(steps + here * (WALKS * channels) + d, grad_step, mask=keep)
+            tl.store(steps + here * (DIRECTIONS * channels) + d, grad_step, mask=keep)
             h = before
             dt, x, gy, bt, ct, before = next_dt, next_x, next_gy, next_b, next_c, next_before
         tl.debug_barrier()  # the next tile uses the scratch again
-    tl.store(grad_a + ((b * chunks + c) * WALKS + k) * (N * channels) + tile, sum_a, mask=inside)
+    tl.store(grad_a + ((b * chunks + c) * DIRECTIONS + k) * (N * channels) + tile, sum_a, mask=inside)
     if c == tl.where(up, 0, chunks - 1):
         tl.store(in_front + bk * (N * channels) + tile, back, mask=inside)

@@ -1,16 +1,16 @@
 """Triton kernels of the scan, forward, and the pieces that the backward kernel shares with them.
 
-A program is one warp (more from 64 states on). It takes one chunk of one walk through one image for one block of
+A program is one warp (more from 64 states on). It takes one chunk of one direction of one image for one block of
 channels. Its registers hold, for every channel and all ``n`` states at once, the state, the decay rates ``A log2(e)``
-and the maps of the current and the next step.
+and the coefficients of the current and the next step.
 
 ``channels`` and ``group`` are not specialised: the compiler does not know whether they divide by 16. That settles the
 layout: addresses run through the channels without any known alignment, so neighbouring lanes get neighbouring channels,
 one at a time, each with all of its states, and the sum over the states stays inside a lane.
 
-Places number the pixels along a walk by rows or by columns: ``p_0`` and ``p_1`` of the definition. The reversed walks
-go through the same places downwards. Chunks (what programs share out) and tiles (what lies between two saved states)
-are ranges of places, so a walk and its reverse have the same ones.
+An index numbers the pixels along a direction by rows or by columns: ``p_0`` and ``p_1`` of the definition. The reversed
+directions visit the same indices downwards. Chunks (the share of a program) and tiles (between two saved states) are
+ranges of indices, so a direction and its reverse have the same ones.
 """
 
 import triton
@@ -47,33 +47,33 @@ def step_size(z, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def this_program(blocks, chunks, WALKS: tl.constexpr):
-    """(block of channels, walk, chunk, image) of this program; the image in 64 bits, as all addresses start from it."""
+def this_program(blocks, chunks, DIRECTIONS: tl.constexpr):
+    """Block of channels, direction, chunk and image of this program; the image in 64 bits, as all addresses need it."""
     i = tl.program_id(0)
     block, i = i % blocks, i // blocks
-    k, i = i % WALKS, i // WALKS
+    k, i = i % DIRECTIONS, i // DIRECTIONS
     return block, k, i % chunks, (i // chunks).to(tl.int64)
 
 
 @triton.jit
-def walk_from(place, k, up, height, width):
-    """Position of a place, and what it takes to go on: (position, steps since the line began, line, stride, jump).
+def start_at(index, k, up, height, width):
+    """Position of a index, and what it takes to go on: (position, steps since the line began, line, stride, jump).
 
     A line is a row or a column of the image. After ``line`` steps of ``stride`` the next line begins, ``jump`` further.
-    ``up`` tells whether places are visited upwards.
+    ``up`` tells whether indices are visited upwards.
     """
     column = k % 2 == 1
     line = tl.where(column, height, width)
-    i = place % line
-    p = tl.where(column, i * width + place // line, place)
+    i = index % line
+    p = tl.where(column, i * width + index // line, index)
     stride = tl.where(column, width, 1)
     jump = tl.where(column, 1 - height * width, 0)
     return p, tl.where(up, i, line - 1 - i), line, tl.where(up, stride, -stride), tl.where(up, jump, -jump)
 
 
 @triton.jit
-def walk_on(p, i, line, stride, jump):
-    """One step of the walk, without a division."""
+def advance(p, i, line, stride, jump):
+    """The next pixel, without a division."""
     i += 1
     ends = i == line
     return p + stride + tl.where(ends, jump, 0), tl.where(ends, 0, i)
@@ -89,10 +89,10 @@ def load_row(at, i, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_raw_step(maps, delta, r, d, keep, R: tl.constexpr, RP: tl.constexpr):
+def load_raw_step(coeffs, delta, r, d, keep, R: tl.constexpr, RP: tl.constexpr):
     """What the step size is made from: its ``R`` coefficients or, for ``R = 0``, the given values."""
     if R > 0:
-        return load_row(maps, r, R, RP)
+        return load_row(coeffs, r, R, RP)
     else:
         return tl.load(delta + d, mask=keep, other=0.0)
 
@@ -109,18 +109,18 @@ def raw_step(low, weight, bias, R: tl.constexpr):
 @triton.jit(do_not_specialize=["channels", "group"])
 def chunk_ends(
     x,  # b l d: u, or the gradient of y
-    maps, delta, weight, bias, a2,
+    coeffs, delta, weight, bias, a2,
     ends,  # b k c n d
     sums,  # b k c d: sums of the step sizes
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WALKS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk if zero enters it; with BACK the adjoint in front of it if none comes from behind."""
     ROW: tl.constexpr = RANK + 2 * N
     length = height * width
-    block, k, c, b = this_program(blocks, chunks, WALKS)
+    block, k, c, b = this_program(blocks, chunks, DIRECTIONS)
     g = block // (blocks // GROUPS)
     lane = block % (blocks // GROUPS) * BLOCK + tl.arange(0, BLOCK)
     keep = lane < group
@@ -135,25 +135,25 @@ def chunk_ends(
     first = c * chunk
     steps = tl.minimum(chunk, length - first)
     up = (k < 2) != BACK
-    p, i, line, stride, jump = walk_from(tl.where(up, first, first + steps - 1), k, up, height, width)
+    p, i, line, stride, jump = start_at(tl.where(up, first, first + steps - 1), k, up, height, width)
     x += b * (length * channels)
-    maps += b * (length * (WALKS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
-    delta += b * (length * (WALKS * channels)) + k * channels
-    offset: tl.constexpr = RANK + N if BACK else RANK  # of C or B in a row of maps
+    coeffs += b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
+    delta += b * (length * (DIRECTIONS * channels)) + k * channels
+    offset: tl.constexpr = RANK + N if BACK else RANK  # of C or B in a row of coeffs
 
     h = tl.zeros((NP, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    row = maps + p * (WALKS * GROUPS * ROW)
+    row = coeffs + p * (DIRECTIONS * GROUPS * ROW)
     xt = tl.load(x + p * channels + d, mask=keep, other=0.0)
-    low = load_raw_step(row, delta + p * (WALKS * channels), r, d, keep, R, RP)
+    low = load_raw_step(row, delta + p * (DIRECTIONS * channels), r, d, keep, R, RP)
     bt = load_row(row + offset, n, N, NP)
     for s in tl.range(0, steps, loop_unroll_factor=2):
         # The loads of the next step are issued first; after the last one the same values are read again.
-        after, i = walk_on(p, i, line, stride, jump)
+        after, i = advance(p, i, line, stride, jump)
         p = tl.where(s + 1 < steps, after, p)
-        row = maps + p * (WALKS * GROUPS * ROW)
+        row = coeffs + p * (DIRECTIONS * GROUPS * ROW)
         next_x = tl.load(x + p * channels + d, mask=keep, other=0.0)
-        next_low = load_raw_step(row, delta + p * (WALKS * channels), r, d, keep, R, RP)
+        next_low = load_raw_step(row, delta + p * (DIRECTIONS * channels), r, d, keep, R, RP)
         next_b = load_row(row + offset, n, N, NP)
         dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
         decay = tl.exp2(dt[None, :] * a)
@@ -162,14 +162,14 @@ def chunk_ends(
         h = decay * (h + inflow[None, :] * bt[:, None]) if BACK else decay * h + inflow[None, :] * bt[:, None]
         total += dt
         xt, low, bt = next_x, next_low, next_b
-    at = (b * WALKS + k) * chunks + c
+    at = (b * DIRECTIONS + k) * chunks + c
     tl.store(ends + at * (N * channels) + tile, h, mask=inside)
     tl.store(sums + at * channels + d, total, mask=keep)
 
 
 @triton.jit
 def load_chunk(ends, sums, s, down, chunks, values, channels, inside):
-    """What the s-th chunk along the walk ends with, and the sum of its step sizes; zeros behind the last one."""
+    """What the s-th chunk along the direction ends with, and the sum of its step sizes; zeros behind the last one."""
     c = tl.where(down, chunks - 1 - s, s).to(tl.int64)
     there = inside & (s < chunks)
     return tl.load(ends + c * values, mask=there, other=0.0), tl.load(sums + c * channels, mask=there, other=0.0)
@@ -181,14 +181,14 @@ def carry(
     sums,  # b k c d
     a2,  # k n d
     start,  # b k n d
-    channels, chunks, values, WALKS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+    channels, chunks, values, DIRECTIONS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn, in place, what each chunk ends with if it starts from zero into what really enters it."""
+    """Turn, in index, what each chunk ends with if it starts from zero into what really enters it."""
     blocks = tl.cdiv(values, BLOCK)  # values = n d
     e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     bk = (tl.program_id(0) // blocks).to(tl.int64)
     inside = e < values
-    k = (bk % WALKS).to(tl.int32)
+    k = (bk % DIRECTIONS).to(tl.int32)
     down = (k >= 2) != BACK
     ends += bk * chunks * values + e
     sums += bk * chunks * channels + e % channels
@@ -210,20 +210,20 @@ def carry(
 
 @triton.jit(do_not_specialize=["channels", "group"])
 def scan(
-    u, maps, delta, weight, bias, a2,
+    u, coeffs, delta, weight, bias, a2,
     entering,  # b k c n d: state that enters each chunk
-    parts,  # j b l d: sums over n of C h, one buffer a pair of walks or a walk
+    parts,  # j b l d: sums over n of C h, one buffer per pair of directions or direction
     saved,  # b k t n d: state that enters each tile
     last,  # b k n d
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WALKS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
-    TURNS: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
+    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    PASSES: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk, without the skip. With TURNS = 2 a program walks its chunk and then back, adding to its own y."""
+    """y of one chunk, without the skip. With PASSES = 2 also of the reverse, added."""
     ROW: tl.constexpr = RANK + 2 * N
     length = height * width
-    block, k0, c, b = this_program(blocks, chunks, WALKS // TURNS)
+    block, k0, c, b = this_program(blocks, chunks, DIRECTIONS // PASSES)
     g = block // (blocks // GROUPS)
     lane = block % (blocks // GROUPS) * BLOCK + tl.arange(0, BLOCK)
     keep = lane < group
@@ -236,41 +236,41 @@ def scan(
     u += b * (length * channels)
     parts += (k0 * batch + b) * (length * channels)
 
-    for turn in tl.static_range(TURNS):
-        k = k0 + 2 * turn
+    for backwards in tl.static_range(PASSES):
+        k = k0 + 2 * backwards
         up = k < 2
-        bk = b * WALKS + k
+        bk = b * DIRECTIONS + k
         a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
         w = tl.load(
             weight + (k * R + r[:, None]) * channels + d[None, :], mask=(r < R)[:, None] & keep[None, :], other=0.0
         )
         bi = tl.load(bias + k * channels + d, mask=keep, other=0.0)
         h = tl.load(entering + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
-        p, i, line, stride, jump = walk_from(tl.where(up, first, first + steps - 1), k, up, height, width)
-        walk_maps = maps + b * (length * (WALKS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
-        walk_delta = delta + b * (length * (WALKS * channels)) + k * channels
+        p, i, line, stride, jump = start_at(tl.where(up, first, first + steps - 1), k, up, height, width)
+        coeffs_k = coeffs + b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
+        delta_k = delta + b * (length * (DIRECTIONS * channels)) + k * channels
 
-        row = walk_maps + p * (WALKS * GROUPS * ROW)
+        row = coeffs_k + p * (DIRECTIONS * GROUPS * ROW)
         xt = tl.load(u + p * channels + d, mask=keep, other=0.0)
-        low = load_raw_step(row, walk_delta + p * (WALKS * channels), r, d, keep, R, RP)
+        low = load_raw_step(row, delta_k + p * (DIRECTIONS * channels), r, d, keep, R, RP)
         bt, ct = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
         for s in tl.range(0, steps, loop_unroll_factor=2):
             if SAVE & ((s == 0) | (tl.where(up, s, steps - s) % TILE == 0)):
-                place = first + tl.where(up, s, steps - 1 - s)
-                tl.store(saved + (bk * tiles + place // TILE) * (N * channels) + tile, h, mask=inside)
+                index = first + tl.where(up, s, steps - 1 - s)
+                tl.store(saved + (bk * tiles + index // TILE) * (N * channels) + tile, h, mask=inside)
             out = parts + p * channels + d
-            if turn > 0:
+            if backwards > 0:
                 before = tl.load(out, mask=keep, other=0.0)
-            after, i = walk_on(p, i, line, stride, jump)
+            after, i = advance(p, i, line, stride, jump)
             p = tl.where(s + 1 < steps, after, p)
-            row = walk_maps + p * (WALKS * GROUPS * ROW)
+            row = coeffs_k + p * (DIRECTIONS * GROUPS * ROW)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
-            next_low = load_raw_step(row, walk_delta + p * (WALKS * channels), r, d, keep, R, RP)
+            next_low = load_raw_step(row, delta_k + p * (DIRECTIONS * channels), r, d, keep, R, RP)
             next_b, next_c = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
             dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
             h = tl.exp2(dt[None, :] * a) * h + (dt * xt.to(tl.float32))[None, :] * bt[:, None]
             y = tl.sum(h * ct[:, None], 0)
-            if turn > 0:
+            if backwards > 0:
                 y += before
             tl.store(out, y, mask=keep)
             xt, low, bt, ct = next_x, next_low, next_b, next_c

@@ -1,6 +1,6 @@
 """Triton kernels of the step sizes: all of them at once before the backward kernel, and their gradients after it.
 
-Neither follows a walk, so their programs are many and independent. A program takes a range of pixels.
+Neither follows a direction, so their programs are many and independent. A program takes a range of pixels.
 """
 
 import triton
@@ -10,9 +10,9 @@ from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import step_size
 
 
 @triton.jit
-def load_low(maps, rows, inside, r, R: tl.constexpr, PITCH: tl.constexpr):  # rows r
+def load_low(coeffs, rows, inside, r, R: tl.constexpr, PITCH: tl.constexpr):  # rows r
     """The low-rank steps of some pixels, with zeros up to the power of two."""
-    return tl.load(maps + rows[:, None] * PITCH + r[None, :], mask=inside[:, None] & (r < R)[None, :], other=0.0)
+    return tl.load(coeffs + rows[:, None] * PITCH + r[None, :], mask=inside[:, None] & (r < R)[None, :], other=0.0)
 
 
 @triton.jit
@@ -22,25 +22,25 @@ def load_weight(weight, r, d, keep, channels, R: tl.constexpr):  # r d
 
 
 @triton.jit
-def raw_steps(low, w, delta, rows, d, bias, channels, mask, R: tl.constexpr, WALKS: tl.constexpr):  # rows d
+def raw_steps(low, w, delta, rows, d, bias, channels, mask, R: tl.constexpr, DIRECTIONS: tl.constexpr):  # rows d
     """Steps before softplus: ``low @ w + bias`` or, for ``R = 0``, ``delta + bias``."""
     if R > 0:
         return tl.dot(low, w, input_precision="ieee") + bias[None, :]
     else:
-        at = rows[:, None] * (WALKS * channels) + d[None, :]
+        at = rows[:, None] * (DIRECTIONS * channels) + d[None, :]
         return tl.load(delta + at, mask=mask, other=0.0) + bias[None, :]
 
 
 @triton.jit
 def step_sizes(
-    maps,  # m k*g r+2n
+    coeffs,  # m k*g r+2n
     delta,  # m k d, read where R = 0
     weight,  # k r d
     bias,  # k d
     steps,  # m k d
     pixels, channels, group, blocks,
-    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, WALKS: tl.constexpr, GROUPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All step sizes of the ``m = b l`` pixels."""
     ROW: tl.constexpr = RANK + 2 * N
@@ -48,7 +48,7 @@ def step_sizes(
     inside = rows < pixels
     k, g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
     r = tl.arange(0, RP)
-    low = load_low(maps + (k * GROUPS + g) * ROW, rows, inside, r, R, WALKS * GROUPS * ROW)
+    low = load_low(coeffs + (k * GROUPS + g) * ROW, rows, inside, r, R, DIRECTIONS * GROUPS * ROW)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
@@ -59,41 +59,41 @@ def step_sizes(
         d = g * group + lane
         mask = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
-        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, WALKS)
+        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, DIRECTIONS)
         dt, _ = step_size(z, SOFTPLUS)
-        tl.store(steps + rows[:, None] * (WALKS * channels) + d[None, :], dt, mask=mask)
+        tl.store(steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :], dt, mask=mask)
 
 
 @triton.jit
 def step_gradients(
-    maps,  # m k*g r+2n
+    coeffs,  # m k*g r+2n
     delta,  # m k d, read where R = 0
     weight,  # k r d
     bias,  # k d
-    grad_steps,  # m k d: gradients of the steps; where R = 0 those of delta take their place
-    grad_maps,  # m k*g r+2n: the first r are written
+    grad_steps,  # m k d: gradients of the steps; where R = 0 those of delta take their index
+    grad_coeffs,  # m k*g r+2n: the first r are written
     grad_weight,  # t k r d: one part for each range of pixels
     grad_bias,  # t k d
     pixels, channels, group, blocks,
-    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, WALKS: tl.constexpr, GROUPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Through softplus and the low-rank product."""
     ROW: tl.constexpr = RANK + 2 * N
-    PITCH: tl.constexpr = WALKS * GROUPS * ROW
+    PITCH: tl.constexpr = DIRECTIONS * GROUPS * ROW
     part = tl.program_id(0).to(tl.int64)
     rows = part * ROWS + tl.arange(0, ROWS)
     inside = rows < pixels
     k, g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
     r = tl.arange(0, RP)
     first = (k * GROUPS + g) * ROW
-    low = load_low(maps + first, rows, inside, r, R, PITCH)
+    low = load_low(coeffs + first, rows, inside, r, R, PITCH)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
     grad_steps += k * channels
-    grad_weight += (part * WALKS + k) * R * channels
-    grad_bias += (part * WALKS + k) * channels
+    grad_weight += (part * DIRECTIONS + k) * R * channels
+    grad_bias += (part * DIRECTIONS + k) * channels
     grad_low = tl.zeros((ROWS, RP), tl.float32)
     for block in range(blocks):
         lane = block * BLOCK + tl.arange(0, BLOCK)
@@ -101,9 +101,9 @@ def step_gradients(
         d = g * group + lane
         mask = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
-        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, WALKS)
+        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, DIRECTIONS)
         _, slope = step_size(z, SOFTPLUS)
-        at = grad_steps + rows[:, None] * (WALKS * channels) + d[None, :]
+        at = grad_steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :]
         grad_z = tl.load(at, mask=mask, other=0.0) * slope
         tl.store(grad_bias + d, tl.sum(grad_z, 0), mask=keep)
         if R > 0:
@@ -114,5 +114,5 @@ def step_gradients(
         else:
             tl.store(at, grad_z, mask=mask)
     if R > 0:
-        to = grad_maps + first + rows[:, None] * PITCH + r[None, :]
+        to = grad_coeffs + first + rows[:, None] * PITCH + r[None, :]
         tl.store(to, grad_low, mask=inside[:, None] & (r < R)[None, :])

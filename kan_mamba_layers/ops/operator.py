@@ -1,0 +1,179 @@
+"""A fused op made from the record of its calls: registered with PyTorch, opaque to it, and differentiable once.
+
+PyTorch knows an operator's signature, the shapes of its results and its cost, so it runs under ``torch.compile`` and
+``torch.export``. Its gradient is an ``autograd.Function`` around it: one registered with ``torch.library`` does not
+work under ``torch.func``, and would answer a second differentiation with silent zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, get_type_hints
+
+import torch
+from torch import Tensor
+
+from kan_mamba_layers.ops.autocast import autocast_off
+from kan_mamba_layers.ops.flops import count_flops, register_formula
+
+Call = Any  # a NamedTuple of tensors, some of them optional, and numbers
+Tensors = Sequence[Tensor]
+Grads = Sequence[Tensor | None]
+
+_LIBRARY = torch.library.Library("kan_mamba_layers", "DEF")
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", str: "str"}
+
+
+class FusedBackend(Protocol):
+    """What a backend of a fused op exports."""
+
+    def forward(self, call: Call, save: bool) -> Tensors:
+        """Return the results and, behind them, what the backward pass needs of them: empty unless ``save``."""
+
+    def backward(self, call: Call, saved: Tensors, grads: Tensors, wanted: Sequence[bool]) -> Grads:
+        """Return the gradients of the call's tensors in the order of its fields, None or any where not wanted."""
+
+
+class FusedOp(NamedTuple):
+    """What an op adds to the record of its calls."""
+
+    name: str
+    load: Callable[[str], FusedBackend]  # a backend by its name, imported at its first use
+    results: int
+    saved: int  # tensors behind the results, for the backward pass alone
+    shapes: Callable[[Call, bool, str], Tensors]  # empty tensors like those that ``forward`` returns
+    flops: Callable[[Call], int]  # of a call that holds shapes instead of tensors
+    gradient_flops: Callable[[Call, Sequence[bool]], int]
+    higher: str  # the backends that have higher derivatives
+
+
+def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
+    """Register an op and its gradient; returns the function that runs a call in a backend."""
+    hints = get_type_hints(record)
+    fields = [f"{_TYPES[hint]} {name}" for name, hint in hints.items()]
+    tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
+    width = len(fields)
+
+    def forward(*arguments: Any) -> Any:
+        call, (save, backend) = record(*arguments[:width]), arguments[width:]
+        with torch.no_grad(), autocast_off(call[0]):
+            return _unpacked(op.load(backend).forward(call, save))
+
+    def forward_shapes(*arguments: Any) -> Any:
+        return _unpacked(op.shapes(record(*arguments[:width]), *arguments[width:]))
+
+    def backward(*arguments: Any) -> Any:
+        call, (*rest, wanted, backend) = record(*arguments[:width]), arguments[width:]
+        with torch.no_grad(), autocast_off(call[0]):
+            grads = op.load(backend).backward(call, rest[: op.saved], rest[op.saved :], wanted)
+        return _unpacked(
+            [
+                grad if want and grad is not None else _like(call[i], call[0], False)
+                for i, grad, want in zip(tensors, grads, wanted, strict=True)
+            ]
+        )
+
+    def backward_shapes(*arguments: Any) -> Any:
+        call, wanted = arguments[:width], arguments[-2]
+        return _unpacked([_like(call[i], call[0], want) for i, want in zip(tensors, wanted, strict=True)])
+
+    given = [f"Tensor saved_{i}" for i in range(op.saved)] + [f"Tensor grad_{i}" for i in range(op.results)]
+    operator = _define(op.name, [*fields, "bool save", "str backend"], op.results + op.saved, forward, forward_shapes)
+    arguments = [*fields, *given, "bool[] wanted", "str backend"]
+    gradient = _define(f"{op.name}_backward", arguments, len(tensors), backward, backward_shapes)
+    register_formula(operator, lambda *shapes, **_: op.flops(record(*shapes[:width])))
+    register_formula(gradient, lambda *shapes, **_: op.gradient_flops(record(*shapes[:width]), shapes[-2]))
+    no_vmap = (
+        f"the fused {op.name} has no vmap; put the mapped dimension into the batch, or call it with backend='reference'"
+    )
+
+    class Gradient(torch.autograd.Function):
+        """The gradient as a node of its own, so that whoever differentiates it gets an error and not zeros."""
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return gradient(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def vmap(*_: Any) -> None:
+            raise RuntimeError(no_vmap)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> None:
+            raise RuntimeError(
+                f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
+            )
+
+    class Fused(torch.autograd.Function):
+        """The op with its gradient."""
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            saved = output[op.results :] if op.saved else ()
+            ctx.mark_non_differentiable(*saved)
+            ctx.save_for_backward(*(inputs[i] for i in tensors), *saved)
+            ctx.numbers = [None if i in tensors else value for i, value in enumerate(inputs[:width])]
+            ctx.backend = inputs[-1]
+
+        @staticmethod
+        def vmap(*_: Any) -> None:
+            raise RuntimeError(no_vmap)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            call, saved = list(ctx.numbers), ctx.saved_tensors
+            for i, x in zip(tensors, saved[: len(tensors)], strict=True):
+                call[i] = x
+            wanted = [ctx.needs_input_grad[i] for i in tensors]
+            # A compiled backward pass refuses a second differentiation by itself.
+            differentiate = gradient if torch.compiler.is_compiling() else Gradient.apply
+            found = differentiate(*call, *saved[len(tensors) :], *grads[: op.results], wanted, ctx.backend)
+            of_argument: list[Tensor | None] = [None] * (width + 2)
+            for i, grad in zip(tensors, found, strict=True):
+                if ctx.needs_input_grad[i]:
+                    of_argument[i] = grad
+            return tuple(of_argument)
+
+    def run(call: Call, backend: str) -> Tensors:
+        save = torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad for i in tensors)
+        if torch.compiler.is_compiling():
+            # Without gradients a compiler would look for a context among the arguments of ``Fused.forward``.
+            found = Fused.apply(*call, save, backend) if save else operator(*call, save, backend)
+        else:
+            count_flops()
+            found = Fused.apply(*call, save, backend)
+        return found[: op.results] if isinstance(found, tuple) else (found,)
+
+    return run
+
+
+def contiguous(values: Sequence[Any]) -> list[Any]:
+    """The same arguments, tensors among them contiguous."""
+    return [x.contiguous() if isinstance(x, Tensor) else x for x in values]
+
+
+def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes: Any) -> Any:
+    returned = ", ".join(["Tensor"] * results)
+    schema = f"{name}({', '.join(arguments)}) -> " + (f"({returned})" if results > 1 else returned)
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kan_mamba_layers::{name}", shapes, lib=_LIBRARY)
+    return getattr(torch.ops.kan_mamba_layers, name)
+
+
+def _unpacked(results: Tensors) -> Any:
+    """An operator of one result returns it, not a tuple of it."""
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _like(x: Tensor | None, other: Tensor, whole: bool) -> Tensor:
+    """An empty tensor like ``x``, or of its dtype and without elements."""
+    if x is None:
+        return other.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if whole else x.new_empty(0)
