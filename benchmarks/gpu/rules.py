@@ -50,7 +50,7 @@ def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) ->
         times = {tuple(plan): seconds for plan, seconds in end["times"]}
         fastest = min(times.values())
         for rule in (tuple(today), *RULES):
-            plan = scan.choose_plan(*sizes(shape), end["multiprocessors"], back=back, rule=scan.Rule(*rule))
+            plan = scan.choose_plan(scan.Sizes(*sizes(shape)), end["multiprocessors"], back=back, rule=scan.Rule(*rule))
             ratios.setdefault(rule, []).append(times.get(tuple(plan), math.inf) / fastest)
     means = {rule: statistics.geometric_mean(values) for rule, values in ratios.items()}
     best = min(means, key=lambda rule: means[rule])

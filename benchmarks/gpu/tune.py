@@ -52,7 +52,7 @@ ROUNDS, SAMPLE_SECONDS = 7, 2e-3
 
 def plans(shape: tuple[int, ...], back: bool, multiprocessors: int) -> list[Any]:
     """Today's plan, those of all rules, and today's with other warps and stages."""
-    choose = partial(launchers.scan.choose_plan, *sizes(shape), multiprocessors, back=back)
+    choose = partial(launchers.scan.choose_plan, launchers.scan.Sizes(*sizes(shape)), multiprocessors, back=back)
     today = choose()
     found = [today, *(choose(rule=launchers.scan.Rule(*rule)) for rule in RULES)]
     found += [today._replace(warps=warps) for warps in (1, 2, 4)]

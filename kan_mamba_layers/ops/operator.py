@@ -5,7 +5,7 @@ PyTorch knows an operator's signature, the shapes of its results and its cost, s
 work under ``torch.func``, and would answer a second differentiation with silent zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
@@ -43,6 +43,8 @@ class FusedOp(NamedTuple):
     flops: Callable[[Call], int]  # of a call that holds shapes instead of tensors
     gradient_flops: Callable[[Call, Sequence[bool]], int]
     higher: str  # the backends that have higher derivatives
+    # Gradients that need no backend, by field and from those of the results; they can be differentiated again.
+    plain: Mapping[str, Callable[[Tensors], Tensor]] = {}
 
 
 def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
@@ -51,6 +53,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     fields = [f"{_TYPES[hint]} {name}" for name, hint in hints.items()]
     tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
     width = len(fields)
+    plain = {list(hints).index(name): gradient for name, gradient in op.plain.items()}
 
     def forward(*arguments: Any) -> Any:
         call, (save, backend) = record(*arguments[:width]), arguments[width:]
@@ -130,14 +133,14 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             call, saved = list(ctx.numbers), ctx.saved_tensors
             for i, x in zip(tensors, saved[: len(tensors)], strict=True):
                 call[i] = x
-            wanted = [ctx.needs_input_grad[i] for i in tensors]
+            wanted = [ctx.needs_input_grad[i] and i not in plain for i in tensors]
             # A compiled backward pass refuses a second differentiation by itself.
             differentiate = gradient if torch.compiler.is_compiling() else Gradient.apply
             found = differentiate(*call, *saved[len(tensors) :], *grads[: op.results], wanted, ctx.backend)
             of_argument: list[Tensor | None] = [None] * (width + 2)
             for i, grad in zip(tensors, found, strict=True):
                 if ctx.needs_input_grad[i]:
-                    of_argument[i] = grad
+                    of_argument[i] = plain[i](grads) if i in plain else grad
             return tuple(of_argument)
 
     def run(call: Call, backend: str) -> Tensors:

@@ -375,9 +375,9 @@ class TestRules:
         for back in (False, True):
             plans = {tuple(plan) for plan in tune.plans(tune.SHAPES[2], back, 132)}
             scan = tune.launchers.scan
-            sizes = tune.sizes(tune.SHAPES[2])
-            chosen = {tuple(scan.choose_plan(*sizes, 132, back=back, rule=scan.Rule(*rule))) for rule in RULES}
-            assert chosen <= plans and tuple(scan.choose_plan(*sizes, 132, back=back)) in plans
+            sizes = scan.Sizes(*tune.sizes(tune.SHAPES[2]))
+            chosen = {tuple(scan.choose_plan(sizes, 132, back=back, rule=scan.Rule(*rule))) for rule in RULES}
+            assert chosen <= plans and tuple(scan.choose_plan(sizes, 132, back=back)) in plans
 
     def test_tiles_keep_what_products_need(self) -> None:
         kan = tune.launchers.kan

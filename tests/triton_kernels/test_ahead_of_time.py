@@ -82,7 +82,8 @@ class Recorder:
 def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
     """What a forward and a backward pass launch for two chunks of an image, under the plans for a batch of 8."""
     found: list[Variant] = []
-    plans = (launcher.choose_plan(8, 1024, d, k, 1, n, 132, back=back)._replace(chunk=32) for back in (False, True))
+    sizes = launcher.Sizes(8, 1024, d, k, 1, n)
+    plans = (launcher.choose_plan(sizes, 132, back=back)._replace(chunk=32) for back in (False, True))
     call = ScanCall(
         u=torch.zeros(1, 64, d, dtype=TYPES[dtype]),
         coeffs=torch.zeros(1, 64, k, r + 2 * n),

@@ -324,7 +324,7 @@ def test_too_large_an_image_is_refused() -> None:
 
 def test_plans() -> None:
     def plan(b: int, l: int, d: int, n: int = 16, k: int = 4, **other: object) -> Plan:
-        return launcher.choose_plan(b, l, d, k, 1, n, 132, **other)
+        return launcher.choose_plan(launcher.Sizes(b, l, d, k, 1, n), 132, **other)
 
     assert plan(64, 3136, 192) == Plan(64, 3136)  # the batch alone fills the GPU
     assert plan(128, 3136, 192) == Plan(64, 3136, True)  # even in pairs

@@ -93,5 +93,6 @@ fused_kan_linear = register(
         flops=_flops,
         gradient_flops=_gradient_flops,
         higher="backend='reference'",
+        plain={"bias": lambda grads: grads[0].sum(0)},
     ),
 )

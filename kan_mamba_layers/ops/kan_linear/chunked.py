@@ -55,7 +55,7 @@ def backward(
     if want.weights:
         grad_weight = grad_weight.to(weight.dtype).view(len(call.base_weight), -1, x.shape[1])  # o slots i
         grad_base, grad_spline = grad_weight[:, 0].contiguous(), grad_weight[:, 1:].mT.contiguous()
-    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
+    return grad_x, grad_activated, grad_base, grad_spline, None, None
 
 
 def _pack(base_weight: Tensor, spline_weight: Tensor) -> Tensor:  # slots*i o

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers._check import check_shape, check_tensor
+from kan_mamba_layers._check import check_shape
 from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
-from kan_mamba_layers.ops.limits import count_groups
 from kan_mamba_layers.ops.selective_scan import chunked, reference
-from kan_mamba_layers.ops.selective_scan.call import ScanCall, fused_scan
+from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall, fused_scan
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
 
 __all__ = ["cross_selective_scan", "selective_scan"]
@@ -92,79 +91,50 @@ def selective_scan(
     References:
         Gu and Dao, Mamba, arXiv 2312.00752, equation 2 and section 3.2.
     """
-    batch, channels, length, states = _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    given = Line(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus)
+    given.check()
+    if z is not None:
+        check_shape("z", z, tuple(u.shape), "b, d, l")
     chosen = resolve("selective_scan", backend, u, A=A, B=B, C=C)
-    groups = count_groups(B, C, channels)
     dtype = torch.promote_types(u.dtype, torch.float32)
-
-    def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
-        if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
-            return x.to(dtype)[None, :, None].expand(batch, channels, length, states)
-        x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
-        return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
-
     with autocast_off(u):
         # A gate multiplies y before its one rounding, so a fused backend must not round y to half precision.
-        inputs = (u if z is None else u.to(dtype), delta.to(dtype), A.to(dtype), per_group(B), per_group(C))
-        skip, bias, state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
-        run = _scan_fused if chosen in _FUSED else _scan_plain
-        y, state = run(chosen, delta_softplus, *inputs, skip, bias, state)
+        line = given.prepared(rounds=z is None)
+        y, state = _scan_fused(line, chosen) if chosen in _FUSED else _scan_plain(line, _SCANS[chosen])
         if z is not None:
             y = y.to(dtype) * F.silu(z.to(dtype))
     y = y.to(u.dtype)
     return (y, state) if return_last_state else y
 
 
-def _scan_plain(
-    backend: str,
-    softplus: bool,
-    u: Tensor,  # b d l
-    delta: Tensor,  # b d l
-    A: Tensor,  # d n
-    B: Tensor,  # b g l n
-    C: Tensor,  # b g l n
-    D: Tensor | None,  # d
-    bias: Tensor | None,  # d
-    state: Tensor | None,  # b d n
-) -> tuple[Tensor, Tensor]:  # b d l, b d n
-    groups = B.shape[1]
-    u = u.to(delta.dtype)
-    step = delta if bias is None else delta + bias[:, None]  # b d l
-    if softplus:
+def _scan_plain(line: Line, scan: Scan) -> tuple[Tensor, Tensor]:  # b d l, b d n
+    groups = line.B.shape[1]
+    u = line.u.to(line.delta.dtype)
+    step = line.delta if line.delta_bias is None else line.delta + line.delta_bias[:, None]  # b d l
+    if line.softplus:
         step = F.softplus(step)
     inputs, steps = (x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (u, step))  # b g l d/g
-    start = None if state is None else state.unflatten(1, (groups, -1))  # b g d/g n
-    y, last = _SCANS[backend](inputs, steps, A.unflatten(0, (groups, -1)), B, C, start)  # b g l d/g, b g d/g n
+    start = None if line.initial_state is None else line.initial_state.unflatten(1, (groups, -1))  # b g d/g n
+    y, last = scan(inputs, steps, line.A.unflatten(0, (groups, -1)), line.B, line.C, start)  # b g l d/g, b g d/g n
     y = y.transpose(2, 3).flatten(1, 2)  # b d l
-    return y if D is None else y + D[:, None] * u, last.flatten(1, 2)
+    return y if line.D is None else y + line.D[:, None] * u, last.flatten(1, 2)
 
 
-def _scan_fused(
-    backend: str,
-    softplus: bool,
-    u: Tensor,  # b d l
-    delta: Tensor,  # b d l
-    A: Tensor,  # d n
-    B: Tensor,  # b g l n
-    C: Tensor,  # b g l n
-    D: Tensor | None,  # d
-    bias: Tensor | None,  # d
-    state: Tensor | None,  # b d n
-) -> tuple[Tensor, Tensor]:  # b d l, b d n
-    channels, length = u.shape[1:]
+def _scan_fused(line: Line, backend: str) -> tuple[Tensor, Tensor]:  # b d l, b d n
+    (_, channels, length), A, bias, state = line.u.shape, line.A, line.delta_bias, line.initial_state
     call = ScanCall(
-        u=_for_fused(u.mT, backend),  # b l d
-        coeffs=torch.cat([B, C], -1).transpose(1, 2),  # b l g 2n
+        u=_for_fused(line.u.mT, backend),  # b l d
+        coeffs=torch.cat([line.B, line.C], -1).transpose(1, 2),  # b l g 2n
         x_proj_weight=None,
-        delta=delta.mT[:, :, None],  # b l 1 d
+        delta=line.delta.mT[:, :, None],  # b l 1 d
         dt_weight=A.new_empty(1, channels, 0),
         dt_bias=A.new_zeros(1, channels) if bias is None else bias[None],
         A=A[None],
-        D=A.new_zeros(channels) if D is None else D,
+        D=A.new_zeros(channels) if line.D is None else line.D,
         initial_state=None if state is None else state[:, None],
         height=1,
         width=length,
-        softplus=softplus,
+        softplus=line.softplus,
     )
     y, last = fused_scan(call, backend)
     return y.mT, last[:, 0]
@@ -275,47 +245,6 @@ def _cross_scan_fused(
     )
     y, _ = fused_scan(call, backend)
     return y.unflatten(1, (height, width))
-
-
-def _check_selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[int, int, int, int]:
-    check_shape("u", u, ("any", "any", "any"), "b, d, l")
-    batch, channels, length = u.shape
-    if length < 1:
-        raise ValueError(f"u must have at least one time step, got shape {tuple(u.shape)}; pass l >= 1")
-    check_shape("delta", delta, (batch, channels, length), "b, d, l")
-    check_shape("A", A, (channels, "any"), "d, n")
-    states = A.shape[1]
-    for name, x in (("B", B), ("C", C)):
-        check_tensor(name, x)
-        if x.ndim == 2:
-            check_shape(name, x, (channels, states), "d, n")
-        elif x.ndim == 3:
-            check_shape(name, x, (batch, states, length), "b, n, l")
-        else:
-            check_shape(name, x, (batch, "any", states, length), "b, g, n, l")
-            groups = x.shape[1]
-            if groups < 1 or channels % groups:
-                raise ValueError(
-                    f"{name} has {groups} groups, which do not divide the {channels} channels of u; use a divisor"
-                )
-    for name, vector in (("D", D), ("delta_bias", bias)):
-        if vector is not None:
-            check_shape(name, vector, (channels,), "d")
-    if z is not None:
-        check_shape("z", z, (batch, channels, length), "b, d, l")
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, (batch, channels, states), "b, d, n")
-    return batch, channels, length, states
 
 
 def _check_cross_selective_scan(

@@ -1,6 +1,6 @@
-"""The record of a fused scan, and the operator made from it.
+"""The records of a scan along a sequence and of a fused scan, and the operator made from the second.
 
-One form serves both public ops: ``k`` directions over the same positions, and ``g`` groups of channels that share
+The fused form serves both public ops: ``k`` directions over the same positions, and ``g`` groups of channels that share
 coefficients. Direction 0 reads the positions row by row, 1 column by column, 2 and 3 are these two reversed.
 """
 
@@ -8,9 +8,71 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from kan_mamba_layers._check import check_shape, check_tensor
+from kan_mamba_layers.ops.limits import count_groups
 from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, register
+
+
+class Line(NamedTuple):
+    """The arguments of a scan along a sequence, but for its gate."""
+
+    u: Tensor  # b d l
+    delta: Tensor  # b d l
+    A: Tensor  # d n
+    B: Tensor  # d n | b n l | b g n l; prepared: b g l n
+    C: Tensor  # d n | b n l | b g n l; prepared: b g l n
+    D: Tensor | None  # d
+    delta_bias: Tensor | None  # d
+    initial_state: Tensor | None  # b d n
+    softplus: bool
+
+    def check(self) -> None:
+        """All shapes fit."""
+        check_shape("u", self.u, ("any", "any", "any"), "b, d, l")
+        batch, channels, length = self.u.shape
+        if length < 1:
+            raise ValueError(f"u must have at least one time step, got shape {tuple(self.u.shape)}; pass l >= 1")
+        check_shape("delta", self.delta, (batch, channels, length), "b, d, l")
+        check_shape("A", self.A, (channels, "any"), "d, n")
+        states = self.A.shape[1]
+        for name, x in (("B", self.B), ("C", self.C)):
+            check_tensor(name, x)
+            if x.ndim == 2:
+                check_shape(name, x, (channels, states), "d, n")
+            elif x.ndim == 3:
+                check_shape(name, x, (batch, states, length), "b, n, l")
+            else:
+                check_shape(name, x, (batch, "any", states, length), "b, g, n, l")
+                groups = x.shape[1]
+                if groups < 1 or channels % groups:
+                    raise ValueError(
+                        f"{name} has {groups} groups, which do not divide the {channels} channels of u; use a divisor"
+                    )
+        for name, vector in (("D", self.D), ("delta_bias", self.delta_bias)):
+            if vector is not None:
+                check_shape(name, vector, (channels,), "d")
+        if self.initial_state is not None:
+            check_shape("initial_state", self.initial_state, (batch, channels, states), "b, d, n")
+
+    def prepared(self, rounds: bool) -> "Line":
+        """The same with ``B`` and ``C`` by groups, in the compute dtype; ``u`` stays as it is if y is to be rounded."""
+        batch, channels, length = self.u.shape
+        groups = count_groups(self.B, self.C, channels)
+        dtype = torch.promote_types(self.u.dtype, torch.float32)
+
+        def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
+            if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
+                return x.to(dtype)[None, :, None].expand(batch, channels, length, x.shape[1])
+            x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
+            return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
+
+        D, bias, state = (None if x is None else x.to(dtype) for x in (self.D, self.delta_bias, self.initial_state))
+        u = self.u if rounds else self.u.to(dtype)
+        inputs = (u, self.delta.to(dtype), self.A.to(dtype), per_group(self.B), per_group(self.C))
+        return Line(*inputs, D, bias, state, self.softplus)
 
 
 class ScanCall(NamedTuple):

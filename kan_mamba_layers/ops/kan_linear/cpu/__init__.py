@@ -64,7 +64,7 @@ def backward(
         for share in grad_weight[1:]:
             total += share
         grad_base, grad_spline = (g.to(call.base_weight.dtype) for g in launch.unpack(total, bounds))
-    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
+    return grad_x, grad_activated, grad_base, grad_spline, None, None
 
 
 class _Launch:

@@ -183,7 +183,7 @@ def backward(
             packed = parts.sum(0)  # o 1+g+s i
             grad_base = _empty(x, job.o, job.i, dtype=dtype).copy_(packed[:, 0])
             grad_spline = _empty(x, job.o, job.i, job.bases, dtype=dtype).copy_(packed[:, 1:].mT)
-    return grad_x, grad_activated, grad_base, grad_spline, None, grad_y.sum(0)
+    return grad_x, grad_activated, grad_base, grad_spline, None, None
 
 
 class _Launch:

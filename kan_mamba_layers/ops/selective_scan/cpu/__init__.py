@@ -34,57 +34,57 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
 
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # b l d, b k d n, saved states
     """Scan along all directions and add up."""
-    u, sizes = call.u, _Sizes(call)
-    b, l, k, n, d = sizes.batch, sizes.length, sizes.directions, sizes.states, sizes.padded
-    weights = sizes.weights(call)
-    y, last = u.new_empty(b, l, sizes.channels), u.new_empty(b, k, n, d)
-    saved = u.new_empty(saved_shape(b, l, sizes.channels, k, sizes.groups, n) if save else (b, 0))
-    for images in sizes.blocks():
+    u, launch = call.u, _Launch(call)
+    b, l, k, n, d = launch.batch, launch.length, launch.directions, launch.states, launch.padded
+    weights = launch.weights(call)
+    y, last = u.new_empty(b, l, launch.channels), u.new_empty(b, k, n, d)
+    saved = u.new_empty(saved_shape(b, l, launch.channels, k, launch.groups, n) if save else (b, 0))
+    for images in launch.blocks():
         count = images.stop - images.start
         wanted = torch.get_num_threads() / count
-        tile_groups = sizes.tile_groups(wanted)
+        tile_groups = launch.tile_groups(wanted)
         parts = _parts(wanted / tile_groups, k)
-        total = sizes.target(y[images], parts)
-        fields = weights | sizes.inputs(call, images) | {"SAVE": save}
-        fields |= {} if call.initial_state is None else {"INITIAL": sizes.pad(call.initial_state[images].mT)}
+        total = launch.target(y[images], parts)
+        fields = weights | launch.inputs(call, images) | {"SAVE": save}
+        fields |= {} if call.initial_state is None else {"INITIAL": launch.pad(call.initial_state[images].mT)}
         fields |= {"Y": total, "LAST": last[images], "SAVED": saved[images]}
-        _run(forward_kernel.entry, sizes, count, tile_groups, parts, fields)
-        sizes.collect(total, y[images])
-    return y, sizes.cut(last).mT.contiguous(), saved.flatten()
+        launch.run(forward_kernel.entry, count, tile_groups, parts, fields)
+        launch.collect(total, y[images])
+    return y, launch.cut(last).mT.contiguous(), saved.flatten()
 
 
 def backward(
     call: ScanCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all tensors that are given."""
-    u, weight, sizes = call.u, call.x_proj_weight, _Sizes(call)
-    b, l, k, n, r, d = sizes.batch, sizes.length, sizes.directions, sizes.states, sizes.rank, sizes.padded
+    u, weight, launch = call.u, call.x_proj_weight, _Launch(call)
+    b, l, k, n, r, d = launch.batch, launch.length, launch.directions, launch.states, launch.rank, launch.padded
     grad_y, grad_last = grads
-    weights = sizes.weights(call)
+    weights = launch.weights(call)
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_coeffs = None if call.coeffs is None else torch.empty_like(call.coeffs, memory_format=torch.contiguous_format)
     grad_weight = None if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     grad_delta = u.new_empty(0) if call.delta is None else u.new_empty(b, l, k, d)
     grad_dt_weight, grad_dt_bias, grad_D = u.new_empty(b, k, r, d), u.new_empty(b, k, d), u.new_empty(b, d)
     grad_A, grad_initial = (u.new_empty(b, k, n, d) for _ in range(2))
-    states = saved[0].view(saved_shape(b, l, sizes.channels, k, sizes.groups, n))
-    for images in sizes.blocks():
+    states = saved[0].view(saved_shape(b, l, launch.channels, k, launch.groups, n))
+    for images in launch.blocks():
         count = images.stop - images.start
         # Directions have coefficients of their own, tiles share them: cut by directions first, then by groups of tiles,
         # whose gradients of the coefficients are added.
         needed = torch.get_num_threads() / count
         parts = _parts(needed, k)
-        tile_groups = sizes.tile_groups(needed / parts)
-        total = sizes.target(grad_u[images], parts)
-        new = u.new_zeros if tile_groups > 1 and sizes.groups > 1 else u.new_empty
-        total_coeffs = new(tile_groups, count, l, k * sizes.groups, r + 2 * n)
-        fields = weights | sizes.inputs(call, images) | {"SAVED": states[images]}
-        fields |= {"GRAD_Y": sizes.pad(grad_y[images]), "GRAD_LAST": sizes.pad(grad_last[images].mT)}
+        tile_groups = launch.tile_groups(needed / parts)
+        total = launch.target(grad_u[images], parts)
+        new = u.new_zeros if tile_groups > 1 and launch.groups > 1 else u.new_empty
+        total_coeffs = new(tile_groups, count, l, k * launch.groups, r + 2 * n)
+        fields = weights | launch.inputs(call, images) | {"SAVED": states[images]}
+        fields |= {"GRAD_Y": launch.pad(grad_y[images]), "GRAD_LAST": launch.pad(grad_last[images].mT)}
         fields |= {"GRAD_U": total, "GRAD_COEFFS": total_coeffs, "GRAD_DELTA": grad_delta[images]}
         fields |= {"GRAD_DT_WEIGHT": grad_dt_weight[images], "GRAD_DT_BIAS": grad_dt_bias[images]}
         fields |= {"GRAD_A": grad_A[images], "GRAD_D": grad_D[images], "GRAD_INITIAL": grad_initial[images]}
-        _run(backward_kernel.entry, sizes, count, tile_groups, parts, fields)
-        sizes.collect(total, grad_u[images])
+        launch.run(backward_kernel.entry, count, tile_groups, parts, fields)
+        launch.collect(total, grad_u[images])
         if grad_coeffs is not None:
             grad_coeffs[images] = _add_up(total_coeffs)
         if weight is not None and grad_weight is not None:
@@ -98,16 +98,16 @@ def backward(
         grad_u,
         grad_coeffs,
         grad_weight,
-        None if call.delta is None else sizes.cut(grad_delta),
-        sizes.cut(grad_dt_weight.sum(0)).mT.contiguous(),
-        sizes.cut(grad_dt_bias.sum(0)),
-        sizes.cut(grad_A.sum(0)).mT.contiguous(),
-        sizes.cut(grad_D.sum(0)),
-        sizes.cut(grad_initial).mT.contiguous(),
+        None if call.delta is None else launch.cut(grad_delta),
+        launch.cut(grad_dt_weight.sum(0)).mT.contiguous(),
+        launch.cut(grad_dt_bias.sum(0)),
+        launch.cut(grad_A.sum(0)).mT.contiguous(),
+        launch.cut(grad_D.sum(0)),
+        launch.cut(grad_initial).mT.contiguous(),
     )
 
 
-class _Sizes:
+class _Launch:
     """The sizes of one call, and the layout of its tensors for the kernels."""
 
     def __init__(self, call: ScanCall) -> None:
@@ -171,14 +171,13 @@ class _Sizes:
             return x
         return x.unflatten(-1, (self.groups, -1))[..., : self.channels // self.groups].flatten(-2).contiguous()
 
-
-def _run(entry: Entry, sizes: _Sizes, batch: int, tile_groups: int, parts: int, fields: _Fields) -> None:
-    """Let a kernel do the tasks of a block of images."""
-    fields |= {"TILE_GROUPS": tile_groups, "PARTS": parts, "BATCH": batch, "CHANNELS": sizes.padded}
-    fields |= {"STATES": sizes.states, "RANK": sizes.rank, "DIRECTIONS": sizes.directions, "GROUPS": sizes.groups}
-    scratch = block.scratch_elements(-(-sizes.tiles // tile_groups), sizes.states, sizes.rank)
-    kernel = c_function(entry, sizes.dtype, _KERNELS)
-    run_kernel(kernel, block, fields, batch * tile_groups * parts, scratch, sizes.dtype)
+    def run(self, entry: Entry, batch: int, tile_groups: int, parts: int, fields: _Fields) -> None:
+        """Let a kernel do the tasks of a block of images."""
+        fields |= {"TILE_GROUPS": tile_groups, "PARTS": parts, "BATCH": batch, "CHANNELS": self.padded}
+        fields |= {"STATES": self.states, "RANK": self.rank, "DIRECTIONS": self.directions, "GROUPS": self.groups}
+        scratch = block.scratch_elements(-(-self.tiles // tile_groups), self.states, self.rank)
+        kernel = c_function(entry, self.dtype, _KERNELS)
+        run_kernel(kernel, block, fields, batch * tile_groups * parts, scratch, self.dtype)
 
 
 def _padded(channels: int) -> int:

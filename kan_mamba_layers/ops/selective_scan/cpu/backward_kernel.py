@@ -23,14 +23,14 @@ from kan_mamba_layers.ops.simd.vector import (
 )
 
 
-def entry(sources: int) -> Callable[..., None]:
+def entry(number: int) -> Callable[..., None]:
     """The function to compile, which closes over a number that stands for the source.
 
     Numba's cache sees the values that a function closes over and its own file, but no file that it imports.
     """
 
     def run(call):
-        if sources >= 0:
+        if number >= 0:
             backward(call)
 
     return run

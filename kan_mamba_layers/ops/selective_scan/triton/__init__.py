@@ -46,14 +46,16 @@ FORWARD = Rule(values=1024, enough=4, wanted=8, pair_steps=64)
 BACKWARD = Rule(values=512, enough=4, wanted=16, pair_steps=32)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """Sizes of a call, by the letters of its shapes."""
+
     b: int
     l: int
     d: int
     k: int
     g: int
     n: int
-    r: int
+    r: int = 0
 
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
@@ -61,18 +63,7 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
     return b, k, _blocks(l, TILE), n, d
 
 
-def choose_plan(
-    b: int,
-    l: int,
-    d: int,
-    k: int,
-    g: int,
-    n: int,
-    multiprocessors: int,
-    *,
-    back: bool = False,
-    rule: Rule | None = None,
-) -> Plan:
+def choose_plan(s: Sizes, multiprocessors: int, *, back: bool = False, rule: Rule | None = None) -> Plan:
     """Give every multiprocessor work.
 
     Four programs per multiprocessor, one for each of its schedulers, are enough to leave the sequences whole, since
@@ -82,16 +73,16 @@ def choose_plan(
     rule = rule or (BACKWARD if back else FORWARD)
     full = rule.enough * multiprocessors
     narrowest = 16 if back else 32
-    widest = max(narrowest, min(128, rule.values // _power_of_two(n)))
-    block = min(widest, max(narrowest, _power_of_two(d // g)))
-    programs = b * k * g * _blocks(d // g, block)
+    widest = max(narrowest, min(128, rule.values // _power_of_two(s.n)))
+    block = min(widest, max(narrowest, _power_of_two(s.d // s.g)))
+    programs = s.b * s.k * s.g * _blocks(s.d // s.g, block)
 
     def chunk(programs: int) -> int:
         count = 1 if programs >= full else _blocks(rule.wanted * multiprocessors, programs)
-        return min(_blocks(l, TILE), max(2, _blocks(l, count * TILE))) * TILE
+        return min(_blocks(s.l, TILE), max(2, _blocks(s.l, count * TILE))) * TILE
 
     half = programs // 2
-    pair = k == 4 and not back and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
+    pair = s.k == 4 and not back and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
     return Plan(block, chunk(half if pair else programs), pair)
 
 
@@ -106,7 +97,7 @@ def forward(
     saved = _empty(u, *(saved_shape(*s[:-1]) if save else (0,)))
     if u.numel() == 0:
         return y, last.mT.contiguous(), saved.flatten()
-    plan = plan or choose_plan(*s[:-1], _multiprocessors(u))
+    plan = plan or choose_plan(s, _multiprocessors(u))
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
@@ -139,7 +130,7 @@ def backward(
     grad_y, grad_last = contiguous(grads)
     if u.numel() == 0:
         return [torch.zeros_like(x) if isinstance(x, Tensor) else None for x in call[: len(wanted)]]
-    plan = plan or choose_plan(*s[:-1], _multiprocessors(u), back=True)
+    plan = plan or choose_plan(s, _multiprocessors(u), back=True)
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
@@ -192,7 +183,7 @@ def backward(
 class _Launch:
     """What all kernels of one call have in common."""
 
-    def __init__(self, call: ScanCall, s: _Sizes, plan: Plan) -> None:
+    def __init__(self, call: ScanCall, s: Sizes, plan: Plan) -> None:
         rank, delta = s.r if call.delta is None else 0, call.delta
         coeffs = _coeffs(call)
         if rank > _MAX_RANK:
@@ -292,11 +283,11 @@ def _coeffs(call: ScanCall) -> Tensor:
     return call.coeffs
 
 
-def _sizes(call: ScanCall) -> _Sizes:
+def _sizes(call: ScanCall) -> Sizes:
     b, l, d = call.u.shape
     k, _, n = call.A.shape
     _, _, groups, row = _coeffs(call).shape
     # `resolve` has checked it, but an exported program may be run on larger images than it was checked for.
     if reason := against_addresses("u", l, d, max(k * d, groups * row)):
         raise ValueError(f"backend='triton' cannot run this scan: {reason}; use smaller images or backend='chunked'")
-    return _Sizes(b, l, d, k, groups // k, n, row - 2 * n)
+    return Sizes(b, l, d, k, groups // k, n, row - 2 * n)
