@@ -119,7 +119,8 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             saved = output[op.results :] if op.saved else ()
-            ctx.mark_non_differentiable(*saved)
+            if saved:
+                ctx.mark_non_differentiable(*saved)
             ctx.save_for_backward(*(inputs[i] for i in tensors), *saved)
             ctx.numbers = [None if i in tensors else value for i, value in enumerate(inputs[:width])]
             ctx.backend = inputs[-1]

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import assert_budget, assert_close, gradients, says, strided
 from kan_mamba_layers import kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
-from kan_mamba_layers.ops.kan_linear.call import Wanted, load
+from kan_mamba_layers.ops.kan_linear.call import Wanted
+from kan_mamba_layers.ops.kan_linear.fused import load
 from ops.kan_calls import FUSED, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")

@@ -11,7 +11,8 @@ from kan_mamba_layers.ops.autocast import autocast_is_on
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.bspline import EXTRAPOLATIONS, Extrapolation, check_features
 from kan_mamba_layers.ops.kan_linear import reference
-from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, fused_kan_linear, is_silu
+from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
+from kan_mamba_layers.ops.kan_linear.fused import fused_kan_linear
 
 __all__ = ["kan_linear"]
 

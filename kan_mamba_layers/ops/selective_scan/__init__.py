@@ -20,8 +20,9 @@ from kan_mamba_layers._check import check_shape
 from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.selective_scan import chunked, reference
-from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall, fused_scan
+from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
+from kan_mamba_layers.ops.selective_scan.fused import fused_scan
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
