@@ -105,7 +105,7 @@ class TestRehearsal:
     def test_a_wrong_kernel_is_caught_and_its_inputs_are_saved(self, tmp_path: Path) -> None:
         package = tmp_path / "kan_mamba_layers"
         shutil.copytree(ROOT / "kan_mamba_layers", package, ignore=shutil.ignore_patterns("__pycache__"))
-        kernel = package / "ops" / "selective_scan" / "_triton_forward.py"
+        kernel = package / "ops" / "selective_scan" / "triton" / "forward_kernel.py"
         right, wrong = "* h + (dt * xt.to(tl.float32))", "* h - (dt * xt.to(tl.float32))"
         assert kernel.read_text().count(right) == 1
         kernel.write_text(kernel.read_text().replace(right, wrong))

@@ -74,7 +74,8 @@ class TestFlags:
             settings = self.parse(case, setting)
             experiment = yaml.safe_load((ROOT / "examples" / "configs" / f"{case.task}.yaml").read_text())
             assert all(settings[name] == value for name, value in experiment["train"].items() if name != "epochs")
-            assert case.model_args == experiment["per_model"].get(case.model, {}).get("model_args", case.model_args)
+            of_model = experiment.get("per_model", {}).get(case.model, {})
+            assert case.model_args == of_model.get("model_args", case.model_args)
 
     def test_a_rehearsal_needs_neither_data_nor_a_gpu(self, setting):
         rehearsal = replace(setting, device="cpu", data=None)
