@@ -40,7 +40,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "L1 hits, %": (("l1tex__t_sector_hit_rate",), ("l1tex", "hit_rate")),
     "L2 hits, %": (("lts__t_sector_hit_rate",), ("lts", "hit_rate")),
     "occupancy, %": (("warps_active", "pct"),),
-    "registers a thread": (("registers_per_thread",),),
+    "registers a thread": (("launch__registers_per_thread",), ("registers_per_thread",)),
 }
 
 

@@ -86,7 +86,7 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
         chosen = backend
         if reason := _reason_against(op, backend, x, arguments):
             raise ValueError(f"backend={backend!r} cannot run this call of {op}: {reason}; use backend='auto'")
-    # Without features or outputs there is nothing to compute, and the engines do not expect that.
+    # Without features or outputs there is nothing to compute, and the fused backends do not expect that.
     spline_weight = arguments.get("spline_weight")
     return "reference" if spline_weight is not None and 0 in spline_weight.shape else chosen
 
@@ -109,7 +109,7 @@ def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
 
 def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
     """The backend that ``"auto"`` takes."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused engine
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
         return _PLAIN[op]
     fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
     fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))

@@ -334,6 +334,13 @@ class TestTools:
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         with pytest.raises(Wrong, match="2 faults"):
             sanitizer.checked("memcheck", "scan", Setting(out=tmp_path, device="cpu"))
+        race = SHARED_WRITES[SHARED_WRITES.rindex("========= Error") :]  # the one that is none of these
+        only_shared = SHARED_WRITES.replace(
+            race, "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+        )
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{only_shared}END\nexit {sanitizer.FOUND}\n")
+        found = sanitizer.checked("racecheck", "scan", Setting(out=tmp_path, device="cpu"))
+        assert found == {"faults": 0, "shared_writes": 2}
         program.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\n")
         assert sanitizer.checked("memcheck", "scan", Setting(out=tmp_path, device="cpu"))["faults"] == 0
         program.write_text("#!/bin/sh\necho broken\nexit 1\n")

@@ -357,7 +357,7 @@ class TestCost:
             "u, A, B = torch.rand(1, 2, 5), -torch.rand(2, 3), torch.rand(1, 3, 5)\n"
             "with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:\n"
             "    selective_scan(u, u, A, B, B, backend='cpu')\n"
-            "print(counter.get_total_flops(), sum('_flops' in type(f).__module__ for f in sys.meta_path))\n"
+            "print(counter.get_total_flops(), sum('kan_mamba_layers' in type(f).__module__ for f in sys.meta_path))\n"
         )
         assert printed == f"{9 * 2 * 5 * 3} 0", "the count, and no finder left behind"
 

@@ -7,7 +7,7 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
 
 with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it in plain PyTorch, for ``k`` groups of
 ``d`` channels that share ``B`` and ``C``: mamba's groups in ``selective_scan``, the four directions in
-``cross_selective_scan``. The engines ``cpu`` and ``triton`` fuse more; their form is :func:`library.fused_scan`.
+``cross_selective_scan``. The backends ``cpu`` and ``triton`` fuse more; their form is :class:`.call.ScanCall`.
 """
 
 from collections.abc import Callable

@@ -88,12 +88,9 @@ def backward(
         if grad_coeffs is not None:
             grad_coeffs[images] = _add_up(total_coeffs)
         if weight is not None and grad_weight is not None:
-            rows, columns = (
-                _add_up(total_coeffs).flatten(0, 1).flatten(1),
-                u[images].flatten(0, 1),
-            )  # b*l k*(r+2n), b*l d
+            rows = _add_up(total_coeffs).flatten(0, 1).flatten(1)  # b*l k*(r+2n)
             grad_u[images] += _product(rows, weight.flatten(0, 1).T).view(count, l, -1)
-            grad_weight += (rows.T @ columns).view_as(weight)
+            grad_weight += (rows.T @ u[images].flatten(0, 1)).view_as(weight)
     return (
         grad_u,
         grad_coeffs,

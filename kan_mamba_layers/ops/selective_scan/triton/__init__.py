@@ -135,12 +135,7 @@ def backward(
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
-        ready = (
-            launch.coeffs,
-            steps,
-            call.dt_weight,
-            torch.zeros_like(call.dt_bias),
-        )  # instead of what makes the steps
+        ready = (launch.coeffs, steps, call.dt_weight, torch.zeros_like(call.dt_bias))  # steps, not what makes them
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         parts = _empty(u, s.k, s.b, s.l, s.d)
