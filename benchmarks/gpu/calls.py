@@ -25,8 +25,8 @@ def scan_inputs(
     inputs = {
         "u": normal(b, h * w, d).to(dtype),
         "coeffs": normal(b, h * w, 4, r + 2 * n),
-        "dt_weight": normal(4, d, r) * r**-0.5,
-        "dt_bias": normal(4, d) - 1,
+        "dt_proj_weight": normal(4, d, r) * r**-0.5,
+        "dt_proj_bias": normal(4, d) - 1,
         "A": -4 * torch.rand(4, d, n, generator=draw),
         "D": normal(d),
     }

@@ -210,7 +210,7 @@ def scan_image_offsets(setting: Setting) -> dict[str, Any]:
     plan = launchers.scan.Plan(32, 4096 if not setting.rehearsal else 16)
     whole = scan_inputs(1, height, width, d, 1, 1, setting.device, torch.bfloat16)
     part = {name: x if name == "coeffs" else x[..., -32:].contiguous() for name, x in whole.items()}
-    part |= {name: whole[name][:, -32:].contiguous() for name in ("dt_weight", "A")}
+    part |= {name: whole[name][:, -32:].contiguous() for name in ("dt_proj_weight", "A")}
     grad_y = torch.randn(whole["u"].shape, generator=torch.Generator().manual_seed(1)).to(whole["u"])
     runs: list[Results] = []
     for x, grad in ((whole, grad_y), (part, grad_y[..., -32:].contiguous())):

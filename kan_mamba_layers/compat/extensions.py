@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers.compat.functions import scan
+from kan_mamba_layers.ops.precision import compute_dtype
 
 
 @torch.no_grad()
@@ -132,4 +133,4 @@ def _pack(state: Tensor) -> Tensor:  # b d n -> b d 1 2n
 
 
 def _widen(u: Tensor) -> Tensor:
-    return u.to(torch.promote_types(u.dtype, torch.float32))
+    return u.to(compute_dtype(u))

@@ -18,15 +18,15 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
     "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
     "kan_linear": ("triton", "cpu", "chunked", "reference"),
 }
-# The one of PyTorch's own operators, for export.
+# Pure-PyTorch backends, for export to ONNX.
 _PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
-# The tensors of each op beside its first argument.
+# Tensors of each op besides its first argument.
 _TENSORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
     "cross_selective_scan": ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"),
     "kan_linear": ("base_weight", "spline_weight", "spline_scaler", "grid", "bias"),
 }
-# Why a backend cannot run a call, by the arguments beside dtype and device.
+# Why a backend cannot run a call, judged by its arguments except for dtype and device.
 _LIMITS: dict[str, Callable[..., str]] = {
     "selective_scan": limits.against_selective_scan,
     "cross_selective_scan": limits.against_cross_selective_scan,
@@ -102,7 +102,7 @@ def check_backend(op: str, backend: str) -> None:
 def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
     for name, value in arguments.items():
         if name not in _TENSORS[op]:
-            raise TypeError(f"{op} has no tensor argument {name!r} beside its first; it has {', '.join(_TENSORS[op])}")
+            raise TypeError(f"{op} has no tensor argument {name!r} besides its first; it has {', '.join(_TENSORS[op])}")
         if value is not None:
             check_tensor(name, value)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_int, check_shape, check_tensor
+from kan_mamba_layers.ops.precision import compute_dtype
 
 Extrapolation = Literal["zero", "clamp", "linear"]
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
@@ -63,7 +64,7 @@ def bspline_basis(
     check_choice("extrapolation", extrapolation, EXTRAPOLATIONS)
     check_tensor("x", x)
     check_features("x", x, _check_grid(grid, spline_order))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(compute_dtype(x))
     return basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the fused ops cost, for PyTorch's FLOP counter, which is not imported for it: that would bring Triton along."""
+"""FLOP formulas of the fused ops for PyTorch's counter, which is not imported here, since it imports Triton."""
 
 import sys
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def register_formula(operator: Any, formula: Callable[..., int]) -> None:
 
 
 def count_flops() -> None:
-    """Tell the counter our formulas, if it is imported; those at work have a copy of all formulas, and get them too."""
+    """Register our formulas with the counter, if imported, and with active counters, which copied the registry."""
     counter = sys.modules.get(_COUNTER)
     if counter is None:
         return

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.flops import count_flops, register_formula
+from kan_mamba_layers.ops.precision import autocast_off
 
 Call = Any  # a NamedTuple of tensors, some of them optional, and numbers
 Tensors = Sequence[Tensor]

@@ -19,8 +19,8 @@ from kan_mamba_layers.layers.kan.edges import (
 )
 from kan_mamba_layers.layers.kan.grid import fit_knots, inner_knots, is_uniform, refine_knots, transfer, uniform_knots
 from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_points
-from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
+from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ class SplineLayer(nn.Module):
         self.spline_weight = parameter(*edges, grid_size + spline_order)
         self.spline_scaler = parameter(*edges) if enable_standalone_scale_spline else None
         self.bias = parameter(edges[0]) if bias else None
-        exact = torch.promote_types(self.base_weight.dtype, torch.float32)
+        exact = compute_dtype(self.base_weight)
         knots = grid_size + 2 * spline_order + 1
         self.register_buffer("grid", torch.empty(features, knots, device=device, dtype=exact))
         self.reset_parameters()
@@ -349,7 +349,7 @@ class SplineLayer(nn.Module):
 
     def _terms(self, x: Tensor, grid: Tensor) -> Tensor:  # ... i -> ... i 1+g+s
         """The terms of every edge function: the activation and the bases, in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too coarse for the bases
+        wide = x.to(compute_dtype(x))  # half precision is too coarse for the bases
         return torch.cat([self.base_activation(wide)[..., None], self._bases(wide, grid)], -1)
 
     def _factors(self) -> Tensor:  # o i ... 1+g+s

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_divisible, check_int, check_tensor
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
-from kan_mamba_layers.ops.autocast import autocast_is_on
 from kan_mamba_layers.ops.bspline import Extrapolation
+from kan_mamba_layers.ops.precision import autocast_is_on
 
 
 class KANConv2d(SplineLayer):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_shape, check_tensor
-from kan_mamba_layers.ops.autocast import autocast_is_on
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.bspline import EXTRAPOLATIONS, Extrapolation, check_features
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
 from kan_mamba_layers.ops.kan_linear.fused import fused_kan_linear
+from kan_mamba_layers.ops.precision import autocast_is_on, compute_dtype
 
 __all__ = ["kan_linear"]
 
@@ -98,7 +98,7 @@ def kan_linear(
         return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
     casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = compute_dtype(x)
     rows = x.reshape(-1, in_features)  # rows i
     call = KANCall(
         x=rows,

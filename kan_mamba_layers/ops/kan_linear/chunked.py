@@ -1,7 +1,7 @@
-"""The KAN linear map a few rows at a time, in PyTorch's operators: what is made from a row's bases stays in the cache.
+"""The KAN linear map a few rows at a time, in PyTorch's operators, so that the bases stay in the cache.
 
-The left operand of the product, ``1 + g + s`` columns for every feature, exists for one tile of rows only. Slots come
-first and features last in it, so every operation runs along memory.
+The left operand of the product, ``1 + g + s`` columns per feature, exists for one tile of rows only. Its slots (slot 0
+for the activation, slot 1 + j for basis j) come first and its features last, so every operation runs along memory.
 """
 
 import math
@@ -70,26 +70,26 @@ def _tiles(call: KANCall, weight: Tensor, slopes: bool) -> Iterator[tuple[slice,
     """
     x, activated, (rows, i) = call.x, call.activated, call.x.shape
     slots = weight.shape[0] // i
-    splines = (_UniformSplines if call.uniform else _NonuniformSplines)(call)
+    splines = _Splines(call)
     tile = max(16, _TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "other"] // len(weight))
     if x.device.type == "cpu":
         tile *= torch.get_num_threads()
     features = x.new_empty(min(tile, rows), slots, i, dtype=splines.dtype)
     derivatives = torch.empty_like(features) if slopes else x.new_empty(0, slots, i)
     for first in range(0, rows, tile):
-        part = slice(first, min(first + tile, rows))
-        count = part.stop - first
-        wide = x[part].to(splines.dtype)
+        count = min(tile, rows - first)
+        some = slice(first, first + count)
+        wide = x[some].to(splines.dtype)
         into, slope = features[:count], derivatives[:count]
         splines.write(wide, into[:, 1:], slope[:, 1:])
         gate = torch.sigmoid(wide)
         if activated is None:
             torch.mul(wide, gate, out=into[:, 0])
         else:
-            into[:, 0] = activated[part]
+            into[:, 0] = activated[some]
         if slopes:
             slope[:, 0] = gate * (1 + wide * (1 - gate)) if activated is None else 0
-        yield part, into.flatten(1).to(weight.dtype), slope
+        yield some, into.flatten(1).to(weight.dtype), slope
 
 
 class _Splines:
@@ -103,6 +103,15 @@ class _Splines:
         self.extrapolation = call.extrapolation
         if call.extrapolation == "linear":
             self.ends = end_slopes(call.grid, self.degree).mT.contiguous()  # 2 g+s i
+        if call.uniform:
+            self.evaluate = self._closed_form
+            self.per_unit = (len(self.knots) - 1) / (self.knots[-1] - self.knots[0])  # i
+            bases = torch.arange(len(self.knots) - 1 - self.degree, dtype=self.dtype, device=self.knots.device)
+            self.centres = (bases + (self.degree + 1) / 2)[:, None]  # g+s 1
+        else:
+            self.evaluate = self._cox_de_boor
+            widths = (self.knots[p:] - self.knots[:-p] for p in range(1, self.degree + 1))
+            self.per_width = [reciprocal(width) for width in widths]  # m-p i
 
     def write(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:  # rows i, rows g+s i, rows g+s i or empty
         """Write bases and, unless it is empty, their derivatives."""
@@ -114,36 +123,22 @@ class _Splines:
         if self.extrapolation == "clamp":
             slopes.masked_fill_((outside[0] | outside[1])[: len(slopes)], 0)
             return
-        for end, place, beyond in zip((self.low, self.high), self.ends, outside, strict=True):
-            into.addcmul_((x - end)[:, None] * beyond, place)
+        for end, slope, beyond in zip((self.low, self.high), self.ends, outside, strict=True):
+            into.addcmul_((x - end)[:, None] * beyond, slope)
             if len(slopes):
-                slopes.copy_(torch.where(beyond, place, slopes))
+                slopes.copy_(torch.where(beyond, slope, slopes))
 
-    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
-        raise NotImplementedError
-
-
-class _UniformSplines(_Splines):
-    """Equally spaced knots: a sum of truncated powers about each centre; see ``bspline.closed_form``."""
-
-    def __init__(self, call: KANCall) -> None:
-        super().__init__(call)
-        s, bases, grid = self.degree, call.spline_weight.shape[2], call.grid
-        self.per_unit = (len(self.knots) - 1) / (self.knots[-1] - self.knots[0])  # i
-        self.centres = (torch.arange(bases, dtype=grid.dtype, device=grid.device) + (s + 1) / 2)[:, None]  # g+s 1
-        terms = range(math.ceil((s + 1) / 2))
-        self.reaches = [(s + 1) / 2 - j for j in terms]
-        self.weights = [(-1) ** j * math.comb(s + 1, j) / math.factorial(s) for j in terms]
-
-    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+    def _closed_form(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+        """For equally spaced knots a sum of truncated powers about each centre; see ``bspline.closed_form``."""
         s = self.degree
         position = (x - self.knots[0]) * self.per_unit  # rows i
         signed = position[:, None] - self.centres  # rows g+s i
         distance = signed.abs()
         into.zero_()
         slopes.zero_()
-        for reach, weight in zip(self.reaches, self.weights, strict=True):
-            near = (reach - distance).clamp_min_(0)
+        for j in range(math.ceil((s + 1) / 2)):
+            weight = (-1) ** j * math.comb(s + 1, j) / math.factorial(s)
+            near = ((s + 1) / 2 - j - distance).clamp_min_(0)
             power = near.square() if s == 3 else near ** (s - 1) if s > 1 else (near > 0).to(near.dtype)
             if len(slopes):
                 slopes.add_(power, alpha=-s * weight)
@@ -151,15 +146,8 @@ class _UniformSplines(_Splines):
         if len(slopes):
             slopes.mul_(signed.sign_()).mul_(self.per_unit)
 
-
-class _NonuniformSplines(_Splines):
-    """Any knots: the Cox-de Boor recursion, with the reciprocals of all widths made beforehand."""
-
-    def __init__(self, call: KANCall) -> None:
-        super().__init__(call)
-        self.per_width = [reciprocal(self.knots[p:] - self.knots[:-p]) for p in range(1, self.degree + 1)]  # m-p i
-
-    def evaluate(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+    def _cox_de_boor(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
+        """For any knots the recursion, with the reciprocals of all widths made beforehand."""
         x = x[:, None]  # rows 1 i
         cells = (x >= self.knots[:-1]) & (x < self.knots[1:])  # rows m-1 i
         if self.extrapolation != "zero":  # the end of the interval belongs to its last cell

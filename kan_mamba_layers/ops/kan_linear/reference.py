@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.bspline import basis
 from kan_mamba_layers.ops.kan_linear.call import activate
+from kan_mamba_layers.ops.precision import compute_dtype
 
 
 def kan_linear(
@@ -22,7 +23,7 @@ def kan_linear(
 ) -> Tensor:  # ... o
     """``y_o = sum_i base_oi act(x_i) + sum_ij spline_oij B_j(x_i) + bias_o`` as one product."""
     spline_order = grid.shape[-1] - 1 - spline_weight.shape[-1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too coarse for the bases
+    wide = x.to(compute_dtype(x))  # half precision is too coarse for the bases
     bases = basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation)  # ... i g+s
     features = torch.cat([activate(wide, base_activation)[..., None], bases], -1).to(x.dtype)  # ... i 1+g+s
     weight = torch.cat([base_weight[..., None], spline_weight], -1)  # o i 1+g+s

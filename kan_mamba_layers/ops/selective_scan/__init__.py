@@ -6,8 +6,8 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
 
 with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it in plain PyTorch, for ``k`` groups of
-``d`` channels that share ``B`` and ``C``: mamba's groups in ``selective_scan``, the four directions in
-``cross_selective_scan``. The backends ``cpu`` and ``triton`` fuse more; their form is :class:`.call.ScanCall`.
+``d`` channels that share ``B`` and ``C``: Mamba's groups in ``selective_scan``, the four directions in
+``cross_selective_scan``. The backends ``cpu`` and ``triton`` fuse more: they take a :class:`.call.ScanCall`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
-from kan_mamba_layers.ops.autocast import autocast_off
 from kan_mamba_layers.ops.backend import Backend, resolve
+from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
@@ -58,9 +58,9 @@ def selective_scan(
         u: input, shape ``(b, d, l)``, ``l >= 1``.
         delta: step sizes, shape ``(b, d, l)``; positive after bias and softplus for a decaying state.
         A: real transition, shape ``(d, n)``; negative for a decaying state.
-        B: input map, shape ``(d, n)`` if constant in time, ``(b, n, l)``, or ``(b, g, n, l)`` with ``g`` dividing
-            ``d``: channels ``[i d/g, (i+1) d/g)`` use group ``i``.
-        C: output map, shapes as for ``B``.
+        B: input projection, shape ``(d, n)`` if constant in time, ``(b, n, l)``, or ``(b, g, n, l)`` where ``g``
+            divides ``d``: channels ``[i d/g, (i+1) d/g)`` use group ``i``.
+        C: output projection, shapes as for ``B``.
         D: skip connection, shape ``(d,)``.
         z: gate, shape ``(b, d, l)``.
         delta_bias: added to ``delta``, shape ``(d,)``.
@@ -68,7 +68,8 @@ def selective_scan(
         return_last_state: whether ``h`` after the last step is returned too.
         initial_state: ``h`` before the first step, shape ``(b, d, n)``; zero if not given.
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`. If ``B`` or
-            ``C`` is constant in time, ``"auto"`` takes ``"chunked"``: fused, every channel would be a group.
+            ``C`` is constant in time, ``"auto"`` takes ``"chunked"``: a fused backend would treat every channel as a
+            group.
 
     Returns:
         ``y`` of shape ``(b, d, l)`` in ``u``'s dtype, or ``(y, h)`` with ``h`` of shape ``(b, d, n)`` in the compute
@@ -76,7 +77,7 @@ def selective_scan(
 
     Raises:
         TypeError: an argument is not a real floating-point tensor (complex ``A`` is not supported).
-        ValueError: a shape does not fit, or the backend cannot serve the call.
+        ValueError: a shape does not fit, or the backend cannot run the call.
 
     Numerics:
         Everything is computed in float32 (float64 if ``u`` is float64), also for half precision and under autocast.
@@ -97,9 +98,9 @@ def selective_scan(
     if z is not None:
         check_shape("z", z, tuple(u.shape), "b, d, l")
     chosen = resolve("selective_scan", backend, u, A=A, B=B, C=C)
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = compute_dtype(u)
     with autocast_off(u):
-        # A gate multiplies y before its one rounding, so a fused backend must not round y to half precision.
+        # With a gate, y is rounded once, after it: a fused backend must not round y to half precision before.
         line = given.prepared(rounds=z is None)
         y, state = _scan_fused(line, chosen) if chosen in _FUSED else _scan_plain(line, _SCANS[chosen])
         if z is not None:
@@ -128,8 +129,8 @@ def _scan_fused(line: Line, backend: str) -> tuple[Tensor, Tensor]:  # b d l, b 
         coeffs=torch.cat([line.B, line.C], -1).transpose(1, 2),  # b l g 2n
         x_proj_weight=None,
         delta=line.delta.mT[:, :, None],  # b l 1 d
-        dt_weight=A.new_empty(1, channels, 0),
-        dt_bias=A.new_zeros(1, channels) if bias is None else bias[None],
+        dt_proj_weight=A.new_empty(1, channels, 0),
+        dt_proj_bias=A.new_zeros(1, channels) if bias is None else bias[None],
         A=A[None],
         D=A.new_zeros(channels) if line.D is None else line.D,
         initial_state=None if state is None else state[:, None],
@@ -143,7 +144,7 @@ def _scan_fused(line: Line, backend: str) -> tuple[Tensor, Tensor]:  # b d l, b 
 
 def _for_fused(x: Tensor, backend: str) -> Tensor:
     """The Triton kernels read half precision themselves."""
-    return x if backend == "triton" else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if backend == "triton" else x.to(compute_dtype(x))
 
 
 def cross_selective_scan(
@@ -167,7 +168,7 @@ def cross_selective_scan(
         h_t &= \exp(\delta_t A^k)\, h_{t-1} + \delta_t B_t x_t, \qquad y_t = C_t^\top h_t + D^k x_t .
 
     Args:
-        x: channels-last map, shape ``(b, h, w, d)``, ``h, w >= 1``.
+        x: channels-last image, shape ``(b, h, w, d)``, ``h, w >= 1``.
         x_proj_weight: ``W_x``, shape ``(4, r + 2n, d)``; rows are ``delta`` (r), ``B`` (n), ``C`` (n).
         dt_proj_weight: ``W_delta``, shape ``(4, d, r)``.
         dt_proj_bias: ``b_delta``, shape ``(4, d)``.
@@ -176,11 +177,11 @@ def cross_selective_scan(
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
 
     Returns:
-        A map of shape ``(b, h, w, d)`` in ``x``'s dtype.
+        An image of shape ``(b, h, w, d)`` in ``x``'s dtype.
 
     Raises:
         TypeError: an argument is not a real floating-point tensor.
-        ValueError: a shape does not fit, or the backend cannot serve the call.
+        ValueError: a shape does not fit, or the backend cannot run the call.
 
     Numerics:
         Everything is computed in float32 (float64 if ``x`` is float64), also for half precision and under autocast.
@@ -198,54 +199,50 @@ def cross_selective_scan(
     """
     _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     chosen = resolve("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, (height, width) = compute_dtype(x), x.shape[1:3]
     with autocast_off(x):
-        inputs = (x, *(w.to(dtype) for w in (x_proj_weight, dt_proj_weight, dt_proj_bias)))
-        A = -torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1))  # k d n
-        skip = D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)  # d
-        run: Callable[..., Tensor] = _cross_scan_fused if chosen in _FUSED else _cross_scan_plain
-        return run(chosen, *inputs, A, skip).to(x.dtype)
+        call = ScanCall(
+            u=x.flatten(1, 2),  # b l d
+            coeffs=None,
+            x_proj_weight=x_proj_weight.to(dtype),
+            delta=None,
+            dt_proj_weight=dt_proj_weight.to(dtype),
+            dt_proj_bias=dt_proj_bias.to(dtype),
+            A=-torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1)),  # k d n
+            D=D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0),  # d
+            initial_state=None,
+            height=height,
+            width=width,
+            softplus=True,
+        )
+        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _SCANS[chosen])
+        return y.to(x.dtype)
 
 
-def _cross_scan_plain(
-    backend: str, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
-) -> Tensor:
-    rank, states = dt_weight.shape[2], A.shape[2]
-    u = x.to(A.dtype)
-    # The projection is pointwise in the pixel: one product in image order serves all directions.
-    projected = F.linear(u, x_proj_weight.flatten(0, 1))  # b h w k*(r+2n)
-    projected = flatten_directions(projected.unflatten(-1, (NUM_DIRECTIONS, -1)))  # b k l r+2n
+def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b h w d
+    rank, states = call.dt_proj_weight.shape[2], call.A.shape[2]
+    u = call.u.to(call.A.dtype).unflatten(1, (call.height, call.width))  # b h w d
+    projected = flatten_directions(_coefficients(u, call))  # b k l r+2n
     low, B, C = projected.split([rank, states, states], -1)
-    delta = F.softplus(low @ dt_weight.mT + dt_bias[:, None])  # b k l d
+    delta = F.softplus(low @ call.dt_proj_weight.mT + call.dt_proj_bias[:, None])  # b k l d
     sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
-    y, _ = _SCANS[backend](sequences, delta, A, B, C, None)  # b k l d
-    return sum_directions(y, *x.shape[1:3]) + skip * u
+    y, _ = scan(sequences, delta, call.A, B, C, None)  # b k l d
+    return sum_directions(y, call.height, call.width) + call.D * u
 
 
-def _cross_scan_fused(
-    backend: str, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
-) -> Tensor:
-    _, height, width, _ = x.shape
-    u = _for_fused(x, backend).flatten(1, 2)  # b l d
-    coeffs = None
+def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b h w d
+    call = call._replace(u=_for_fused(call.u, backend))
     if backend == "triton":
-        coeffs = F.linear(u.to(A.dtype), x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))  # b l k r+2n
-    call = ScanCall(
-        u=u,
-        coeffs=coeffs,
-        x_proj_weight=x_proj_weight if coeffs is None else None,
-        delta=None,
-        dt_weight=dt_weight,
-        dt_bias=dt_bias,
-        A=A,
-        D=skip,
-        initial_state=None,
-        height=height,
-        width=width,
-        softplus=True,
-    )
+        coeffs = _coefficients(call.u.to(call.A.dtype), call)  # b l k r+2n
+        call = call._replace(coeffs=coeffs, x_proj_weight=None)
     y, _ = fused_scan(call, backend)
-    return y.unflatten(1, (height, width))
+    return y.unflatten(1, (call.height, call.width))
+
+
+def _coefficients(u: Tensor, call: ScanCall) -> Tensor:  # ... d -> ... k r+2n
+    """The low-rank step, B and C of all directions: the projection is pointwise, so one product serves them all."""
+    assert call.x_proj_weight is not None
+    return F.linear(u, call.x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
 
 
 def _check_cross_selective_scan(

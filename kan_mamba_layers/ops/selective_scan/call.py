@@ -4,13 +4,18 @@ The fused form serves both public ops: ``k`` directions over the same positions,
 coefficients. Direction 0 reads the positions row by row, 1 column by column, 2 and 3 are these two reversed.
 """
 
+import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape, check_tensor
 from kan_mamba_layers.ops.limits import count_groups
+from kan_mamba_layers.ops.precision import compute_dtype
+
+# The fused backends compute e^x as 2^(x LOG2E).
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
 
 
 class Line(NamedTuple):
@@ -58,7 +63,7 @@ class Line(NamedTuple):
         """The same with ``B`` and ``C`` by groups, in the compute dtype; ``u`` stays as it is if y is to be rounded."""
         batch, channels, length = self.u.shape
         groups = count_groups(self.B, self.C, channels)
-        dtype = torch.promote_types(self.u.dtype, torch.float32)
+        dtype = compute_dtype(self.u)
 
         def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
             if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
@@ -79,8 +84,8 @@ class ScanCall(NamedTuple):
     coeffs: Tensor | None  # b l k*g r+2n: the low-rank step, B and C of every direction and group
     x_proj_weight: Tensor | None  # k r+2n d: makes the coefficients where they are not given, in backend "cpu"
     delta: Tensor | None  # b l k d: given where r = 0
-    dt_weight: Tensor  # k d r
-    dt_bias: Tensor  # k d
+    dt_proj_weight: Tensor  # k d r
+    dt_proj_bias: Tensor  # k d
     A: Tensor  # k d n
     D: Tensor  # d
     initial_state: Tensor | None  # b k d n
@@ -92,3 +97,8 @@ class ScanCall(NamedTuple):
     def groups(self) -> int:
         """Groups of channels with coefficients of their own."""
         return 1 if self.coeffs is None else self.coeffs.shape[2] // self.A.shape[0]
+
+    @property
+    def log2_decay(self) -> Tensor:  # k d n
+        """``A log2(e)``: a step ``dt`` multiplies the state by 2 to the power of ``dt`` times it."""
+        return self.A * LOG2E

@@ -1,4 +1,4 @@
-"""The four directions in which a map is read as a sequence, and their adjoint."""
+"""The four directions in which an image is read as a sequence, and their adjoint."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def flatten_directions(x: Tensor) -> Tensor:  # b h w 4 c -> b 4 l c
 
 
 def sum_directions(y: Tensor, height: int, width: int) -> Tensor:  # b 4 l d -> b h w d
-    """Bring the four sequences back to image order and add them: the adjoint of repeating a map and flattening it."""
+    """Add the four sequences in image order: the adjoint of repeating an image and flattening it along them."""
     rows = y[:, 0] + y[:, 2].flip(1)  # b l d
     columns = y[:, 1] + y[:, 3].flip(1)
     return rows.unflatten(1, (height, width)) + columns.unflatten(1, (width, height)).transpose(1, 2)

@@ -27,20 +27,20 @@ def _shapes(call: ScanCall, save: bool, backend: str) -> Sequence[Tensor]:
     b, l, d = call.u.shape
     k, _, n = call.A.shape
     backends: Any = load(backend)
-    # One dimension: a number of chunks of its own would tie exported graphs to sizes with more than one of them.
+    # One dimension: one of chunks would tie exported graphs to sizes with more than one chunk.
     states = math.prod(backends.saved_shape(b, l, d, k, call.groups, n)) if save else 0
     return call.u.new_empty(b, l, d), call.A.new_empty(b, k, d, n), call.A.new_empty(states)
 
 
 def _flops(call: ScanCall) -> int:
     """In each direction 9 b l d n operations, as published for the scan, and those of the two projections."""
-    (b, l, d), (k, _, n), r = call.u, call.A, call.dt_weight[2]
+    (b, l, d), (k, _, n), r = call.u, call.A, call.dt_proj_weight[2]
     projection = 0 if call.x_proj_weight is None else 2 * (r + 2 * n)
     return b * l * d * k * (9 * n + 2 * r + projection)
 
 
 def _gradient_flops(call: ScanCall, wanted: Sequence[bool]) -> int:
-    """The forward pass once more, and twice its operations."""
+    """The forward pass again, and twice its operations."""
     return 3 * _flops(call)
 
 

@@ -1,4 +1,4 @@
-"""Run a compiled kernel on PyTorch's own team of threads."""
+"""Run a compiled kernel on PyTorch's own threads."""
 
 import ctypes
 import os
@@ -22,19 +22,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def team_size(tasks: int) -> int:
-    """How many threads work on so many tasks: PyTorch's number at most, one in a forked process.
+def thread_count(tasks: int) -> int:
+    """Number of threads to use for ``tasks`` tasks: at most PyTorch's, and one in a forked process.
 
-    OpenMP's threads do not survive a fork, and the team of a child would wait for them for ever.
+    OpenMP's threads do not survive a fork: a child process would wait for them for ever.
     """
     return 1 if _in_forked_child else max(1, min(torch.get_num_threads(), tasks))
 
 
-def run_team(function: Callable[[int], None], argument: int, threads: int) -> None:
+def run_threads(function: Callable[[int], None], argument: int, threads: int) -> None:
     """Call ``function(argument)`` once on each of ``threads`` threads at the same time, without the GIL.
 
-    PyTorch's OpenMP runtime lends its own team, so no second one competes for the cores. Where that runtime does not
-    offer GCC's interface (macOS, Windows) plain threads do the work.
+    PyTorch's OpenMP runtime lends its threads, so no second pool competes for the cores. Where that runtime lacks GCC's
+    interface (macOS, Windows), plain threads do the work.
     """
     openmp = _openmp_parallel()
     if threads == 1:

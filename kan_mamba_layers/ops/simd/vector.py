@@ -1,168 +1,59 @@
-"""Vectors of 16 lanes for Numba kernels, as values with arithmetic, loads and stores.
+"""Vectors as values of Numba kernels, with arithmetic, loads and stores.
 
-A vector is an LLVM vector of 16 floats or doubles. LLVM splits it into the registers that a machine has: one of
-AVX-512, two of AVX2, four of SSE or NEON. Numba's own vectoriser stops at ``exp``, since its wheel brings no vector
-mathematics library, so the transcendental functions are written here, as polynomials.
-
-Kernels address memory by typed pointers, made from an integer address, and by indices counted in elements.
+Kernels address memory by typed pointers, made from an integer address, and by indices counted in elements. Sizes that
+must be known when a kernel is compiled travel as types: a vector's number of lanes says how many elements a kernel
+takes at a time, and a tuple's length how many vectors it keeps in registers.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import intrinsic, lower_builtin, type_callable
 
-LANES = 16
+from kan_mamba_layers.ops.simd.lanes import INT64, LANES, Lanes, Vector, vector_registers
 
+__all__ = ["LANES", "Vector", "vector_registers"]
 
-class Vector(types.Type):
-    """Numba's type of a vector of ``LANES`` elements, or of several times as many."""
-
-    def __init__(self, element: types.Float, lanes: int = LANES) -> None:
-        self.element = element
-        self.lanes = lanes
-        super().__init__(name=f"{element}x{lanes}")
+_INTEGERS = types.CPointer(types.int64)
 
 
-_VECTORS = {element: Vector(element) for element in (types.float32, types.float64)}
-_LANE = ir.IntType(32)  # the type of a lane's number in a shuffle
+def _instruction(result: Callable[..., types.Type], *, literal: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function that builds instructions callable from kernels.
+
+    ``result`` gives the type of what it returns from the types of its arguments. It is given a builder for the vectors
+    in question, then its arguments. Numbers among them are converted: integers to 64 bits, others to the element type.
+    """
+
+    def decorate(build: Callable[..., Any]) -> Any:
+        @wraps(build)
+        def define(typing: Any, *arguments: Any) -> Any:
+            returned = result(*arguments)
+            vector = next((x for x in (returned, *arguments) if isinstance(x, Vector)), None)
+            dtypes = (x.dtype for x in arguments if hasattr(x, "dtype"))
+            element, lanes = (vector.element, vector.lanes) if vector else (next(dtypes, types.int64), LANES)
+
+            def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
+                built = build(Lanes(builder, element, lanes), *values)
+                if isinstance(returned, types.UniTuple):
+                    vectors = built if isinstance(built, list) else [built] * returned.count
+                    return context.make_tuple(builder, returned, vectors)
+                return context.get_dummy_value() if built is None else built
+
+            return returned(*(_converted(x, element) for x in arguments)), lower
+
+        return intrinsic(prefer_literal=literal)(define)
+
+    return decorate
 
 
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        element = ir.FloatType() if vector.element is types.float32 else ir.DoubleType()
-        super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
-
-
-class _Formulas:
-    """The formulas, written in LLVM instructions for floats or for doubles."""
-
-    # exp2 on [-1/2, 1/2] to 3e-9 and log1p(e)/e on [0, 1] to 3e-8: minimax polynomials.
-    FLOAT_EXP2 = (1.0, 0.693147242, 0.240226522, 0.0555031039, 0.00961769279, 0.00134066434, 0.000155946778)
-    FLOAT_LOG1P = (
-        *(0.99999994, -0.499994934, 0.333190978, -0.24842982, 0.191060081),
-        *(-0.136632472, 0.0782259628, -0.0295052435, 0.00523269456),
-    )
-    # Taylor series of exp2, and of 2 atanh(s)/s in s^2 <= 1/9, both to 1e-16.
-    DOUBLE_EXP2 = tuple(math.log(2) ** k / math.factorial(k) for k in range(14))
-    DOUBLE_ATANH = tuple(2 / (2 * k + 1) for k in range(17))
-
-    def __init__(self, builder: ir.IRBuilder, vector: Vector) -> None:
-        self.builder = builder
-        self.is_float = vector.element is types.float32
-        self.element = ir.FloatType() if self.is_float else ir.DoubleType()
-        self.lanes = vector.lanes
-        self.type = ir.VectorType(self.element, self.lanes)
-        self.integers = ir.VectorType(ir.IntType(32 if self.is_float else 64), self.lanes)
-        self.mantissa, self.bias = (23, 127) if self.is_float else (52, 1023)
-
-    def constant(self, value: float) -> ir.Constant:
-        rounded = float(np.float32(value)) if self.is_float else float(value)
-        return ir.Constant(self.type, [ir.Constant(self.element, rounded)] * self.lanes)
-
-    def shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
-        """Choose among the lanes of x and, numbered after them, those of y."""
-        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_LANE, len(lanes)), list(lanes)))
-
-    def splat(self, scalar: ir.Value) -> ir.Value:
-        undefined = ir.Constant(self.type, ir.Undefined)
-        one = self.builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
-        return self.shuffle(one, undefined, [0] * self.lanes)
-
-    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """``x y + z``, rounded once where the machine can (``llvm.fma`` would call a library where it cannot)."""
-        name = f"llvm.fmuladd.v{self.lanes}f{32 if self.is_float else 64}"
-        function = get_or_insert_function(self.builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
-        return self.builder.call(function, (x, y, z))
-
-    def polynomial(self, x: ir.Value, coefficients: Sequence[float]) -> ir.Value:
-        """By Horner's rule; the constant term comes first."""
-        total = self.constant(coefficients[-1])
-        for coefficient in coefficients[-2::-1]:
-            total = self.fma(total, x, self.constant(coefficient))
-        return total
-
-    def exp2_product(self, x: ir.Value, y: ir.Value, low: float = 0.0) -> ir.Value:
-        """``2^(x y + x low)``, where ``low`` corrects the rounding of a constant ``y``.
-
-        Adding ``1.5 2^mantissa + bias`` rounds the exponent to an integer and leaves it, biased, in the lowest bits:
-        shifted to the exponent's place they are the power of two. The product is not rounded on the way. Powers
-        below the smallest normal number are zero, above the largest infinite, of NaN NaN.
-        """
-        b = self.builder
-        magic = 1.5 * 2.0**self.mantissa + self.bias
-        rounded = self.fma(x, y, self.constant(magic))
-        top = self.constant(magic + self.bias + 1)
-        rounded = b.select(b.fcmp_ordered(">", rounded, top), top, rounded)
-        fraction = self.fma(x, y, b.fsub(self.constant(magic), rounded))
-        if low:
-            fraction = self.fma(x, self.constant(low), fraction)
-        shift = ir.Constant(self.integers, [self.mantissa] * self.lanes)
-        power = b.bitcast(b.shl(b.bitcast(rounded, self.integers), shift), self.type)
-        value = b.fmul(self.polynomial(fraction, self.FLOAT_EXP2 if self.is_float else self.DOUBLE_EXP2), power)
-        normal = b.fcmp_unordered(">=", rounded, self.constant(magic - self.bias + 1))
-        return b.select(normal, value, self.constant(0.0))
-
-    def exp(self, x: ir.Value) -> ir.Value:
-        log2_e = 1.4426950408889634
-        rounded = float(np.float32(log2_e)) if self.is_float else log2_e
-        return self.exp2_product(
-            x, self.constant(rounded), 1.925963033500e-08 if self.is_float else 2.0355273740931033e-17
-        )
-
-    def softplus(self, z: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """``softplus(z) = max(z, 0) + log1p(e)`` with ``e = exp(-|z|)``, and its derivative, the sigmoid."""
-        b = self.builder
-        zero, one = self.constant(0.0), self.constant(1.0)
-        negative = b.fcmp_ordered("<", z, zero)
-        e = self.exp(b.select(negative, z, b.fneg(z)))
-        if self.is_float:
-            log1p = b.fmul(self.polynomial(e, self.FLOAT_LOG1P), e)
-        else:
-            s = b.fdiv(e, b.fadd(e, self.constant(2.0)))
-            log1p = b.fmul(self.polynomial(b.fmul(s, s), self.DOUBLE_ATANH), s)
-        sigmoid = b.fmul(b.select(negative, e, one), self.exp(b.fneg(log1p)))
-        return b.fadd(b.select(negative, zero, z), log1p), sigmoid
-
-    def sum_lanes(self, rows: list[ir.Value]) -> ir.Value:
-        """Lane ``i`` of the result is the sum of all lanes of ``rows[i]``, for 16 vectors.
-
-        Each step halves the number of vectors: of two, it adds the halves of the first into the lanes whose number
-        lacks the bit ``half``, those of the second into the others.
-        """
-        half = LANES // 2
-        while half:
-            stay = [lane + LANES * bool(lane & half) for lane in range(LANES)]
-            swap = [(lane ^ half) + LANES * bool(lane & half) for lane in range(LANES)]
-            pairs = zip(rows[:half], rows[half:], strict=True)
-            rows = [self.builder.fadd(self.shuffle(x, y, stay), self.shuffle(x, y, swap)) for x, y in pairs]
-            half //= 2
-        return rows[0]
-
-    def transpose(self, rows: list[ir.Value]) -> list[ir.Value]:
-        """The columns of a square of 16 vectors."""
-        half = LANES // 2
-        while half:
-            upper = [lane if not lane & half else (lane ^ half) + LANES for lane in range(LANES)]
-            lower = [lane ^ half if not lane & half else lane + LANES for lane in range(LANES)]
-            rows = [
-                self.shuffle(rows[i], rows[i + half], upper)
-                if not i & half
-                else self.shuffle(rows[i - half], rows[i], lower)
-                for i in range(LANES)
-            ]
-            half //= 2
-        return rows
-
-
-# What kernels call.
+def _converted(argument: types.Type, element: types.Type) -> types.Type:
+    if isinstance(argument, types.Literal) or not isinstance(argument, types.Number):
+        return argument
+    return types.int64 if isinstance(argument, types.Integer) else element
 
 
 def _arithmetic(symbol: Callable[..., Any], instruction: str) -> None:
@@ -181,206 +72,144 @@ _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
 
 
-def _element(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value | int) -> ir.Value:
-    return builder.gep(pointer, [ir.IntType(64)(index) if isinstance(index, int) else index])
+# What kernels call: the type of the result from those of the arguments, and how it is built. Vectors have 16 lanes, or,
+# where a vector comes first, as many as that one.
+
+offset = _instruction(lambda source, index: source)(Lanes.at)
+read = _instruction(lambda source, index: source.dtype)(Lanes.read)
+write = _instruction(lambda target, index, x: types.void)(Lanes.write)
+load = _instruction(lambda source, index: Vector(source.dtype))(Lanes.load)
+store = _instruction(lambda target, index, x: types.void)(Lanes.store)
+broadcast = _instruction(lambda source, index: Vector(source.dtype))(Lanes.broadcast)
+splat = _instruction(lambda value, like: Vector(like.dtype))(lambda lanes, value, like: lanes.splat(value))
+fma = _instruction(lambda x, y, z: x)(Lanes.fma)
+exp2_product = _instruction(lambda x, y: x)(Lanes.exp2_product)
+softplus_and_slope = _instruction(lambda z: types.UniTuple(z, 2))(Lanes.softplus_and_slope)
+sigmoid = _instruction(lambda x: x)(Lanes.sigmoid)
+floor = _instruction(lambda x: x)(Lanes.floor)
+where_less = _instruction(lambda x, y, a, b: x)(Lanes.where_less)
+sum_lanes = _instruction(lambda source, index: Vector(source.dtype))(Lanes.sum_lanes)
+transpose = _instruction(lambda data, index, stride: types.void)(Lanes.transpose)
 
 
-def _load(builder: ir.IRBuilder, formulas: _Formulas, pointer: ir.Value, index: ir.Value | int) -> ir.Value:
-    address = builder.bitcast(_element(builder, pointer, index), formulas.type.as_pointer())
-    return builder.load(address, align=4 if formulas.is_float else 8)
-
-
-def _store(builder: ir.IRBuilder, formulas: _Formulas, pointer: ir.Value, index: ir.Value | int, x: ir.Value) -> None:
-    address = builder.bitcast(_element(builder, pointer, index), formulas.type.as_pointer())
-    builder.store(x, address, align=4 if formulas.is_float else 8)
-
-
-@intrinsic
-def pointer(typing: Any, address: Any, like: Any) -> Any:
+@_instruction(lambda address, like: types.CPointer(like.dtype))
+def pointer(lanes: Lanes, address: ir.Value, like: ir.Value) -> ir.Value:
     """An address as a pointer to elements of the type that ``like`` points to."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.inttoptr(values[0], context.get_value_type(like))
-
-    return like(types.int64, like), lower
+    return lanes.builder.inttoptr(address, lanes.element.as_pointer())
 
 
-@intrinsic
-def integers(typing: Any, source: Any) -> Any:
+@_instruction(lambda source: _INTEGERS)
+def integers(lanes: Lanes, source: ir.Value) -> ir.Value:
     """A pointer to any elements as a pointer to 64-bit integers."""
-    result = types.CPointer(types.int64)
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.bitcast(values[0], context.get_value_type(result))
-
-    return result(source), lower
+    return lanes.builder.bitcast(source, INT64.as_pointer())
 
 
-@intrinsic
-def integer_field(typing: Any, block: Any, index: Any) -> Any:
-    """An integer of a block of 64-bit integers, which is given as a pointer of any type."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.load(_element(builder, builder.bitcast(values[0], ir.IntType(64).as_pointer()), values[1]))
-
-    return types.int64(block, types.int64), lower
+@_instruction(lambda source: types.int64)
+def given(lanes: Lanes, source: ir.Value) -> ir.Value:
+    """Whether an address is not 0."""
+    return lanes.builder.ptrtoint(source, INT64)
 
 
-@intrinsic
-def pointer_field(typing: Any, block: Any, index: Any) -> Any:
-    """An address that stands in such a block, as a pointer of the block's type."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        integers = builder.bitcast(values[0], ir.IntType(64).as_pointer())
-        return builder.inttoptr(builder.load(_element(builder, integers, values[1])), context.get_value_type(block))
-
-    return block(block, types.int64), lower
+@_instruction(lambda source, index: types.int64)
+def read_integer(lanes: Lanes, source: ir.Value, index: ir.Value) -> ir.Value:
+    """An integer of the size of an element."""
+    width = ir.IntType(lanes.bits)
+    number = lanes.builder.load(lanes.builder.bitcast(lanes.at(source, index), width.as_pointer()))
+    return number if lanes.bits == 64 else lanes.builder.sext(number, INT64)
 
 
-@intrinsic
-def take_number(typing: Any, source: Any, index: Any) -> Any:
-    """Add 1 to an integer and return what it was; no two threads get the same."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.atomic_rmw("add", _element(builder, *values), ir.IntType(64)(1), "monotonic")
-
-    return types.int64(source, types.int64), lower
+@_instruction(lambda target, index, x: types.void)
+def write_integers(lanes: Lanes, target: ir.Value, index: ir.Value, x: ir.Value) -> None:
+    """Write a vector of whole numbers as such integers."""
+    lanes.store(target, index, lanes.builder.fptosi(x, lanes.integers))
 
 
-@intrinsic
-def load(typing: Any, source: Any, index: Any) -> Any:
-    """16 neighbouring elements."""
-    vector = _VECTORS[source.dtype]
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return _load(builder, _Formulas(builder, vector), *values)
-
-    return vector(source, types.int64), lower
+@_instruction(lambda counter, index: types.int64)
+def fetch_increment(lanes: Lanes, counter: ir.Value, index: ir.Value) -> ir.Value:
+    """Add 1 to an integer atomically, and return what it was."""
+    return lanes.builder.atomic_rmw("add", lanes.at(counter, index), INT64(1), "monotonic")
 
 
-@intrinsic
-def store(typing: Any, target: Any, index: Any, x: Any) -> Any:
-    """Write 16 neighbouring elements."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        _store(builder, _Formulas(builder, x), *values)
-        return context.get_dummy_value()
-
-    return types.void(target, types.int64, x), lower
-
-
-@intrinsic
-def read(typing: Any, source: Any, index: Any) -> Any:
-    """One element."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return builder.load(_element(builder, *values))
-
-    return source.dtype(source, types.int64), lower
+@_instruction(lambda source, index: types.void)
+def prefetch(lanes: Lanes, source: ir.Value, index: ir.Value) -> None:
+    """Prefetch the cache line of one element."""
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    options = [number(x) for x in (0, 3, 1)]  # to read, into all levels, data
+    signature = ir.FunctionType(ir.VoidType(), [byte, *[number] * 3])
+    function = lanes.builder.module.declare_intrinsic("llvm.prefetch", (byte,), signature)
+    lanes.builder.call(function, [lanes.builder.bitcast(lanes.at(source, index), byte), *options])
 
 
-@intrinsic
-def write(typing: Any, target: Any, index: Any, x: Any) -> Any:
-    """Write one element."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        builder.store(values[2], _element(builder, *values[:2]))
-        return context.get_dummy_value()
-
-    return types.void(target, types.int64, target.dtype), lower
+@_instruction(lambda mask: types.int64)
+def lowest_bit(lanes: Lanes, mask: ir.Value) -> ir.Value:
+    """Number of the lowest bit that is set, of an integer other than 0."""
+    return lanes.builder.cttz(mask, ir.IntType(1)(1))
 
 
-@intrinsic
-def broadcast(typing: Any, source: Any, index: Any) -> Any:
-    """One element in all lanes."""
-    vector = _VECTORS[source.dtype]
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return _Formulas(builder, vector).splat(builder.load(_element(builder, *values)))
-
-    return vector(source, types.int64), lower
+@_instruction(lambda like, source, index: like)
+def load_as(lanes: Lanes, like: ir.Value, source: ir.Value, index: ir.Value) -> ir.Value:
+    """As many neighbouring elements as ``like`` has lanes."""
+    return lanes.load(source, index)
 
 
-@intrinsic
-def splat(typing: Any, value: Any, like: Any) -> Any:
-    """A number in all lanes of a vector of the elements that ``like`` points to."""
-    vector = _VECTORS[like.dtype]
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        number = context.cast(builder, values[0], types.float64, vector.element)
-        return _Formulas(builder, vector).splat(number)
-
-    return vector(types.float64, like), lower
+@_instruction(lambda like, source, index: like)
+def broadcast_as(lanes: Lanes, like: ir.Value, source: ir.Value, index: ir.Value) -> ir.Value:
+    """One element in all lanes of a vector such as ``like``."""
+    return lanes.broadcast(source, index)
 
 
-@intrinsic
-def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x y + z``."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return _Formulas(builder, x).fma(*values)
-
-    return x(x, x, x), lower
+@_instruction(lambda like, lanes: Vector(like.dtype, lanes.literal_value), literal=True)
+def zeros(lanes: Lanes, like: ir.Value, count: ir.Value) -> ir.Value:
+    """``count`` lanes of zeros, of the element type that ``like`` points to."""
+    return lanes.constant(0.0)
 
 
-@intrinsic
-def exp2_product(typing: Any, x: Any, y: Any) -> Any:
-    """``2^(x y)``."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return _Formulas(builder, x).exp2_product(*values)
-
-    return x(x, x), lower
+@_instruction(lambda x: types.int64)
+def lanes_of(lanes: Lanes, x: ir.Value) -> ir.Value:
+    """Number of lanes of a vector."""
+    return INT64(lanes.lanes)
 
 
-@intrinsic
-def softplus_and_slope(typing: Any, z: Any) -> Any:
-    """``log(1 + exp(z))`` and its derivative, the sigmoid."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        return context.make_tuple(builder, signature.return_type, _Formulas(builder, z).softplus(values[0]))
-
-    return types.UniTuple(z, 2)(z), lower
-
-
-@intrinsic
-def sum_lanes(typing: Any, source: Any, index: Any) -> Any:
-    """The sums of each of 16 neighbouring vectors, as one vector."""
-    vector = _VECTORS[source.dtype]
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        formulas = _Formulas(builder, vector)
-        first = _element(builder, *values)
-        return formulas.sum_lanes([_load(builder, formulas, first, LANES * i) for i in range(LANES)])
-
-    return vector(source, types.int64), lower
+@_instruction(lambda x: Vector(x.element))
+def reduce_lanes(lanes: Lanes, x: ir.Value) -> ir.Value:
+    """The sum of the 16-lane parts of a vector."""
+    total, *others = (lanes.shuffle(x, x, range(i, i + LANES)) for i in range(0, x.type.count, LANES))
+    for part in others:
+        total = lanes.builder.fadd(total, part)
+    return total
 
 
-@intrinsic
-def transpose(typing: Any, data: Any, index: Any, stride: Any) -> Any:
-    """Transpose a square of 16 x 16 elements in place, whose rows are ``stride`` elements apart."""
-
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        formulas = _Formulas(builder, _VECTORS[data.dtype])
-        rows = [builder.add(values[1], builder.mul(values[2], ir.IntType(64)(i))) for i in range(LANES)]
-        columns = formulas.transpose([_load(builder, formulas, values[0], row) for row in rows])
-        for row, column in zip(rows, columns, strict=True):
-            _store(builder, formulas, values[0], row, column)
-        return context.get_dummy_value()
-
-    return types.void(data, types.int64, types.int64), lower
+def _repeated(x: Vector, count: types.Type) -> types.UniTuple:
+    return types.UniTuple(x, count.count if isinstance(count, types.UniTuple) else count.literal_value)
 
 
-@intrinsic
-def prefetch(typing: Any, source: Any, index: Any) -> Any:
-    """Ask for the cache line of one element."""
+@_instruction(_repeated, literal=True)
+def tuple_of(lanes: Lanes, x: ir.Value, count: ir.Value) -> ir.Value:
+    """A tuple that repeats a vector, ``count`` times or as often as the tuple ``count`` is long."""
+    return x
 
-    def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        byte = ir.IntType(8).as_pointer()
-        arguments = [ir.Constant(_LANE, x) for x in (0, 3, 1)]  # to read, into all levels, data
-        signature = ir.FunctionType(ir.VoidType(), [byte, *[_LANE] * 3])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), signature)
-        builder.call(function, [builder.bitcast(_element(builder, *values), byte), *arguments])
-        return context.get_dummy_value()
 
-    return types.void(source, types.int64), lower
+@_instruction(lambda vectors, x: vectors)
+def shift_left(lanes: Lanes, vectors: ir.Value, x: ir.Value) -> list[ir.Value]:
+    """A tuple of vectors without its first, and with ``x`` after its last."""
+    return [*(lanes.builder.extract_value(vectors, k) for k in range(1, vectors.type.count)), x]
+
+
+@_instruction(lambda total, rows, row, factors, factor, counted: total)
+def add_rows(
+    lanes: Lanes, total: ir.Value, rows: ir.Value, row: ir.Value, factors: ir.Value, factor: ir.Value, counted: ir.Value
+) -> ir.Value:
+    """``total`` plus neighbouring rows times factors that are ``LANES`` apart, one per vector of ``counted``."""
+    rows, factors = lanes.at(rows, row), lanes.at(factors, factor)
+    for k in range(counted.type.count):
+        line = lanes.load(rows, k * lanes.lanes)
+        total = lanes.fma(line, lanes.broadcast(factors, k * LANES), total)
+    return total
+
+
+@_instruction(lambda totals, x, factors, factor: totals)
+def add_multiples(lanes: Lanes, totals: ir.Value, x: ir.Value, factors: ir.Value, factor: ir.Value) -> list[ir.Value]:
+    """Each of a tuple of vectors plus ``x`` times a factor of its own; the factors are ``LANES`` apart."""
+    factors, vectors = lanes.at(factors, factor), range(totals.type.count)
+    multiples = [lanes.broadcast(factors, k * LANES) for k in vectors]
+    return [lanes.fma(x, multiples[k], lanes.builder.extract_value(totals, k)) for k in vectors]

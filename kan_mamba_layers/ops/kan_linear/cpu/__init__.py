@@ -1,6 +1,6 @@
 """The KAN linear map on CPUs: lays out the arguments for the Numba kernels and calls them on PyTorch's threads.
 
-The kernels see features and outputs in whole vectors of 16, padded with zeros, and the weights of a part of the outputs
+The kernels see features and outputs in whole vectors of 16, padded with zeros, and the weights of a block of outputs
 at a time: a row of a few vectors for every slot of every feature.
 """
 
@@ -13,15 +13,12 @@ from torch import Tensor
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, block, forward_kernel, weight_kernel
 from kan_mamba_layers.ops.operator import contiguous
-from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
-from kan_mamba_layers.ops.simd.vector import LANES
-from kan_mamba_layers.ops.simd.wide import vector_registers
+from kan_mamba_layers.ops.simd.kernel import Entry, Fields, c_function, run_kernel
+from kan_mamba_layers.ops.simd.vector import LANES, vector_registers
 
 _KERNELS = (block, forward_kernel, backward_kernel, weight_kernel)
 _MODES = {"zero": block.ZERO, "clamp": block.CLAMP, "linear": block.LINEAR}
-_BLOCK = 128  # rows that a kernel takes at a time
-
-_Fields = dict[str, Tensor | int | None]
+_ROW_BLOCK = 128  # rows per task
 
 
 def forward(call: KANCall, save: bool) -> tuple[Tensor]:  # rows o
@@ -31,9 +28,9 @@ def forward(call: KANCall, save: bool) -> tuple[Tensor]:  # rows o
     bounds = launch.bounds(3)
     y = call.x.new_empty(launch.rows, launch.padded_outputs, dtype=launch.dtype)
     start = call.grid.new_zeros(launch.outputs) if call.bias is None else call.bias
-    fields: _Fields = {"WEIGHT": launch.pack(call, bounds)}
-    fields |= {"BIAS": launch.pad(start, launch.padded_outputs), "Y": y}
-    launch.run(forward_kernel.entry, launch.blocks, bounds, fields, launch.degree)
+    fields: Fields = {"weight": launch.pack(call, bounds)}
+    fields |= {"bias": launch.pad(start, launch.padded_outputs), "y": y}
+    launch.run(forward_kernel.entry, launch.row_blocks, bounds, fields, launch.degree)
     return (y[:, : launch.outputs].to(call.base_weight.dtype).contiguous(),)
 
 
@@ -48,21 +45,21 @@ def backward(
     if want.inputs:
         bounds = launch.bounds(5)
         padded = call.x.new_empty(launch.rows, launch.padded_features, dtype=launch.dtype)
-        fields: _Fields = {"WEIGHT": launch.pack(call, bounds), "GRAD_Y": grad, "GRAD_X": padded}
-        launch.run(backward_kernel.input_entry, launch.blocks, bounds, fields, launch.degree)
+        fields: Fields = {"weight": launch.pack(call, bounds), "grad_y": grad, "grad_x": padded}
+        launch.run(backward_kernel.input_entry, launch.row_blocks, bounds, fields, launch.degree)
         grad_x = padded[:, : launch.features].to(call.x.dtype).contiguous()
         if call.activated is not None:
             grad_activated = (grad_y @ call.base_weight).to(call.x.dtype)
     if want.weights:
         bounds = launch.bounds(launch.degree + 3)
-        output_groups, splits = launch.shares(len(bounds) - 1)
-        grad_weight = grad.new_empty(splits, launch.packed_size)
-        fields = {"OUTPUT_GROUPS": output_groups, "SPLITS": splits, "GRAD_Y": grad, "GRAD_WEIGHT": grad_weight}
-        tasks = launch.padded_features // LANES * output_groups * splits
+        output_groups, row_splits = launch.shares(len(bounds) - 1)
+        grad_weight = grad.new_empty(row_splits, launch.packed_size)
+        fields = {"output_groups": output_groups, "row_splits": row_splits, "grad_y": grad, "grad_weight": grad_weight}
+        tasks = launch.padded_features // LANES * output_groups * row_splits
         launch.run(backward_kernel.weight_entry, tasks, bounds, fields, launch.degree)
         total = grad_weight[0]
-        for share in grad_weight[1:]:
-            total += share
+        for rest in grad_weight[1:]:
+            total += rest
         grad_base, grad_spline = (g.to(call.base_weight.dtype) for g in launch.unpack(total, bounds))
     return grad_x, grad_activated, grad_base, grad_spline, None, None
 
@@ -79,15 +76,15 @@ class _Launch:
         self.padded_features, self.padded_outputs = (-(-n // LANES) * LANES for n in (self.features, self.outputs))
         slots = 1 + self.bases + 2 * self.degree
         self.packed_size = slots * self.padded_features * self.padded_outputs
-        self.block = _BLOCK
-        self.blocks = -(-self.rows // self.block)
+        self.row_block = _ROW_BLOCK
+        self.row_blocks = -(-self.rows // self.row_block)
         pad = self.padded_features
-        self.inputs: _Fields = {
-            "X": self.pad(call.x, pad),
-            "ACTIVATED": None if call.activated is None else self.pad(call.activated, pad),
-            "KNOTS": self.uniform_knots(call.grid) if call.uniform else self.nonuniform_knots(call.grid),
-            "EXTRAPOLATION": _MODES[call.extrapolation],
-            "UNIFORM": call.uniform,
+        self.inputs: Fields = {
+            "x": self.pad(call.x, pad),
+            "activated": None if call.activated is None else self.pad(call.activated, pad),
+            "knots": self.uniform_knots(call.grid) if call.uniform else self.nonuniform_knots(call.grid),
+            "extrapolation": _MODES[call.extrapolation],
+            "uniform": call.uniform,
         }
 
     def pad(self, x: Tensor, length: int) -> Tensor:
@@ -108,9 +105,9 @@ class _Launch:
         return F.pad(knots, (0, 0, 0, self.padded_features - self.features)).contiguous()
 
     def bounds(self, vectors: int) -> Tensor:
-        """The first vector of each part of the outputs, and the end; each part has 4, 2 or 1.
+        """The first vector of each block of outputs, and the end; a block has 4, 2 or 1 vectors.
 
-        As many as fit, where the registers hold ``vectors`` for every one of them.
+        It has as many as fit where the registers hold ``vectors`` for each of them.
         """
         registers = vector_registers(8 * self.dtype.itemsize)
         widest = 4 if registers > 4 * vectors else 2 if registers > 2 * vectors else 1
@@ -127,7 +124,7 @@ class _Launch:
         if features or outputs:
             base_weight = F.pad(base_weight, (0, features, 0, outputs))
             spline_weight = F.pad(spline_weight, (0, 0, 0, features, 0, outputs))
-        fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
+        fields: Fields = {"weight": packed, "base": base_weight, "splines": spline_weight}
         self.run(weight_kernel.pack_entry, self.padded_outputs // LANES, bounds, fields)
         return packed
 
@@ -135,22 +132,22 @@ class _Launch:
         """Undo `pack`."""
         base_weight = packed.new_empty(self.padded_outputs, self.padded_features)
         spline_weight = packed.new_empty(*base_weight.shape, self.bases)
-        fields: _Fields = {"WEIGHT": packed, "BASE": base_weight, "SPLINES": spline_weight}
+        fields: Fields = {"weight": packed, "base": base_weight, "splines": spline_weight}
         self.run(weight_kernel.unpack_entry, self.padded_outputs // LANES, bounds, fields)
         edges = slice(self.outputs), slice(self.features)
         return base_weight[edges].contiguous(), spline_weight[edges].contiguous()
 
-    def shares(self, parts: int) -> tuple[int, int]:
+    def shares(self, output_blocks: int) -> tuple[int, int]:
         """Number of groups of outputs and of splits of the rows, to give every thread work."""
         wanted = -(-torch.get_num_threads() * LANES // self.padded_features)
-        groups = min(parts, wanted)
-        return groups, max(1, min(-(-wanted // groups), self.blocks))
+        groups = min(output_blocks, wanted)
+        return groups, max(1, min(-(-wanted // groups), self.row_blocks))
 
-    def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: _Fields, *constants: int) -> None:
+    def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: Fields, *constants: int) -> None:
         """Let a kernel do its tasks."""
-        fields |= {"BOUNDS": bounds, "PARTS": len(bounds) - 1}
-        fields |= self.inputs | {"ROWS": self.rows, "FEATURES": self.padded_features, "OUTPUTS": self.padded_outputs}
-        fields |= {"INTERVALS": self.intervals, "DEGREE": self.degree, "BLOCK": self.block}
-        kernel = c_function(entry, self.dtype, _KERNELS, *constants)
-        scratch = block.scratch_elements(self.block, self.degree, self.intervals)
-        run_kernel(kernel, block, fields, tasks, scratch, self.dtype)
+        fields |= {"bounds": bounds, "output_blocks": len(bounds) - 1}
+        fields |= self.inputs | {"rows": self.rows, "features": self.padded_features, "outputs": self.padded_outputs}
+        fields |= {"intervals": self.intervals, "degree": self.degree, "row_block": self.row_block}
+        kernel = c_function(entry, block.LAYOUT, self.dtype, _KERNELS, *constants)
+        scratch = block.scratch_elements(self.row_block, self.degree, self.intervals)
+        run_kernel(kernel, block.LAYOUT, fields, tasks, scratch, self.dtype)

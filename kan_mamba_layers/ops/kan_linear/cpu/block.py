@@ -1,77 +1,95 @@
-"""What the forward and the backward kernels share: the block of a call, and the factors of the rows of weights.
+"""What the kernels share: the layout of a call, and the factors by which rows of weights are multiplied.
 
-At most ``s + 1`` bases are not zero at any place: those whose first knot is one of the ``s + 1`` at or before the cell
-that the place lies in. So an edge needs ``s + 2`` products, and not one for every basis; which rows of the weights they
-take follows from the number of the cell.
+At any x at most ``s + 1`` bases are not zero: those whose first knot is one of the ``s + 1`` at or before the cell that
+x lies in. So an edge needs ``s + 2`` products instead of one per basis; the cell's number says which rows of weights.
 
-A kernel takes 16 features and a block of rows at a time. First it finds, for 16 rows of one feature at a time, the
-cells and the factors: that of the activation, then those of the splines.
+A kernel takes 16 features and a block of rows at a time. First it finds, for 16 rows of one feature at a time, their
+cells and factors: that of the activation, then those of the splines.
 """
 
-from kan_mamba_layers.ops.simd.kernel import OWN_FIELDS, array, compiled, inlined, size
-from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, integers, load, read, splat, store, transpose, write
-from kan_mamba_layers.ops.simd.wide import floor, read_integer, sigmoid, where_less, write_integers, zeros
+from kan_mamba_layers.ops.simd.kernel import Layout, compiled, inlined
+from kan_mamba_layers.ops.simd.vector import (
+    LANES,
+    broadcast,
+    floor,
+    fma,
+    given,
+    integers,
+    load,
+    read,
+    read_integer,
+    sigmoid,
+    splat,
+    store,
+    transpose,
+    where_less,
+    write,
+    write_integers,
+    zeros,
+)
 
-ZERO, CLAMP, LINEAR = range(3)  # the ways to extrapolate
+ZERO, CLAMP, LINEAR = range(3)  # values of ``extrapolation``
 
-# What stands where in the block of a call: sizes, switches, and addresses (0 for what a call has not).
-# fmt: off
-(
-    ROWS, FEATURES, OUTPUTS, INTERVALS, DEGREE, UNIFORM, EXTRAPOLATION, BLOCK, PARTS, OUTPUT_GROUPS, SPLITS,
-    BOUNDS, X, ACTIVATED, KNOTS, WEIGHT, BASE, SPLINES, BIAS, Y, GRAD_Y, GRAD_X, GRAD_WEIGHT,
-    FIELDS,
-) = range(OWN_FIELDS, OWN_FIELDS + 24)
-# fmt: on
+LAYOUT = Layout(
+    numbers=(
+        *("rows", "features", "outputs", "intervals", "degree", "uniform", "extrapolation"),
+        *("row_block", "output_blocks", "output_groups", "row_splits"),
+    ),
+    arrays=(
+        *("bounds", "x", "activated", "knots", "weight", "base", "splines", "bias", "y"),
+        *("grad_y", "grad_x", "grad_weight"),
+    ),
+)
 
 
-def scratch_elements(block: int, degree: int, intervals: int) -> int:
-    """What one thread needs, in elements of the compute dtype."""
-    masks = 2 * (block // 64) * (intervals + 2 * degree)  # of 64 bits, which may be two elements
-    return block * LANES * (degree + 6) + LANES * (4 * degree + 4 + LANES) + masks
+def scratch_elements(row_block: int, degree: int, intervals: int) -> int:
+    """Scratch of one thread, in elements of the compute dtype."""
+    masks = 2 * (row_block // 64) * (intervals + 2 * degree)  # of 64 bits, which may be two elements
+    return row_block * LANES * (degree + 6) + LANES * (4 * degree + 4 + LANES) + masks
 
 
 @inlined
 def work_at(call):
-    """Where the memory for one group of 16 rows begins, after three tiles of features and rows and the factors."""
-    return LANES * size(call, BLOCK) * (size(call, DEGREE) + 5)
+    """Offset of the memory for a group of 16 rows, behind three tiles of features and rows and behind the factors."""
+    return LANES * call.row_block * (call.degree + 5)
 
 
 @inlined
 def factor_at(call, feature, row):
-    """Where the factors of an edge are; they are ``LANES`` apart."""
-    tile = feature * (size(call, BLOCK) // LANES) + row // LANES
-    return LANES * (3 * size(call, BLOCK) + tile * (size(call, DEGREE) + 2)) + row % LANES
+    """Offset of the factors of an edge, which are ``LANES`` apart."""
+    tile = feature * (call.row_block // LANES) + row // LANES
+    return LANES * (3 * call.row_block + tile * (call.degree + 2)) + row % LANES
 
 
 @inlined
 def more_at(call):
-    """Where that memory ends: after a place, bases, derivatives and knots, and a square of a vector for each lane."""
-    return work_at(call) + LANES * (4 * size(call, DEGREE) + 4 + LANES)
+    """Offset behind that memory: a position, bases, derivatives, knots, and a square of one vector per lane."""
+    return work_at(call) + LANES * (4 * call.degree + 4 + LANES)
 
 
 @inlined
 def slots(call):
-    """Rows of weights of a feature: the activation's, the splines', and zeros for ``s`` bases on either side."""
-    return 1 + size(call, INTERVALS) + 3 * size(call, DEGREE)
+    """Rows of weights per feature: the activation's, the splines', and ``s`` rows of zeros on either side of these."""
+    return 1 + call.intervals + 3 * call.degree
 
 
 @inlined
 def cell_of(call, scratch, feature, row):
     """The cell that a row's value of a feature lies in."""
-    return read_integer(scratch, (2 * LANES + feature) * size(call, BLOCK) + row)
+    return read_integer(scratch, (2 * LANES + feature) * call.row_block + row)
 
 
 @inlined
-def part_of(call, part):
-    """The first vector of outputs of a part, and how many it has."""
-    bounds = integers(array(call, BOUNDS))
-    first = read(bounds, part)
-    return first, read(bounds, part + 1) - first
+def vectors_of(call, output_block):
+    """The first vector of a block of outputs, and its number of vectors."""
+    bounds = integers(call.bounds)
+    first = read(bounds, output_block)
+    return first, read(bounds, output_block + 1) - first
 
 
 @inlined
 def for_width(function, call, vectors, splines, scratch, first, rows, feature, into):
-    """Call a function that takes a part of the outputs at a time with a vector of its width, a power of two."""
+    """Call a function with a zero vector as wide as a block of outputs, a power of two."""
     if vectors == 1:
         function(call, zeros(call, 16), splines, scratch, first, rows, feature, into)
     elif vectors == 2:
@@ -82,18 +100,18 @@ def for_width(function, call, vectors, splines, scratch, first, rows, feature, i
 
 @compiled
 def write_factors(call, first_row, rows, first_feature, scratch, slopes):
-    """Find cells and factors of 16 features in a block of rows, or the factors of the derivative by x."""
-    block = size(call, BLOCK)
+    """Find cells and factors of 16 features in a block of rows; with ``slopes`` the factors of the derivative by x."""
+    row_block = call.row_block
     groups = (rows + LANES - 1) // LANES
-    _copy(call, array(call, X), first_row, rows, first_feature, scratch, 0)
-    if size(call, ACTIVATED):
-        _copy(call, array(call, ACTIVATED), first_row, rows, first_feature, scratch, LANES * block)
+    _copy(call, call.x, first_row, rows, first_feature, scratch, 0)
+    if given(call.activated):
+        _copy(call, call.activated, first_row, rows, first_feature, scratch, LANES * row_block)
     for feature in range(LANES):
         for group in range(groups):
-            at = feature * block + LANES * group
+            at = feature * row_block + LANES * group
             into = factor_at(call, feature, LANES * group)
             _write_activation(call, at, scratch, into, slopes)
-            if size(call, UNIFORM):
+            if call.uniform:
                 _locate_uniform(call, first_feature + feature, at, scratch)
             else:
                 _locate_nonuniform(call, first_feature + feature, at, scratch)
@@ -102,20 +120,20 @@ def write_factors(call, first_row, rows, first_feature, scratch, slopes):
 
 @compiled
 def _copy(call, source, first_row, rows, first_feature, scratch, into):
-    """Copy 16 features of a block of rows, features first; the last row stands for those that miss."""
-    features, block = size(call, FEATURES), size(call, BLOCK)
+    """Copy 16 features of a block of rows, features first; the last row fills up the last group."""
+    features, row_block = call.features, call.row_block
     for group in range(0, rows, LANES):
         for k in range(LANES):
             row = first_row + min(group + k, rows - 1)
-            store(scratch, into + k * block + group, load(source, row * features + first_feature))
-        transpose(scratch, into + group, block)
+            store(scratch, into + k * row_block + group, load(source, row * features + first_feature))
+        transpose(scratch, into + group, row_block)
 
 
 @compiled
 def _write_activation(call, at, scratch, into, slopes):
-    """The factor of the base weights: ``silu(x)`` or what was given; or the derivative of silu, and 0 for the other."""
-    if size(call, ACTIVATED):
-        activated = load(scratch, LANES * size(call, BLOCK) + at)
+    """The factor of the base weights: ``silu(x)``, or the activation given; its slope is silu's, or 0."""
+    if given(call.activated):
+        activated = load(scratch, LANES * call.row_block + at)
         store(scratch, into, splat(0.0, scratch) if slopes else activated)
     else:
         x, one = load(scratch, at), splat(1.0, scratch)
@@ -125,7 +143,7 @@ def _write_activation(call, at, scratch, into, slopes):
 
 @inlined
 def _hold(x, low, high):
-    """Not below ``low`` nor above ``high``."""
+    """Clamp to ``low`` and ``high``."""
     return where_less(low, x, where_less(x, high, x, high), low)
 
 
@@ -136,15 +154,15 @@ def _one_unless_nan(x, zero, one):
 
 @compiled
 def _locate_uniform(call, feature, at, scratch):
-    """Find where x lies among equally spaced knots: its cell, and its place there, from 0 to 1.
+    """Find the cell of x among equally spaced knots, and its position there, from 0 to 1.
 
-    Also 1 if it counts, or 0 outside of all cells, except for NaN; and the way to go on from the place.
+    Also 1, or 0 outside all cells, or NaN; and how far x lies beyond the end that it is clamped to.
     """
-    knots = array(call, KNOTS)
+    knots = call.knots
     zero, one = splat(0.0, knots), splat(1.0, knots)
     x, first, per_spacing = load(scratch, at), broadcast(knots, 4 * feature), broadcast(knots, 4 * feature + 1)
-    intervals, degree = size(call, INTERVALS), size(call, DEGREE)
-    if size(call, EXTRAPOLATION) == ZERO:
+    intervals, degree = call.intervals, call.degree
+    if call.extrapolation == ZERO:
         u, end = (x - first) * per_spacing, splat(float(intervals + 2 * degree), knots)
         counts = where_less(u, end, where_less(u, zero, zero, one), where_less(zero, u, zero, u))
         u = where_less(u, end, where_less(u, zero, zero, u), zero)
@@ -158,22 +176,20 @@ def _locate_uniform(call, feature, at, scratch):
 
 @compiled
 def _locate_nonuniform(call, feature, at, scratch):
-    """The same among any knots, with x itself, or the end that it passed, as its place."""
-    knots = array(call, KNOTS)
+    """The same among any knots, with x itself, or the end that it is clamped to, as its position."""
+    knots = call.knots
     zero, one = splat(0.0, knots), splat(1.0, knots)
-    intervals, degree = size(call, INTERVALS), size(call, DEGREE)
+    intervals, degree = call.intervals, call.degree
     first = feature * (intervals + 4 * degree + 1) + degree
     x = held = load(scratch, at)
-    if size(call, EXTRAPOLATION) != ZERO:
+    if call.extrapolation != ZERO:
         held = _hold(x, broadcast(knots, first + degree), broadcast(knots, first + degree + intervals))
     cell = zero - one
     for k in range(intervals + 2 * degree + 1):
         cell = cell + where_less(held, broadcast(knots, first + k), zero, one)
-    if size(call, EXTRAPOLATION) == ZERO:
-        end, outside = (
-            splat(float(intervals + 2 * degree), knots),
-            where_less(x, one, zero, where_less(zero, x, zero, x)),
-        )
+    if call.extrapolation == ZERO:
+        end = splat(float(intervals + 2 * degree), knots)
+        outside = where_less(x, one, zero, where_less(zero, x, zero, x))
         counts = where_less(cell, end, where_less(cell, zero, zero, one), outside)
         start = broadcast(knots, first)
         held = where_less(cell, end, where_less(cell, zero, start, x), start)
@@ -190,15 +206,15 @@ def _write_location(call, at, scratch, position, counts, distance, cell):
     store(scratch, work_at(call), position)
     store(scratch, work_at(call) + LANES, distance)
     store(scratch, work_at(call) + 2 * LANES, counts)
-    write_integers(scratch, 2 * LANES * size(call, BLOCK) + at, cell)
+    write_integers(scratch, 2 * LANES * call.row_block + at, cell)
 
 
 @inlined
 def _copy_knots(call, feature, at, scratch):
-    """Copy the ``2 s`` knots about the cell of each of 16 rows; of ``s`` more on either side only the order counts."""
-    degree, cells = size(call, DEGREE), 2 * LANES * size(call, BLOCK) + at
-    knots, into = array(call, KNOTS), work_at(call) + LANES * (2 * degree + 4)
-    first = feature * (size(call, INTERVALS) + 4 * degree + 1) + 1
+    """Copy the ``2 s`` knots about the cell of each of 16 rows; of the ``s`` outermost only the order matters."""
+    degree, cells = call.degree, 2 * LANES * call.row_block + at
+    knots, into = call.knots, work_at(call) + LANES * (2 * degree + 4)
+    first = feature * (call.intervals + 4 * degree + 1) + 1
     for row in range(LANES):
         cell = read_integer(scratch, cells + row)
         for k in range(2 * degree):
@@ -207,11 +223,11 @@ def _copy_knots(call, feature, at, scratch):
 
 @inlined
 def _rise(call, feature, position, p, k, scratch):
-    """How far the k-th basis of degree p - 1 has risen in its support, and the slope of that times the degree p."""
-    knots, one = array(call, KNOTS), splat(1.0, scratch)
-    if size(call, UNIFORM):
+    """The share of the k-th basis of degree p - 1 that has risen at x, from 0 to 1, and its slope times p."""
+    knots, one = call.knots, splat(1.0, scratch)
+    if call.uniform:
         return (position + splat(float(p - k), scratch)) * splat(1.0 / p, scratch), broadcast(knots, 4 * feature + 1)
-    degree = size(call, DEGREE)
+    degree = call.degree
     local = work_at(call) + LANES * (3 * degree + 3 + k)
     left = load(scratch, local - LANES * p)
     width, zero = load(scratch, local) - left, splat(0.0, scratch)
@@ -223,9 +239,9 @@ def _rise(call, feature, position, p, k, scratch):
 def _write_splines(call, feature, scratch, into, slopes):
     """The ``s + 1`` bases of the cell, or their derivatives, by the Cox-de Boor recursion.
 
-    From degree ``p - 1`` to ``p`` each basis hands the share that has risen on to its right neighbour.
+    From degree ``p - 1`` to ``p`` each basis passes the share that has risen to its right neighbour.
     """
-    degree, mode = size(call, DEGREE), size(call, EXTRAPOLATION)
+    degree, mode = call.degree, call.extrapolation
     wanted = slopes or mode == LINEAR
     bases, derivatives = work_at(call) + 2 * LANES, work_at(call) + LANES * (degree + 3)
     position, distance, zero = load(scratch, work_at(call)), load(scratch, work_at(call) + LANES), splat(0.0, scratch)

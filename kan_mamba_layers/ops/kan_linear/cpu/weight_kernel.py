@@ -1,40 +1,31 @@
 """The weights in the order of the kernels, and back, as Numba kernels; :mod:`.block` says how they are used.
 
-In the kernels' order the 16 outputs of a vector are neighbours, and so are the vectors of a part, for each slot of each
-feature. A task is one vector of outputs.
+In the kernels' order the 16 outputs of a vector are neighbours, and so are the vectors of a block of outputs, for each
+slot of each feature. A task is one vector of outputs.
 """
 
 from collections.abc import Callable
 
-from kan_mamba_layers.ops.kan_linear.cpu.block import (
-    BASE,
-    BOUNDS,
-    DEGREE,
-    FEATURES,
-    INTERVALS,
-    SPLINES,
-    WEIGHT,
-    slots,
-)
-from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
+from kan_mamba_layers.ops.kan_linear.cpu import block
+from kan_mamba_layers.ops.simd.kernel import compiled, next_task, own_scratch
 from kan_mamba_layers.ops.simd.vector import LANES, integers, load, pointer, read, splat, store, transpose
 
 
-def pack_entry(number: int) -> Callable[..., None]:
-    """The function to compile, which closes over a number that stands for the source."""
+def pack_entry(digest: int) -> Callable[..., None]:
+    """The C function; see :func:`.kernel.c_function`."""
 
     def run(call):
-        if number >= 0:
+        if digest >= 0:
             move(call, True)
 
     return run
 
 
-def unpack_entry(number: int) -> Callable[..., None]:
-    """The function to compile, which closes over a number that stands for the source."""
+def unpack_entry(digest: int) -> Callable[..., None]:
+    """The C function; see :func:`.kernel.c_function`."""
 
     def run(call):
-        if number >= 0:
+        if digest >= 0:
             move(call, False)
 
     return run
@@ -42,39 +33,39 @@ def unpack_entry(number: int) -> Callable[..., None]:
 
 @compiled
 def move(call, pack):
-    """Work on tasks until none is left."""
+    """Do tasks until none is left."""
     scratch = pointer(own_scratch(call), call)
-    degree, bases = size(call, DEGREE), size(call, INTERVALS) + size(call, DEGREE)
+    degree, bases = call.degree, call.intervals + call.degree
     task = next_task(call)
-    while task < size(call, TASKS):
+    while task < call.tasks:
         at, lanes = _offset_of(call, task)
-        _repack(call, array(call, BASE), task, 1, at, lanes, scratch, pack)
-        _repack(call, array(call, SPLINES), task, bases, at + (1 + degree) * lanes, lanes, scratch, pack)
+        _repack(call, call.base, task, 1, at, lanes, scratch, pack)
+        _repack(call, call.splines, task, bases, at + (1 + degree) * lanes, lanes, scratch, pack)
         if pack:
-            for feature in range(size(call, FEATURES)):
-                edge = at + feature * slots(call) * lanes
+            for feature in range(call.features):
+                edge = at + feature * block.slots(call) * lanes
                 for k in range(1, degree + 1):
-                    store(array(call, WEIGHT), edge + k * lanes, splat(0.0, call))
-                    store(array(call, WEIGHT), edge + (degree + bases + k) * lanes, splat(0.0, call))
+                    store(call.weight, edge + k * lanes, splat(0.0, call))
+                    store(call.weight, edge + (degree + bases + k) * lanes, splat(0.0, call))
         task = next_task(call)
 
 
 @compiled
 def _offset_of(call, vector):
-    """Where the first slot of a vector of outputs is, and the distance to the next slot."""
-    bounds = integers(array(call, BOUNDS))
-    part = 0
-    while read(bounds, part + 1) <= vector:
-        part += 1
-    first = read(bounds, part)
-    row = LANES * size(call, FEATURES) * slots(call)
-    return first * row + (vector - first) * LANES, (read(bounds, part + 1) - first) * LANES
+    """Offset of the first slot of a vector of outputs, and the distance to the next slot."""
+    bounds = integers(call.bounds)
+    i = 0
+    while read(bounds, i + 1) <= vector:
+        i += 1
+    first = read(bounds, i)
+    row = LANES * call.features * block.slots(call)
+    return first * row + (vector - first) * LANES, (read(bounds, i + 1) - first) * LANES
 
 
 @compiled
 def _repack(call, plain, vector, count, at, lanes, scratch, pack):
-    """Between 16 rows of ``count`` weights for each feature, and a vector for each of these weights."""
-    weight, length, edge = array(call, WEIGHT), size(call, FEATURES) * count, slots(call) * lanes
+    """Move ``count`` weights per feature between 16 rows of memory and one vector per weight."""
+    weight, length, edge = call.weight, call.features * count, block.slots(call) * lanes
     for column in range(0, length, LANES):
         first = vector * LANES * length + column
         if pack:

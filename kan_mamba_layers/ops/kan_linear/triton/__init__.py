@@ -1,6 +1,6 @@
 """The KAN linear map on GPUs: launches the Triton kernels of ``forward_kernel`` and ``backward_kernel``.
 
-One kernel makes y, one the gradient of x, one those of the weights, and all of them make the bases in registers:
+One kernel computes y, one the gradient of x, one those of the weights. All of them compute the bases in registers:
 nothing of the size of x times its bases is ever in memory. Nothing is added atomically and every sum has one order, so
 results repeat bit for bit.
 """
@@ -52,12 +52,12 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     slots: int = 1  # of the packed weight, side by side
-    parts: int = 1  # into which grad_weights cuts the rows
+    splits: int = 1  # of the rows, in grad_weights
 
 
 # Tiles are chosen by registers and shared memory, not by timing. Products of float32 at full precision run outside the
-# tensor cores, where large tiles spill. AMD (and what is older than sm_80) has little shared memory. Knots that are not
-# equally spaced take more registers.
+# tensor cores, where large tiles spill. AMD GPUs, and NVIDIA's before sm_80, have little shared memory. Nonuniform
+# knots take more registers.
 
 
 def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
@@ -103,7 +103,7 @@ def grad_input_tiles(job: Job, gpu: Gpu) -> Tiles:
 
 
 def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
-    """A group of slots side by side, and the rows in so many parts that a multiprocessor has two programs."""
+    """A group of slots side by side, and the rows split so that every multiprocessor has two programs."""
     if job.full:
         tiles = Tiles(16, 32, 32, warps=4, stages=2, slots=3)
     elif gpu.architecture < 80:
@@ -113,8 +113,8 @@ def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
         tiles = Tiles(32, 64, _width(job.o, 128 if wide else 64), warps=4, stages=3, slots=2 if wide else 3)
     tiles = tiles._replace(slots=tiles.slots if job.uniform else 1)
     programs = _blocks(job.i, tiles.ins) * _blocks(job.o, tiles.outs) * _blocks(1 + job.bases, tiles.slots)
-    parts = min(2 * gpu.multiprocessors // programs, _blocks(job.rows, 8 * tiles.rows))
-    return tiles._replace(parts=max(1, parts))
+    splits = min(2 * gpu.multiprocessors // programs, _blocks(job.rows, 8 * tiles.rows))
+    return tiles._replace(splits=max(1, splits))
 
 
 def forward(call: KANCall, save: bool, *, tiles: Tiles | None = None) -> tuple[Tensor]:  # rows o
@@ -169,18 +169,18 @@ def backward(
         if want.weights:
             t = tiles[1] or grad_weights_tiles(job, _gpu(x.device))
             groups = _blocks(1 + job.bases, t.slots)
-            rows_per_part = _blocks(max(1, _blocks(job.rows, t.parts)), t.rows) * t.rows
-            parts = _empty(x, _blocks(job.rows, rows_per_part), job.o, 1 + job.bases, job.i)
+            rows_per_split = _blocks(max(1, _blocks(job.rows, t.splits)), t.rows) * t.rows
+            partials = _empty(x, _blocks(job.rows, rows_per_split), job.o, 1 + job.bases, job.i)
             launch(
                 backward_kernel.grad_weights,
-                (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(parts)),
+                (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(partials)),
                 t,
-                (grad_y, x, launch.activated, *knots, parts, job.rows, rows_per_part, job.i, job.o),
+                (grad_y, x, launch.activated, *knots, partials, job.rows, rows_per_split, job.i, job.o),
                 UNIT=launch.unit,
                 SCALE=launch.scale,
                 SLOTS=t.slots,
             )
-            packed = parts.sum(0)  # o 1+g+s i
+            packed = partials.sum(0)  # o 1+g+s i
             grad_base = _empty(x, job.o, job.i, dtype=dtype).copy_(packed[:, 0])
             grad_spline = _empty(x, job.o, job.i, job.bases, dtype=dtype).copy_(packed[:, 1:].mT)
     return grad_x, grad_activated, grad_base, grad_spline, None, None
@@ -240,7 +240,7 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def _blocks(size: int, block: int) -> int:
-    """How many blocks cover a size. Triton's own function takes microseconds."""
+    """``ceil(size / block)``. Triton's own function takes microseconds."""
     return -(-size // block)
 
 
@@ -261,7 +261,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 @cache
 def _gpu(device: torch.device) -> Gpu:
-    """Tensors on the CPU, which only the interpreter can serve, are shared out as on an H200."""
+    """For tensors on the CPU, which only the interpreter runs, that of an H200."""
     if device.type == "cpu":
         return Gpu(90, 132, 227 * 1024)
     properties = torch.cuda.get_device_properties(device)

@@ -116,7 +116,7 @@ def grad_input(
 
 @triton.jit
 def sum_slots(
-    grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
+    grad_y, x, activated, knots, slopes, partial, slot, i, o, begin, end, IN, OUT,
     S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SILU: tl.constexpr,
     UNIT: tl.constexpr, SCALE: tl.constexpr, BASE: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr,
@@ -148,16 +148,16 @@ def sum_slots(
             a = basis(z, below, above, slot + 1, knots, slopes, inside, IN, S, BASES, UNIFORM, EXTRAPOLATION, SCALE)
             sum2 = product(a, gy, sum2, PRECISION, INTERPRETED)
     wanted = inside & (o < OUT)
-    part += o.to(tl.int64) * ((1 + BASES) * IN) + slot * IN + i
+    partial += o.to(tl.int64) * ((1 + BASES) * IN) + slot * IN + i
     if UNIFORM:
         sum0 *= 1.0 if BASE else UNIT
         sum1 *= UNIT
         sum2 *= UNIT
-    tl.store(part, sum0, mask=wanted)
+    tl.store(partial, sum0, mask=wanted)
     if SLOTS > 1:
-        tl.store(part + IN, sum1, mask=wanted & (slot + 1 <= BASES))
+        tl.store(partial + IN, sum1, mask=wanted & (slot + 1 <= BASES))
     if SLOTS > 2:
-        tl.store(part + 2 * IN, sum2, mask=wanted & (slot + 2 <= BASES))
+        tl.store(partial + 2 * IN, sum2, mask=wanted & (slot + 2 <= BASES))
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def grad_weights(
     activated,  # rows i, read unless SILU
     knots,  # m i, or s+1 m i with reciprocals unless UNIFORM
     slopes,  # 2 g+s i, read unless UNIFORM
-    parts,  # p o 1+g+s i
-    rows, rows_per_part, IN, OUT,
+    partials,  # p o 1+g+s i
+    rows, rows_per_split, IN, OUT,
     S: tl.constexpr, BASES: tl.constexpr, UNIFORM: tl.constexpr, EXTRAPOLATION: tl.constexpr, SILU: tl.constexpr,
     UNIT: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr,
@@ -180,18 +180,18 @@ def grad_weights(
     i = tl.program_id(0) // GROUPS * INS + tl.arange(0, INS)[:, None]
     o = tl.program_id(1) * OUTS + tl.arange(0, OUTS)[None, :]
     p = tl.program_id(2).to(tl.int64)
-    begin = p * rows_per_part
-    end = tl.minimum(begin + rows_per_part, rows)
-    part = parts + p * OUT * ((1 + BASES) * IN)
+    begin = p * rows_per_split
+    end = tl.minimum(begin + rows_per_split, rows)
+    partial = partials + p * OUT * ((1 + BASES) * IN)
     if slot == 0:
         sum_slots(
-            grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
+            grad_y, x, activated, knots, slopes, partial, slot, i, o, begin, end, IN, OUT,
             S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, SCALE, True, SLOTS,
             ROWS, INS, OUTS, PRECISION, INTERPRETED,
         )  # fmt: skip
     else:
         sum_slots(
-            grad_y, x, activated, knots, slopes, part, slot, i, o, begin, end, IN, OUT,
+            grad_y, x, activated, knots, slopes, partial, slot, i, o, begin, end, IN, OUT,
             S, BASES, UNIFORM, EXTRAPOLATION, SILU, UNIT, SCALE, False, SLOTS,
             ROWS, INS, OUTS, PRECISION, INTERPRETED,
         )  # fmt: skip

@@ -77,8 +77,7 @@ def blend(lower, upper, x, j, knots, inside, IN, KNOTS: tl.constexpr, P: tl.cons
     return rising * rate0 * lower + falling * rate1 * upper
 
 
-# One function a degree, as older Triton (3.4) has no recursion. What several branches need is computed once: the
-# compiler finds it.
+# One function per degree, since Triton 3.4 has no recursion. The compiler merges what several branches compute.
 
 
 @triton.jit

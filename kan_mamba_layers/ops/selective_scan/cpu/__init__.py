@@ -1,6 +1,6 @@
 """The scan on CPUs: lays out the arguments for the Numba kernels and calls them on PyTorch's threads.
 
-A few images are scanned at a time. The coefficients of a scan in four directions need several times the memory of the
+A few images are scanned at a time. The coefficients of a scan in four directions need tuple_of times the memory of the
 image, so they are made from it where they are used, in forward and again in backward, and never stay for a batch.
 
 The kernels see channels in whole tiles of 16: a group of channels that does not fill its last tile is padded with
@@ -16,14 +16,12 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, block, forward_kernel
-from kan_mamba_layers.ops.simd.kernel import Entry, c_function, run_kernel
+from kan_mamba_layers.ops.simd.kernel import Entry, Fields, c_function, run_kernel
 from kan_mamba_layers.ops.simd.vector import LANES
 
-_Fields = dict[str, Tensor | int | None]
 _KERNELS = (block, forward_kernel, backward_kernel)
 
-_LOG2_E = 1 / math.log(2)
-_GROUP_TILES = 8  # of tiles that a thread takes along a direction together: they share the coefficients
+_GROUP_TILES = 8  # tiles that a thread takes along a direction together: they share the coefficients
 _COEFFS_BYTES = 1 << 24  # made at a time: memory that the allocator keeps, and near enough to stay in a cache
 
 
@@ -41,14 +39,15 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # b l
     saved = u.new_empty(saved_shape(b, l, launch.channels, k, launch.groups, n) if save else (b, 0))
     for images in launch.blocks():
         count = images.stop - images.start
-        wanted = torch.get_num_threads() / count
-        tile_groups = launch.tile_groups(wanted)
-        parts = _parts(wanted / tile_groups, k)
-        total = launch.target(y[images], parts)
-        fields = weights | launch.inputs(call, images) | {"SAVE": save}
-        fields |= {} if call.initial_state is None else {"INITIAL": launch.pad(call.initial_state[images].mT)}
-        fields |= {"Y": total, "LAST": last[images], "SAVED": saved[images]}
-        launch.run(forward_kernel.entry, count, tile_groups, parts, fields)
+        threads = torch.get_num_threads() / count  # per image
+        tile_groups = launch.tile_groups(threads)
+        direction_groups = _direction_groups(threads / tile_groups, k)
+        total = launch.target(y[images], direction_groups)
+        fields = weights | launch.inputs(call, images) | {"y": total, "last": last[images]}
+        fields |= {"save": save, "saved": saved[images]}
+        if call.initial_state is not None:
+            fields["initial_state"] = launch.pad(call.initial_state[images].mT)
+        launch.run(forward_kernel.entry, count, tile_groups, direction_groups, fields)
         launch.collect(total, y[images])
     return y, launch.cut(last).mT.contiguous(), saved.flatten()
 
@@ -64,26 +63,29 @@ def backward(
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_coeffs = None if call.coeffs is None else torch.empty_like(call.coeffs, memory_format=torch.contiguous_format)
     grad_weight = None if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    grad_delta = u.new_empty(0) if call.delta is None else u.new_empty(b, l, k, d)
-    grad_dt_weight, grad_dt_bias, grad_D = u.new_empty(b, k, r, d), u.new_empty(b, k, d), u.new_empty(b, d)
-    grad_A, grad_initial = (u.new_empty(b, k, n, d) for _ in range(2))
+    per_image = {
+        "grad_delta": u.new_empty(0) if call.delta is None else u.new_empty(b, l, k, d),
+        "grad_dt_proj_weight": u.new_empty(b, k, r, d),
+        "grad_dt_proj_bias": u.new_empty(b, k, d),
+        "grad_A": u.new_empty(b, k, n, d),
+        "grad_D": u.new_empty(b, d),
+        "grad_initial": u.new_empty(b, k, n, d),
+    }
     states = saved[0].view(saved_shape(b, l, launch.channels, k, launch.groups, n))
     for images in launch.blocks():
         count = images.stop - images.start
         # Directions have coefficients of their own, tiles share them: cut by directions first, then by groups of tiles,
         # whose gradients of the coefficients are added.
-        needed = torch.get_num_threads() / count
-        parts = _parts(needed, k)
-        tile_groups = launch.tile_groups(needed / parts)
-        total = launch.target(grad_u[images], parts)
+        threads = torch.get_num_threads() / count  # per image
+        direction_groups = _direction_groups(threads, k)
+        tile_groups = launch.tile_groups(threads / direction_groups)
+        total = launch.target(grad_u[images], direction_groups)
         new = u.new_zeros if tile_groups > 1 and launch.groups > 1 else u.new_empty
         total_coeffs = new(tile_groups, count, l, k * launch.groups, r + 2 * n)
-        fields = weights | launch.inputs(call, images) | {"SAVED": states[images]}
-        fields |= {"GRAD_Y": launch.pad(grad_y[images]), "GRAD_LAST": launch.pad(grad_last[images].mT)}
-        fields |= {"GRAD_U": total, "GRAD_COEFFS": total_coeffs, "GRAD_DELTA": grad_delta[images]}
-        fields |= {"GRAD_DT_WEIGHT": grad_dt_weight[images], "GRAD_DT_BIAS": grad_dt_bias[images]}
-        fields |= {"GRAD_A": grad_A[images], "GRAD_D": grad_D[images], "GRAD_INITIAL": grad_initial[images]}
-        launch.run(backward_kernel.entry, count, tile_groups, parts, fields)
+        fields = weights | launch.inputs(call, images) | {name: grad[images] for name, grad in per_image.items()}
+        fields |= {"saved": states[images], "grad_u": total, "grad_coeffs": total_coeffs}
+        fields |= {"grad_y": launch.pad(grad_y[images]), "grad_last": launch.pad(grad_last[images].mT)}
+        launch.run(backward_kernel.entry, count, tile_groups, direction_groups, fields)
         launch.collect(total, grad_u[images])
         if grad_coeffs is not None:
             grad_coeffs[images] = _add_up(total_coeffs)
@@ -91,13 +93,14 @@ def backward(
             rows = _add_up(total_coeffs).flatten(0, 1).flatten(1)  # b*l k*(r+2n)
             grad_u[images] += _product(rows, weight.flatten(0, 1).T).view(count, l, -1)
             grad_weight += (rows.T @ u[images].flatten(0, 1)).view_as(weight)
+    grad_delta, grad_dt_proj_weight, grad_dt_proj_bias, grad_A, grad_D, grad_initial = per_image.values()
     return (
         grad_u,
         grad_coeffs,
         grad_weight,
         None if call.delta is None else launch.cut(grad_delta),
-        launch.cut(grad_dt_weight.sum(0)).mT.contiguous(),
-        launch.cut(grad_dt_bias.sum(0)),
+        launch.cut(grad_dt_proj_weight.sum(0)).mT.contiguous(),
+        launch.cut(grad_dt_proj_bias.sum(0)),
         launch.cut(grad_A.sum(0)).mT.contiguous(),
         launch.cut(grad_D.sum(0)),
         launch.cut(grad_initial).mT.contiguous(),
@@ -111,7 +114,7 @@ class _Launch:
         self.dtype = call.u.dtype
         self.batch, self.length, self.channels = call.u.shape
         self.directions, _, self.states = call.A.shape
-        self.rank = call.dt_weight.shape[2]
+        self.rank = call.dt_proj_weight.shape[2]
         self.groups = call.groups
         self.padded = self.groups * _padded(self.channels // self.groups)
         self.tiles = self.padded // LANES
@@ -119,7 +122,7 @@ class _Launch:
         self.row_bytes = self.length * row * call.u.element_size()
 
     def blocks(self) -> Iterator[slice]:
-        """Some images after the others: one for each thread, and more where they are small."""
+        """Blocks of images: one per thread, or more where they are small."""
         count = max(torch.get_num_threads(), _COEFFS_BYTES // max(1, self.row_bytes))
         return (slice(i, min(i + count, self.batch)) for i in range(0, self.batch, count))
 
@@ -127,25 +130,25 @@ class _Launch:
         """Number of groups of tiles: ``wanted`` to give all threads work, and no group too large."""
         return max(1, min(self.tiles, math.ceil(max(wanted, self.tiles / _GROUP_TILES))))
 
-    def weights(self, call: ScanCall) -> _Fields:
-        """What all images share."""
+    def weights(self, call: ScanCall) -> Fields:
+        """Fields that all images share."""
         pad = self.pad
-        fields: _Fields = {"DT_WEIGHT": pad(call.dt_weight.mT), "DT_BIAS": pad(call.dt_bias)}
-        fields |= {"A": pad((call.A * _LOG2_E).mT), "D": pad(call.D)}
-        return fields | {"HEIGHT": call.height, "WIDTH": call.width, "SOFTPLUS": call.softplus}
+        fields: Fields = {"dt_proj_weight": pad(call.dt_proj_weight.mT), "dt_proj_bias": pad(call.dt_proj_bias)}
+        fields |= {"A": pad(call.log2_decay.mT), "D": pad(call.D)}
+        return fields | {"height": call.height, "width": call.width, "softplus": call.softplus}
 
-    def inputs(self, call: ScanCall, images: slice) -> _Fields:
-        """What a block of images is scanned with."""
+    def inputs(self, call: ScanCall, images: slice) -> Fields:
+        """Inputs of a block of images."""
         u, coeffs = call.u[images], call.coeffs
         if coeffs is not None:
             coeffs = coeffs[images].contiguous()
         elif call.x_proj_weight is not None:
             coeffs = _product(u.flatten(0, 1), call.x_proj_weight.flatten(0, 1))  # b*l k*(r+2n)
-        inputs: _Fields = {"U": self.pad(u), "COEFFS": coeffs}
-        return inputs if call.delta is None else inputs | {"DELTA": self.pad(call.delta[images])}
+        inputs: Fields = {"u": self.pad(u), "coeffs": coeffs}
+        return inputs if call.delta is None else inputs | {"delta": self.pad(call.delta[images])}
 
     def target(self, result: Tensor, parts: int) -> Tensor:  # b l d -> parts b l d'
-        """Where a kernel leaves what ``collect`` brings to the result: the result itself if it can be."""
+        """Where a kernel writes what ``collect`` brings to the result: the result itself if possible."""
         if parts == 1 and self.padded == self.channels:
             return result[None]
         return result.new_empty(parts, *result.shape[:2], self.padded)
@@ -168,26 +171,27 @@ class _Launch:
             return x
         return x.unflatten(-1, (self.groups, -1))[..., : self.channels // self.groups].flatten(-2).contiguous()
 
-    def run(self, entry: Entry, batch: int, tile_groups: int, parts: int, fields: _Fields) -> None:
+    def run(self, entry: Entry, batch: int, tile_groups: int, direction_groups: int, fields: Fields) -> None:
         """Let a kernel do the tasks of a block of images."""
-        fields |= {"TILE_GROUPS": tile_groups, "PARTS": parts, "BATCH": batch, "CHANNELS": self.padded}
-        fields |= {"STATES": self.states, "RANK": self.rank, "DIRECTIONS": self.directions, "GROUPS": self.groups}
+        fields |= {"direction_groups": direction_groups, "tile_groups": tile_groups, "batch": batch}
+        fields |= {"channels": self.padded, "states": self.states, "rank": self.rank}
+        fields |= {"directions": self.directions, "groups": self.groups}
         scratch = block.scratch_elements(-(-self.tiles // tile_groups), self.states, self.rank)
-        kernel = c_function(entry, self.dtype, _KERNELS)
-        run_kernel(kernel, block, fields, batch * tile_groups * parts, scratch, self.dtype)
+        kernel = c_function(entry, block.LAYOUT, self.dtype, _KERNELS)
+        run_kernel(kernel, block.LAYOUT, fields, batch * tile_groups * direction_groups, scratch, self.dtype)
 
 
 def _padded(channels: int) -> int:
     return -(-channels // LANES) * LANES
 
 
-def _parts(wanted: float, directions: int) -> int:
+def _direction_groups(wanted: float, directions: int) -> int:
     """Number of parts into which the directions are cut: ``wanted``, or as many as there are."""
     return next((parts for parts in (1, 2, 4) if parts >= min(wanted, directions)), directions)
 
 
 def _add_up(parts: Tensor) -> Tensor:
-    """Their sum, always in the same order."""
+    """Sum over dimension 0, always in the same order."""
     if len(parts) == 1:
         return parts[0]
     total = parts[0] + parts[1]

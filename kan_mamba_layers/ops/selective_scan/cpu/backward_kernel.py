@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from kan_mamba_layers.ops.selective_scan.call import LN2
 from kan_mamba_layers.ops.selective_scan.cpu import block
-from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.kernel import compiled, next_task, own_scratch
 from kan_mamba_layers.ops.simd.vector import (
     LANES,
     broadcast,
@@ -23,14 +24,11 @@ from kan_mamba_layers.ops.simd.vector import (
 )
 
 
-def entry(number: int) -> Callable[..., None]:
-    """The function to compile, which closes over a number that stands for the source.
-
-    Numba's cache sees the values that a function closes over and its own file, but no file that it imports.
-    """
+def entry(digest: int) -> Callable[..., None]:
+    """The C function; see :func:`.kernel.c_function`."""
 
     def run(call):
-        if number >= 0:
+        if digest >= 0:
             backward(call)
 
     return run
@@ -38,23 +36,23 @@ def entry(number: int) -> Callable[..., None]:
 
 @compiled
 def backward(call):
-    """Work on tasks until none is left."""
+    """Do tasks until none is left."""
     scratch = own_scratch(call)
-    job = next_task(call)
-    while job < size(call, TASKS):
-        image, tile_group, part, first, end = block.task_of(call, job)
+    task = next_task(call)
+    while task < call.tasks:
+        image, tile_group, direction_group, first, end = block.task_of(call, task)
         for k in range(first, end):
-            _scan_direction(call, image, tile_group, part, k, k == first, scratch)
-        job = next_task(call)
+            _scan_direction(call, image, tile_group, direction_group, k, k == first, scratch)
+        task = next_task(call)
 
 
 @compiled
-def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
+def _scan_direction(call, image, tile_group, direction_group, k, overwrite, scratch):
     """The gradients of a group of tiles, chunk by chunk from the last to the first."""
-    length, channels = size(call, block.HEIGHT) * size(call, block.WIDTH), size(call, block.CHANNELS)
-    states, rank = size(call, block.STATES), size(call, block.RANK)
+    length, channels = call.height * call.width, call.channels
+    states, rank = call.states, call.rank
     row_length = rank + 2 * states
-    sequence = image * size(call, block.DIRECTIONS) + k
+    sequence = image * call.directions + k
     first, end = block.tiles_of(call, tile_group)
     positions, next_positions = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * block.CHUNK, call))
     work = pointer(scratch + 16 * block.CHUNK, call)
@@ -70,7 +68,7 @@ def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
             store(work, total + i, splat(0.0, call))
         for n in range(states):
             at = (sequence * states + n) * channels + tile * LANES
-            store(work, total + n * LANES, load(array(call, block.GRAD_LAST), at))
+            store(work, total + n * LANES, load(call.grad_last, at))
     last = (length + block.CHUNK - 1) // block.CHUNK - 1
     steps = length - last * block.CHUNK
     block.fill_positions(call, k, last * block.CHUNK, steps, positions)
@@ -85,7 +83,7 @@ def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
                     store(work, sums + i, splat(0.0, call))
             total = totals + (tile - first) * kept
             _backward_tile(
-                *(call, image, part, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total),
+                *(call, image, direction_group, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total),
                 *(to_prefetch, next_positions, tile == first),
             )
             if tile == end - 1 or block.opens_group(call, tile + 1):
@@ -95,55 +93,30 @@ def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
         total = totals + (tile - first) * kept
         for n in range(states):
             into = (sequence * states + n) * channels + tile * LANES
-            store(array(call, block.GRAD_INITIAL), into, load(work, total + n * LANES))
-            store(array(call, block.GRAD_A), into, load(work, total + (states + n) * LANES))
+            store(call.grad_initial, into, load(work, total + n * LANES))
+            store(call.grad_A, into, load(work, total + (states + n) * LANES))
         for r in range(rank):
             into = (sequence * rank + r) * channels + tile * LANES
-            store(array(call, block.GRAD_DT_WEIGHT), into, load(work, total + (2 * states + r) * LANES))
+            store(call.grad_dt_proj_weight, into, load(work, total + (2 * states + r) * LANES))
         rest = total + (2 * states + rank) * LANES
-        store(array(call, block.GRAD_DT_BIAS), sequence * channels + tile * LANES, load(work, rest))
+        store(call.grad_dt_proj_bias, sequence * channels + tile * LANES, load(work, rest))
         if k == 0:
-            store(array(call, block.GRAD_D), image * channels + tile * LANES, load(work, rest + LANES))
+            store(call.grad_D, image * channels + tile * LANES, load(work, rest + LANES))
 
 
 @compiled
 def _backward_tile(
-    call,
-    image,
-    part,
-    k,
-    tile,
-    overwrite,
-    chunk,
-    steps,
-    positions,
-    work,
-    rows,
-    sums,
-    total,
-    to_prefetch,
-    next_positions,
-    prefetches_rows,
-):
+    call, image, direction_group, k, tile, overwrite, chunk, steps, positions, work, rows, sums, total,
+    to_prefetch, next_positions, prefetches_rows,
+):  # fmt: skip
     """One chunk of one tile; prefetches the next chunk's inputs on the way."""
-    channels, states, rank, directions = (
-        size(call, block.CHANNELS),
-        size(call, block.STATES),
-        size(call, block.RANK),
-        size(call, block.DIRECTIONS),
-    )
-    length, channel, row_length = size(call, block.HEIGHT) * size(call, block.WIDTH), tile * LANES, rank + 2 * states
-    u, grad_y, grad_u, A_, saved = (
-        array(call, block.U),
-        array(call, block.GRAD_Y),
-        array(call, block.GRAD_U),
-        array(call, block.A),
-        array(call, block.SAVED),
-    )
-    softplus = size(call, block.SOFTPLUS)
-    skip = load(array(call, block.D), channel)
+    channels, states, rank, directions = call.channels, call.states, call.rank, call.directions
+    length, channel, row_length = call.height * call.width, tile * LANES, rank + 2 * states
+    u, grad_y, grad_u, A_, saved = call.u, call.grad_y, call.grad_u, call.A, call.saved
+    softplus = call.softplus
+    skip = load(call.D, channel)
     pixel = image * length * channels + channel
-    grad_u_pixel = pixel + part * size(call, block.BATCH) * length * channels
+    grad_u_pixel = pixel + direction_group * call.batch * length * channels
     step, slope, entry, grad, grad_entry, grad_step = (
         0,
         block.TIMES,
@@ -217,15 +190,13 @@ def _backward_tile(
         x = load(u, pixel + position * channels)
         g = load(work, grad + t * LANES)
         dentry = load(work, grad_entry + t * LANES)
-        dz = fma(load(work, grad_step + t * LANES), splat(block.LN_2, call), dentry * x)
+        dz = fma(load(work, grad_step + t * LANES), splat(LN2, call), dentry * x)
         if softplus != 0:
             dz = dz * load(work, slope + t * LANES)
         dbias = dbias + dz
         store(work, slope + t * LANES, dz)
         if rank == 0:
-            store(
-                array(call, block.GRAD_DELTA), ((image * length + position) * directions + k) * channels + channel, dz
-            )
+            store(call.grad_delta, ((image * length + position) * directions + k) * channels + channel, dz)
         dx = dentry * load(work, step + t * LANES)
         if k == 0:
             dx = fma(skip, g, dx)
@@ -236,7 +207,7 @@ def _backward_tile(
     _add_to(work, dbias_total + LANES, lost, dskip)
 
     for r in range(rank):
-        weight = load(array(call, block.DT_WEIGHT), (k * rank + r) * channels + channel)
+        weight = load(call.dt_proj_weight, (k * rank + r) * channels + channel)
         dw = splat(0.0, call)
         for t in range(steps):
             dz = load(work, slope + t * LANES)
@@ -266,9 +237,9 @@ def _add_sums(work, terms, steps, into):
 @compiled
 def _store_rows(call, image, tile_group, k, tile, steps, positions, work, sums):
     """Bring the sums, one row of times for each map, to the rows of the chunk's positions."""
-    grad_coeffs = array(call, block.GRAD_COEFFS)
+    grad_coeffs = call.grad_coeffs
     first, length, distance = block.row_of(call, image, k, tile)
-    first += tile_group * size(call, block.BATCH) * size(call, block.HEIGHT) * size(call, block.WIDTH) * distance
+    first += tile_group * call.batch * call.height * call.width * distance
     whole = length // LANES * LANES
     for m in range(0, whole, LANES):
         for t in range(0, steps, LANES):

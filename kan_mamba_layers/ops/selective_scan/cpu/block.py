@@ -3,35 +3,34 @@
 A task is a group of tiles of 16 channels of one image, along some of the directions. A kernel visits the positions of a
 direction in chunks of ``CHUNK`` steps. For each chunk it copies the rows of coefficients, which all tiles share, and
 then takes one tile after the other: first the step sizes of all times, then each state through all times. So everything
-that a loop touches stays in the first cache, and a state stays in a register while it is carried.
+that a loop touches stays in the L1 cache, and a state stays in a register while it is carried.
 
 All sizes and addresses of a call are in one block of integers, which the threads share. Names are those of the
 definition; ``A`` is scaled by ``log2(e)``, since the kernels work with powers of two.
 """
 
-import math
-
-from kan_mamba_layers.ops.simd.kernel import OWN_FIELDS, array, compiled, size
+from kan_mamba_layers.ops.simd.kernel import Layout, compiled
 from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, load, prefetch, read, store, write
 
 CHUNK = 32  # steps between saved states
 FEW_STATES = 4  # below this, prefetching cannot overlap a chunk
 TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
-LN_2 = math.log(2)
 
-# Field offsets in the argument block: sizes, switches, and addresses (0 = absent).
-# fmt: off
-(
-    PARTS, TILE_GROUPS, BATCH, HEIGHT, WIDTH, CHANNELS, STATES, RANK, DIRECTIONS, GROUPS, SOFTPLUS, SAVE,
-    U, COEFFS, DELTA, DT_WEIGHT, DT_BIAS, A, D, INITIAL, Y, LAST, SAVED,
-    GRAD_Y, GRAD_LAST, GRAD_U, GRAD_COEFFS, GRAD_DELTA, GRAD_DT_WEIGHT, GRAD_DT_BIAS, GRAD_A, GRAD_D, GRAD_INITIAL,
-    FIELDS,
-) = range(OWN_FIELDS, OWN_FIELDS + 34)
-# fmt: on
+LAYOUT = Layout(
+    numbers=(
+        *("direction_groups", "tile_groups", "softplus", "save"),
+        *("batch", "height", "width", "channels", "states", "rank", "directions", "groups"),
+    ),
+    arrays=(
+        *("u", "coeffs", "delta", "dt_proj_weight", "dt_proj_bias", "A", "D", "initial_state", "y", "last", "saved"),
+        *("grad_y", "grad_last", "grad_u", "grad_coeffs", "grad_delta"),
+        *("grad_dt_proj_weight", "grad_dt_proj_bias", "grad_A", "grad_D", "grad_initial"),
+    ),
+)
 
 
 def scratch_elements(tiles: int, states: int, rank: int) -> int:
-    """What one thread needs for a group of tiles, in elements of the compute dtype; a position counts as two.
+    """Scratch of one thread for a group of tiles, in elements of the compute dtype; a position counts as two.
 
     Positions are those of a chunk and of the next one.
     """
@@ -41,24 +40,24 @@ def scratch_elements(tiles: int, states: int, rank: int) -> int:
 
 @compiled
 def task_of(call, task):
-    """The image, group of tiles and part of the directions of a task; the part's first direction and its end."""
-    parts, tile_groups, directions = size(call, PARTS), size(call, TILE_GROUPS), size(call, DIRECTIONS)
-    part = task % parts
-    first, end = directions * part // parts, directions * (part + 1) // parts
-    return task // parts // tile_groups, task // parts % tile_groups, part, first, end
+    """A task's image, group of tiles, and group of directions with its first direction and its end."""
+    groups, directions = call.direction_groups, call.directions
+    group, task = task % groups, task // groups
+    first, end = directions * group // groups, directions * (group + 1) // groups
+    return task // call.tile_groups, task % call.tile_groups, group, first, end
 
 
 @compiled
 def tiles_of(call, tile_group):
     """The first tile of a group and its end."""
-    tiles, tile_groups = size(call, CHANNELS) // LANES, size(call, TILE_GROUPS)
+    tiles, tile_groups = call.channels // LANES, call.tile_groups
     return tiles * tile_group // tile_groups, tiles * (tile_group + 1) // tile_groups
 
 
 @compiled
 def fill_positions(call, k, start, steps, positions):
     """The positions that direction k visits from time ``start`` on: by rows or columns, from the first or the last."""
-    height, width = size(call, HEIGHT), size(call, WIDTH)
+    height, width = call.height, call.width
     time = start if k < 2 else height * width - 1 - start
     step = 1 if k < 2 else -1
     if k % 2 == 0:
@@ -81,28 +80,23 @@ def fill_positions(call, k, start, steps, positions):
 @compiled
 def row_of(call, image, k, tile):
     """Offset of the row of coefficients of position 0, its length, and the distance to the next position's row."""
-    directions, groups, height, width = (
-        size(call, DIRECTIONS),
-        size(call, GROUPS),
-        size(call, HEIGHT),
-        size(call, WIDTH),
-    )
-    length = size(call, RANK) + 2 * size(call, STATES)
+    directions, groups, height, width = call.directions, call.groups, call.height, call.width
+    length = call.rank + 2 * call.states
     distance = directions * groups * length
-    group = tile * LANES * groups // size(call, CHANNELS)
+    group = tile * LANES * groups // call.channels
     return image * height * width * distance + (k * groups + group) * length, length, distance
 
 
 @compiled
 def opens_group(call, tile):
     """Whether a tile is the first of a group of channels."""
-    return tile * LANES % (size(call, CHANNELS) // size(call, GROUPS)) == 0
+    return tile * LANES % (call.channels // call.groups) == 0
 
 
 @compiled
 def copy_rows(call, image, k, tile, steps, positions, work, rows):
     """Copy the chunk's rows of coefficients."""
-    coeffs = array(call, COEFFS)
+    coeffs = call.coeffs
     first, length, distance = row_of(call, image, k, tile)
     for t in range(steps):
         source, into = first + read(positions, t) * distance, rows + t * length
@@ -118,7 +112,7 @@ def copy_rows(call, image, k, tile, steps, positions, work, rows):
 @compiled
 def prefetch_rows(call, image, k, tile, position):
     """Prefetch a row of coefficients of the next chunk."""
-    coeffs = array(call, COEFFS)
+    coeffs = call.coeffs
     first, length, distance = row_of(call, image, k, tile)
     row = first + position * distance
     for i in range(0, length, LANES):
@@ -128,12 +122,12 @@ def prefetch_rows(call, image, k, tile, position):
 
 @compiled
 def steps_before_softplus(call, image, k, tile, steps, positions, work, rows, into):
-    """``dt_weight @ low + dt_bias``, or ``delta + dt_bias``, at all times of a chunk."""
-    channels, rank, directions = size(call, CHANNELS), size(call, RANK), size(call, DIRECTIONS)
-    row_length, channel = rank + 2 * size(call, STATES), tile * LANES
-    weights, weight, delta = array(call, DT_WEIGHT), k * rank * channels + channel, array(call, DELTA)
-    pixel = (image * size(call, HEIGHT) * size(call, WIDTH) * directions + k) * channels + channel
-    bias = load(array(call, DT_BIAS), k * channels + channel)
+    """``dt_proj_weight @ low + dt_proj_bias``, or ``delta + dt_proj_bias``, at all times of a chunk."""
+    channels, rank, directions = call.channels, call.rank, call.directions
+    row_length, channel = rank + 2 * call.states, tile * LANES
+    weights, weight, delta = call.dt_proj_weight, k * rank * channels + channel, call.delta
+    pixel = (image * call.height * call.width * directions + k) * channels + channel
+    bias = load(call.dt_proj_bias, k * channels + channel)
     for t in range(steps):
         z = bias
         for r in range(rank):

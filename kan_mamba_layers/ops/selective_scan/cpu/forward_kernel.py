@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from kan_mamba_layers.ops.selective_scan.cpu import block
-from kan_mamba_layers.ops.simd.kernel import TASKS, array, compiled, next_task, own_scratch, size
+from kan_mamba_layers.ops.simd.kernel import compiled, next_task, own_scratch
 from kan_mamba_layers.ops.simd.vector import (
     LANES,
     broadcast,
     exp2_product,
     fma,
+    given,
     integers,
     load,
     pointer,
@@ -20,14 +21,11 @@ from kan_mamba_layers.ops.simd.vector import (
 )
 
 
-def entry(number: int) -> Callable[..., None]:
-    """The function to compile, which closes over a number that stands for the source.
-
-    Numba's cache sees the values that a function closes over and its own file, but no file that it imports.
-    """
+def entry(digest: int) -> Callable[..., None]:
+    """The C function; see :func:`.kernel.c_function`."""
 
     def run(call):
-        if number >= 0:
+        if digest >= 0:
             forward(call)
 
     return run
@@ -35,22 +33,22 @@ def entry(number: int) -> Callable[..., None]:
 
 @compiled
 def forward(call):
-    """Work on tasks until none is left."""
+    """Do tasks until none is left."""
     scratch = own_scratch(call)
-    job = next_task(call)
-    while job < size(call, TASKS):
-        image, tile_group, part, first, end = block.task_of(call, job)
+    task = next_task(call)
+    while task < call.tasks:
+        image, tile_group, direction_group, first, end = block.task_of(call, task)
         for k in range(first, end):
-            _scan_direction(call, image, tile_group, part, k, k == first, scratch)
-        job = next_task(call)
+            _scan_direction(call, image, tile_group, direction_group, k, k == first, scratch)
+        task = next_task(call)
 
 
 @compiled
-def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
+def _scan_direction(call, image, tile_group, direction_group, k, overwrite, scratch):
     """Set, or add to, the output of a group of tiles."""
-    length, channels = size(call, block.HEIGHT) * size(call, block.WIDTH), size(call, block.CHANNELS)
-    states, row_length = size(call, block.STATES), size(call, block.RANK) + 2 * size(call, block.STATES)
-    sequence = image * size(call, block.DIRECTIONS) + k
+    length, channels = call.height * call.width, call.channels
+    states, row_length = call.states, call.rank + 2 * call.states
+    sequence = image * call.directions + k
     chunks = (length + block.CHUNK - 1) // block.CHUNK
     first, end = block.tiles_of(call, tile_group)
     positions, next_positions = integers(pointer(scratch, call)), integers(pointer(scratch + 8 * block.CHUNK, call))
@@ -61,8 +59,8 @@ def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
     for tile in range(first, end):
         for n in range(states):
             h = splat(0.0, call)
-            if size(call, block.INITIAL) != 0:
-                h = load(array(call, block.INITIAL), (sequence * states + n) * channels + tile * LANES)
+            if given(call.initial_state):
+                h = load(call.initial_state, (sequence * states + n) * channels + tile * LANES)
             store(work, carried + ((tile - first) * states + n) * LANES, h)
     steps = min(block.CHUNK, length)
     block.fill_positions(call, k, 0, steps, positions)
@@ -74,49 +72,37 @@ def _scan_direction(call, image, tile_group, part, k, overwrite, scratch):
             if tile == first or block.opens_group(call, tile):
                 block.copy_rows(call, image, k, tile, steps, positions, work, rows)
             state = carried + (tile - first) * states * LANES
-            if size(call, block.SAVE) != 0:
+            if call.save != 0:
                 for n in range(states):
                     into = ((sequence * chunks + chunk) * states + n) * channels + tile * LANES
-                    store(array(call, block.SAVED), into, load(work, state + n * LANES))
+                    store(call.saved, into, load(work, state + n * LANES))
             _forward_tile(
-                *(call, image, part, k, tile, overwrite, steps, positions, work, rows, state),
+                *(call, image, direction_group, k, tile, overwrite, steps, positions, work, rows, state),
                 *(to_prefetch, next_positions, tile == first),
             )
         positions, next_positions, steps = next_positions, positions, next_steps
     for tile in range(first, end):
         for n in range(states):
             h = load(work, carried + ((tile - first) * states + n) * LANES)
-            store(array(call, block.LAST), (sequence * states + n) * channels + tile * LANES, h)
+            store(call.last, (sequence * states + n) * channels + tile * LANES, h)
 
 
 @compiled
 def _forward_tile(
-    call,
-    image,
-    part,
-    k,
-    tile,
-    overwrite,
-    steps,
-    positions,
-    work,
-    rows,
-    state,
-    to_prefetch,
-    next_positions,
-    prefetches_rows,
-):
+    call, image, direction_group, k, tile, overwrite, steps, positions, work, rows, state,
+    to_prefetch, next_positions, prefetches_rows,
+):  # fmt: skip
     """One chunk of one tile; prefetches the next chunk's inputs on the way."""
-    channels, states, rank = size(call, block.CHANNELS), size(call, block.STATES), size(call, block.RANK)
-    length, channel, row_length = size(call, block.HEIGHT) * size(call, block.WIDTH), tile * LANES, rank + 2 * states
-    u, y, A_ = array(call, block.U), array(call, block.Y), array(call, block.A)
-    skip = load(array(call, block.D), channel)
+    channels, states, rank = call.channels, call.states, call.rank
+    length, channel, row_length = call.height * call.width, tile * LANES, rank + 2 * states
+    u, y, A_ = call.u, call.y, call.A
+    skip = load(call.D, channel)
     pixel = image * length * channels + channel
-    y_pixel = pixel + part * size(call, block.BATCH) * length * channels
+    y_pixel = pixel + direction_group * call.batch * length * channels
     step, entry, out = 0, block.TIMES, 2 * block.TIMES
 
     block.steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
-    if size(call, block.SOFTPLUS) != 0:
+    if call.softplus != 0:
         for t in range(steps):
             dt, _ = softplus_and_slope(load(work, step + t * LANES))
             store(work, step + t * LANES, dt)

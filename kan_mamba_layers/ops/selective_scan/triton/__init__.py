@@ -17,31 +17,30 @@ from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 TILE = 16  # steps between two saved states
-PIXELS = 64  # of a program that makes step sizes or their gradients
-_MAX_RANK = 16  # steps of a higher rank are expanded by a matrix product, since registers would not hold the weights
-_LOG2E = 1.4426950408889634
+PIXELS = 64  # per program that makes step sizes or their gradients
+_MAX_RANK = 16  # for higher ranks a matrix product makes the steps, since registers would not hold the weights
 
 
 class Plan(NamedTuple):
-    """How the work is shared out."""
+    """How the work is divided among programs."""
 
     block: int  # channels per program
     chunk: int  # steps of a chunk, a multiple of TILE
-    pair: bool = False  # whether a program scans its chunk there and back
-    warps: int | None = None  # of a program; by default one for 32 states
-    stages: int | None = None  # of the compiler's software pipeline; by default the compiler's own
+    pair: bool = False  # whether a program scans its chunk in both directions
+    warps: int | None = None  # per program; by default one per 32 states
+    stages: int | None = None  # of the compiler's software pipeline; by default its own choice
 
 
 class Rule(NamedTuple):
     """What a plan is chosen by."""
 
-    values: int  # of the state that a program holds, unless it has 32 channels
-    enough: int  # programs per multiprocessor with which sequences are left whole
-    wanted: int  # programs per multiprocessor for which they are cut
-    pair_steps: int  # of a cut chunk that a program scans there and back, at least
+    values: int  # of the state per program, unless it has 32 channels
+    enough: int  # programs per multiprocessor that leave sequences whole
+    wanted: int  # programs per multiprocessor to aim for when they are cut
+    pair_steps: int  # least length of a cut chunk that a program scans in both directions
 
 
-# Those of 120 rules that were fastest over 12 shapes on an H200, on average 5 and 2 % behind each shape's best plan.
+# The fastest of 120 rules over 12 shapes on an H200: on average 5 and 2 % slower than each shape's best plan.
 FORWARD = Rule(values=1024, enough=4, wanted=8, pair_steps=64)
 BACKWARD = Rule(values=512, enough=4, wanted=16, pair_steps=32)
 
@@ -102,17 +101,17 @@ def forward(
         launch = _Launch(call, s, plan)
         entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
         passes = 2 if plan.pair else 1
-        parts = _empty(u, s.k // passes, s.b, s.l, s.d)
+        partials = _empty(u, s.k // passes, s.b, s.l, s.d)
         launch(
             forward_kernel.scan,
             s.k // passes,
-            (u, *launch.step_inputs, launch.a2, entering, parts, saved, last),
+            (u, *launch.step_inputs, launch.a2, entering, partials, saved, last),
             plan.block,
             PASSES=passes,
             SAVE=save,
             **launch.step_constants,
         )
-        _merge(parts, u, call.D, y)
+        _merge(partials, u, call.D, y)
     return y, last.mT.contiguous(), saved.flatten()
 
 
@@ -135,18 +134,23 @@ def backward(
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
-        ready = (launch.coeffs, steps, call.dt_weight, torch.zeros_like(call.dt_bias))  # steps, not what makes them
+        ready = (
+            launch.coeffs,
+            steps,
+            call.dt_proj_weight,
+            torch.zeros_like(call.dt_proj_bias),
+        )  # steps, not what makes them
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
-        parts = _empty(u, s.k, s.b, s.l, s.d)
+        partials = _empty(u, s.k, s.b, s.l, s.d)
         grad_bc = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
         grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
         in_front = _empty(u, s.b, s.k, s.n, s.d)
         inputs = (grad_y, u, launch.coeffs, launch.a2, saved[0], behind, scratch)
-        outputs = (parts, grad_bc, steps, grad_a, in_front)
+        outputs = (partials, grad_bc, steps, grad_a, in_front)
         launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block)
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
-        _merge(parts, grad_y, call.D, grad_u)
+        _merge(partials, grad_y, call.D, grad_u)
 
         grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
         torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
@@ -156,12 +160,12 @@ def backward(
         launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
 
     grad_weight = grad_weight.sum(0).mT
-    if s.r > launch.rank and call.delta is None:  # of a high rank, expanded by a matrix product
+    if s.r > launch.rank and call.delta is None:  # a high rank, whose steps a matrix product made
         z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
         low = launch.coeffs[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
-        grad_low = z @ call.dt_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
+        grad_low = z @ call.dt_proj_weight.view(s.k * s.g, -1, s.r)  # k*g b*l r
         grad_coeffs[..., : s.r] = grad_low.transpose(0, 1).view(s.b, s.l, s.k * s.g, s.r)
-        grad_weight = (z.mT @ low).view(call.dt_weight.shape)
+        grad_weight = (z.mT @ low).view(call.dt_proj_weight.shape)
     return (
         grad_u,
         grad_coeffs,
@@ -183,25 +187,25 @@ class _Launch:
         coeffs = _coeffs(call)
         if rank > _MAX_RANK:
             low = coeffs[..., :rank].unflatten(2, (s.k, s.g))  # b l k g r
-            weight = call.dt_weight.unflatten(1, (s.g, -1))
+            weight = call.dt_proj_weight.unflatten(1, (s.g, -1))
             delta = torch.einsum("blkgr,kgdr->blkgd", low, weight).flatten(3).contiguous()
             rank = 0
         self.s, self.plan, self.height, self.width = s, plan, call.height, call.width
         self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
-        self.a2 = (call.A * _LOG2E).mT.contiguous()  # k n d
+        self.a2 = call.log2_decay.mT.contiguous()  # k n d
         self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
-        self.dt_weight, self.dt_bias = call.dt_weight.mT.contiguous(), call.dt_bias
+        self.dt_proj_weight, self.dt_proj_bias = call.dt_proj_weight.mT.contiguous(), call.dt_proj_bias
         self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
         self.sizes = {"N": s.n, "RANK": s.r, "DIRECTIONS": s.k, "GROUPS": s.g}
 
     @property
     def step_inputs(self) -> tuple[Tensor, ...]:
-        """What the step sizes are made from."""
-        return self.coeffs, self.delta, self.dt_weight, self.dt_bias
+        """Inputs of the step sizes."""
+        return self.coeffs, self.delta, self.dt_proj_weight, self.dt_proj_bias
 
     @property
     def step_constants(self) -> dict[str, Any]:
-        """How the forward kernels make them."""
+        """Constants of the forward kernels that make them."""
         return {"R": self.rank, "RP": _power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
 
     def __call__(self, kernel: Any, directions: int, tensors: tuple[Tensor, ...], block: int, **constants: Any) -> None:
@@ -248,18 +252,20 @@ class _Launch:
 
 
 def _blocks(size: int, block: int) -> int:
-    """How many blocks cover a size. Triton's own function takes microseconds."""
+    """``ceil(size / block)``. Triton's own function takes microseconds."""
     return -(-size // block)
 
 
 def _power_of_two(size: int) -> int:
-    """The next one that is not below."""
+    """The smallest power of two that is at least ``size``."""
     return 1 << max(0, size - 1).bit_length()
 
 
-def _merge(parts: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
+def _merge(partials: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
     grid = (_blocks(x.numel(), 1024),)
-    forward_kernel.merge[grid](parts, x, skip, out, x.numel(), x.shape[-1], PARTS=len(parts), BLOCK=1024, num_warps=4)
+    forward_kernel.merge[grid](
+        partials, x, skip, out, x.numel(), x.shape[-1], COUNT=len(partials), BLOCK=1024, num_warps=4
+    )
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -267,7 +273,7 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def _multiprocessors(u: Tensor) -> int:
-    """Of the GPU; tensors on the CPU, which only the interpreter can serve, are shared out as on an H200."""
+    """Of the GPU; for tensors on the CPU, which only the interpreter runs, those of an H200."""
     return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 132
 
 

@@ -14,9 +14,10 @@ neighbouring channels of some of the states if the scratch's addresses run throu
 import triton
 import triton.language as tl
 
+from kan_mamba_layers.ops.selective_scan import call
 from kan_mamba_layers.ops.selective_scan.triton.forward_kernel import advance, load_row, start_at, this_program
 
-LN2 = tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(call.LN2)
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def scan_backward(
     saved,  # b k t n d: state that enters each tile
     behind,  # b k c n d: adjoint of the state, from behind each chunk
     scratch,  # one tile of states for each program
-    parts,  # k b l d: gradients of u
+    partials,  # k b l d: gradients of u
     grad_coeffs,  # j b l k*g 2n: gradients of B and C, one part per block of channels
     steps,  # b l k d: step sizes, then their gradients
     grad_a,  # b c k n d
@@ -57,7 +58,7 @@ def scan_backward(
     grad_y += b * (length * channels)
     coeffs += b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW + RANK
     steps += b * (length * (DIRECTIONS * channels)) + k * channels
-    parts += (k * batch + b) * (length * channels)
+    partials += (k * batch + b) * (length * channels)
     grad_coeffs += (j * batch + b) * (length * (DIRECTIONS * GROUPS * 2 * N)) + (k * GROUPS + g) * (2 * N)
     scratch += ((bk * chunks + c) * blocks + block) * (TILE * NP * BLOCK)
 
@@ -111,7 +112,7 @@ def scan_backward(
             rate = back * before
             sum_a += rate * dt[None, :]
             inflow = tl.sum(grad_h * bt[:, None], 0)
-            tl.store(parts + here * channels + d, inflow * dt, mask=keep)
+            tl.store(partials + here * channels + d, inflow * dt, mask=keep)
             grad_step = inflow * x + tl.sum(rate * a, 0) * LN2
             tl.store(steps + here * (DIRECTIONS * channels) + d, grad_step, mask=keep)
             h = before

@@ -16,7 +16,9 @@ ranges of indices, so a direction and its reverse have the same ones.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from kan_mamba_layers.ops.selective_scan import call
+
+LOG2E = tl.constexpr(call.LOG2E)
 
 
 @triton.jit
@@ -212,7 +214,7 @@ def carry(
 def scan(
     u, coeffs, delta, weight, bias, a2,
     entering,  # b k c n d: state that enters each chunk
-    parts,  # j b l d: sums over n of C h, one buffer per pair of directions or direction
+    partials,  # j b l d: sums over n of C h, one buffer per pair of directions or direction
     saved,  # b k t n d: state that enters each tile
     last,  # b k n d
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
@@ -234,7 +236,7 @@ def scan(
     first = c * chunk
     steps = tl.minimum(chunk, length - first)
     u += b * (length * channels)
-    parts += (k0 * batch + b) * (length * channels)
+    partials += (k0 * batch + b) * (length * channels)
 
     for backwards in tl.static_range(PASSES):
         k = k0 + 2 * backwards
@@ -258,7 +260,7 @@ def scan(
             if SAVE & ((s == 0) | (tl.where(up, s, steps - s) % TILE == 0)):
                 index = first + tl.where(up, s, steps - 1 - s)
                 tl.store(saved + (bk * tiles + index // TILE) * (N * channels) + tile, h, mask=inside)
-            out = parts + p * channels + d
+            out = partials + p * channels + d
             if backwards > 0:
                 before = tl.load(out, mask=keep, other=0.0)
             after, i = advance(p, i, line, stride, jump)
@@ -280,14 +282,14 @@ def scan(
 
 
 @triton.jit
-def merge(parts, x, skip, out, total, channels, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out = skip x + sum of the parts``, in one fixed order."""
+def merge(partials, x, skip, out, total, channels, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """``out = skip x + sum of the partials``, in one fixed order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < total
     value = tl.load(skip + i % channels, mask=inside, other=0.0)
     value *= tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
-    at = parts + i
-    for _part in tl.static_range(PARTS):
+    at = partials + i
+    for _i in tl.static_range(COUNT):
         value += tl.load(at, mask=inside, other=0.0)
         at += total
     tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Autocast, also for devices that have none (such as ``meta``)."""
+"""The dtype that ops compute in, and autocast, also on devices that have none (such as ``meta``)."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,6 +7,11 @@ from torch import Tensor
 
 # Asked once: torch.compile before PyTorch 2.12 cannot trace the question.
 _DEVICES = tuple(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(d))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, otherwise float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
