@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +325,11 @@ def fresh_process(code: str, **environment: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
+
+
+def release(package: str) -> tuple[int, ...]:
+    """The installed major and minor version."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def says(*parts: str) -> str:

@@ -1,6 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: registers, spills, shared memory, instructions.
 
-`python tests/triton_kernels/test_ahead_of_time.py` writes `resources.json` anew after a change of the kernels.
+After a change of the kernels `python tests/ops/selective_scan/triton/test_ahead_of_time.py` rewrites `resources.json`.
 """
 
 from __future__ import annotations

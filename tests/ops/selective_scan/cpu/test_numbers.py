@@ -10,7 +10,7 @@ import torch
 
 from helpers import assert_close, gradients, nan_filled_empty, relative_error, relative_l2
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
-from ops.scan_calls import (
+from ops.selective_scan.calls import (
     Call,
     Inputs,
     full_line_inputs,

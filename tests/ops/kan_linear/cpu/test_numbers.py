@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import assert_budget, gradients, largest
 from kan_mamba_layers import bspline_basis, kan_linear
-from ops.kan_calls import kan
+from ops.kan_linear.calls import kan
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

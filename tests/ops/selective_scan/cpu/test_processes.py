@@ -16,7 +16,7 @@ from helpers import assert_close, fresh_process, gradients, says
 from kan_mamba_layers import SS2D, cross_selective_scan, resolve
 from kan_mamba_layers.ops import backend
 from kan_mamba_layers.ops.simd import threads as simd_threads
-from ops.scan_calls import full_line_inputs, image_inputs, on_images, on_lines_with_state
+from ops.selective_scan.calls import full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytest.importorskip("numba")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from helpers import assert_close, gradients
 from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops import backend as choice
-from ops.kan_calls import ALL, case, fused, kan, kan_inputs
+from ops.kan_linear.calls import ALL, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
 

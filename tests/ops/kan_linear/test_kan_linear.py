@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, to_array
 from kan_mamba_layers import bspline_basis, kan_linear, resolve
-from ops.kan_calls import kan, kan_inputs
+from ops.kan_linear.calls import kan, kan_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

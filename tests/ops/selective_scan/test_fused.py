@@ -17,7 +17,7 @@ from helpers import assert_close, fresh_process, gradients, strided
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
-from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines, operator_inputs
+from ops.selective_scan.calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines, operator_inputs
 
 pytest.importorskip("numba")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers import fresh_process, gradients, nan_filled_empty
 from kan_mamba_layers.ops.simd import threads as simd_threads
-from ops.kan_calls import kan, kan_inputs
+from ops.kan_linear.calls import kan, kan_inputs
 
 pytest.importorskip("numba")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

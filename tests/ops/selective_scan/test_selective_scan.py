@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers import LAYOUTS, assert_budget, assert_close, fresh_process, gradients, largest, max_error
 from kan_mamba_layers import resolve, selective_scan
-from ops.scan_calls import line_inputs, line_oracle, on_lines
+from ops.selective_scan.calls import line_inputs, line_oracle, on_lines
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -1,6 +1,6 @@
 """The Triton kernels of kan_linear compiled for GPUs that are not here: registers, spills, memory, instructions.
 
-`python tests/triton_kernels/test_kan_ahead_of_time.py` writes `kan_resources.json` anew after a change of the kernels.
+After a change of the kernels `python tests/ops/kan_linear/triton/test_ahead_of_time.py` rewrites `resources.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kan_mamba_layers.ops.kan_linear import triton as launcher
 from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, backward_kernel, forward_kernel
 
-RECORDED = Path(__file__).with_name("kan_resources.json")
+RECORDED = Path(__file__).with_name("resources.json")
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Gpu(80, 108, 163 * 1024)),
     "sm_86": (GPUTarget("cuda", 86, 32), Gpu(86, 84, 99 * 1024)),

@@ -18,8 +18,7 @@ from numba import cfunc, njit, types
 from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, forward_kernel
 from kan_mamba_layers.ops.simd import vector, wide
 from kan_mamba_layers.ops.simd.vector import LANES
-
-from test_simd import EPS, LONG, both, built, relative  # isort: skip
+from ops.simd.test_vector import EPS, LONG, both, built, relative
 
 Array = np.ndarray
 WIDTHS = (16, 32, 64)

@@ -15,7 +15,7 @@ from kan_mamba_layers import kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
 from kan_mamba_layers.ops.kan_linear.call import Wanted
 from kan_mamba_layers.ops.kan_linear.fused import load
-from ops.kan_calls import FUSED, case, fused, kan, kan_inputs
+from ops.kan_linear.calls import FUSED, case, fused, kan, kan_inputs
 
 pytest.importorskip("numba")
 

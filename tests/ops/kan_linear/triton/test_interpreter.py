@@ -1,8 +1,8 @@
 """The Triton kan_linear in Triton's interpreter, on CPU tensors, against float64: outputs, gradients, memory, repeats.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a process of their own: `test_triton.py`
-starts one. In every case all that the kernels read lies between NaN, every buffer that the launcher allocates is NaN
-inside and lies between sentinels, and the sentinels are looked at afterwards.
+Triton reads TRITON_INTERPRET when a kernel is defined, so `tests/ops/test_triton.py` runs these tests in a process of
+their own. In every case NaN surrounds everything that the kernels read, every buffer that the launcher allocates is
+filled with NaN and lies between sentinels, and the sentinels are checked afterwards.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
-        "needs triton, and a process with TRITON_INTERPRET=1; test_triton.py starts one", allow_module_level=True
+        "needs triton, and a process with TRITON_INTERPRET=1; tests/ops/test_triton.py starts one",
+        allow_module_level=True,
     )
 
 from kan_mamba_layers.ops.kan_linear import triton as launcher
 from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, Job, Tiles
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "benchmarks"))
 
 from gpu.guards import BAND, between_nan, guarded
 

@@ -25,8 +25,8 @@ from kan_mamba_layers.ops import backend as choice
 from kan_mamba_layers.ops import limits
 from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
-from ops.kan_calls import kan_inputs
-from ops.scan_calls import Inputs, image_inputs, line_inputs
+from ops.kan_linear.calls import kan_inputs
+from ops.selective_scan.calls import Inputs, image_inputs, line_inputs
 
 OPS: dict[str, Callable[..., Tensor]] = {
     name: getattr(kml, name) for name in ("selective_scan", "cross_selective_scan", "kan_linear")

@@ -1,8 +1,8 @@
 """The Triton scan in Triton's interpreter, on CPU tensors, against float64: outputs, gradients, memory, repeats.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a process of their own: `test_triton.py`
-starts one. In every case the inputs lie between NaN, every buffer that the launcher allocates is NaN inside and lies
-between sentinels, and the sentinels are looked at afterwards.
+Triton reads TRITON_INTERPRET when a kernel is defined, so `tests/ops/test_triton.py` runs these tests in a process of
+their own. In every case NaN surrounds the inputs, every buffer that the launcher allocates is filled with NaN and lies
+between sentinels, and the sentinels are checked afterwards.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from torch import Tensor
 from helpers import assert_budget, gradients, relative_l2, says, walk
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
-from ops.scan_calls import line_inputs, on_lines, operator_inputs
+from ops.selective_scan.calls import line_inputs, on_lines, operator_inputs
 from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
-        "needs triton, and a process with TRITON_INTERPRET=1; test_triton.py starts one", allow_module_level=True
+        "needs triton, and a process with TRITON_INTERPRET=1; tests/ops/test_triton.py starts one",
+        allow_module_level=True,
     )
 
 from kan_mamba_layers.ops.selective_scan import triton as launcher
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import Plan
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "benchmarks"))
 
 from gpu.guards import between_nan, guarded
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import LAYOUTS, assert_budget, assert_close, gradients, largest
 from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
-from ops.scan_calls import image_inputs, image_oracle, on_images
+from ops.selective_scan.calls import image_inputs, image_oracle, on_images
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
