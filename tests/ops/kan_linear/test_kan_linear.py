@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, to_array
+from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, says, to_array
 from kan_mamba_layers import bspline_basis, kan_linear, resolve
+from kan_mamba_layers.ops import backend as choice
 from ops.kan_linear.calls import kan, kan_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -238,6 +239,36 @@ class TestForms:
         x = make_inputs()
         assert resolve("kan_linear", "auto", x["x"]) == "cpu"
         assert torch.equal(kan_linear(**x), kan_linear(**x, backend="cpu"))
+
+
+class TestChoice:
+    def test_fastest_that_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x = torch.zeros(2, 3)
+        assert resolve("kan_linear", "auto", x) == "cpu"
+        assert resolve("kan_linear", "auto", x.to("meta")) == "chunked"
+        assert [resolve("kan_linear", b, x) for b in ("cpu", "chunked", "reference")] == ["cpu", "chunked", "reference"]
+        monkeypatch.setitem(choice._HAS, "numba", False)
+        assert resolve("kan_linear", "auto", x) == "chunked"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert resolve("kan_linear", "auto", x) == "reference", "a compiler fuses it"
+        monkeypatch.setitem(choice._HAS, "numba", True)
+        assert resolve("kan_linear", "auto", x) == "cpu"
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+        assert resolve("kan_linear", "auto", x) == "reference"
+
+    def test_a_named_backend_runs_or_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = kan_inputs()
+        with pytest.raises(ValueError, match=says("backend='cpu'", "'meta'", "backend='auto'")):
+            kan_linear(**{k: v.to("meta") for k, v in inputs.items()}, backend="cpu")
+        monkeypatch.setitem(choice._HAS, "numba", False)
+        with pytest.raises(ValueError, match=says("backend='cpu'", "needs Numba", r"kan-mamba-layers\[cpu\]")):
+            kan_linear(**inputs, backend="cpu")
+        monkeypatch.setitem(choice._HAS, "triton", False)
+        with pytest.raises(ValueError, match=says("backend='triton'", "needs Triton", "backend='auto'")):
+            kan_linear(**inputs, backend="triton")
+        monkeypatch.setitem(choice._HAS, "triton", True)
+        with pytest.raises(ValueError, match=says("backend='triton'", "float64", "backend='auto'")):
+            kan_linear(**{k: v.double() for k, v in inputs.items()}, backend="triton")
 
 
 class TestDerivatives:

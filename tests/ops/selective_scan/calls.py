@@ -151,6 +151,21 @@ def on_lines_with_state(backend: str) -> Call:
     return function
 
 
+def fused_line(b: int = 2, d: int = 4, length: int = 37, n: int = 3, **options: object) -> Inputs:
+    return full_line_inputs(b, d, length, n, **{"B": "bnl", "C": "bgnl", "groups": 2, **options})
+
+
+def fused_image(b: int = 2, h: int = 5, w: int = 8) -> Inputs:
+    return image_inputs(b, h, w, 6, 2, 3)
+
+
+# By name: each scan as the fused operator serves it, and what makes its inputs.
+FUSED: dict[str, tuple[Call, Callable[[], Inputs]]] = {
+    "selective_scan": (on_lines("auto", delta_softplus=True), fused_line),
+    "cross_selective_scan": (on_images("auto"), fused_image),
+}
+
+
 def image_oracle(inputs: Inputs) -> Array:
     return cross_scan_oracle(**{k: to_array(v) for k, v in inputs.items()})
 

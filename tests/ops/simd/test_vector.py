@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,23 +16,10 @@ from numba import cfunc, njit, types
 
 from kan_mamba_layers.ops.simd import vector
 from kan_mamba_layers.ops.simd.vector import LANES
+from ops.simd.build import EPS, LONG, Array, both, built, callable_from_c, relative
 
-Array = np.ndarray
-LONG = np.longdouble  # more precise than float64 on x86; elsewhere at least as precise
-FLOATS = (np.float32, np.float64)
-EPS = {np.float32: 2.0**-24, np.float64: 2.0**-53}  # half the distance between 1 and the next number: one rounding
 SMALLEST_POWER = {np.float32: -126, np.float64: -1022}  # 2 to it is the smallest normal number
 LARGEST_POWER = {np.float32: 128, np.float64: 1024}  # 2 to it overflows
-
-both = pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float64"])
-
-
-def callable_from_c(code: Any) -> Callable[..., None]:
-    """Numba's C function of two addresses and a number, which lets go of the GIL."""
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(code.address)
-    function.code = code  # which it must not outlive
-    return function
-
 
 # Kernels: `a` is the memory that they work on, `out` the one that they write to.
 
@@ -82,25 +67,6 @@ def run_pointers(a, out, count):
     vector.write(vector.pointer(vector.read(vector.integers(a), 0), out), count, 1.0)
 
 
-@cache
-def built(kernel: Callable[..., None], dtype: type) -> Callable[[Array, Array, int], None]:
-    """A kernel as a C function of two arrays and a number."""
-    element = types.float32 if dtype is np.float32 else types.float64
-    signature = types.void(types.CPointer(element), types.CPointer(element), types.int64)
-    body = njit(error_model="numpy")(kernel)
-
-    def entry(a, out, number):
-        body(a, out, number)
-
-    function = callable_from_c(cfunc(signature, error_model="numpy")(entry))
-
-    def call(a: Array, out: Array, number: int) -> None:
-        assert a.dtype == out.dtype == dtype and a.flags.c_contiguous and out.flags.c_contiguous
-        function(a.ctypes.data, out.ctypes.data, number)
-
-    return call
-
-
 def exp2_product(x: Any, y: Any, dtype: type) -> Array:
     x, y = np.broadcast_arrays(np.asarray(x, dtype), np.asarray(y, dtype))
     padded = np.zeros((2, -(-x.size // LANES) * LANES), dtype)
@@ -117,10 +83,6 @@ def softplus_and_slope(z: Array) -> tuple[Array, Array]:
     out = np.full((2, len(padded)), np.nan, dtype)
     built(run_softplus, dtype)(padded, out, len(padded))
     return out[0, : z.size], out[1, : z.size]
-
-
-def relative(actual: Array, expected: Array) -> float:
-    return float(np.max(np.abs(actual.astype(LONG) - expected) / np.abs(expected)))
 
 
 def numbers(dtype: type, low: float, high: float) -> st.SearchStrategy[Array]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +11,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 import llvmlite.binding as llvm
-from numba import cfunc, njit, types
+from numba import njit
 
-from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, forward_kernel
 from kan_mamba_layers.ops.simd import vector, wide
 from kan_mamba_layers.ops.simd.vector import LANES
-from ops.simd.test_vector import EPS, LONG, both, built, relative
+from ops.simd.build import EPS, LONG, Array, both, built, relative
 
-Array = np.ndarray
 WIDTHS = (16, 32, 64)
 COUNT = 3  # vectors of a tuple
 SIGMOID_BOUND = {np.float32: 3e-7, np.float64: 1e-15}
@@ -228,48 +224,3 @@ def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(llvm, "get_process_triple", lambda triple=triple: triple)
         monkeypatch.setattr(llvm, "get_host_cpu_features", lambda features=features: dict.fromkeys(features, True))
         assert wide.vector_registers(32) == expected, triple
-
-
-# A triple, the features of a processor, and a fused multiply-add or what stands for it there.
-TARGETS = {
-    "aarch64": ("aarch64-unknown-linux-gnu", "", r"\bfmla\b"),
-    "macos-arm64": ("arm64-apple-macosx11.0", "", r"\bfmla"),
-    "sse2": ("x86_64-unknown-linux-gnu", "", r"\bmulps\b"),
-    "windows": ("x86_64-pc-windows-msvc", "+avx2,+fma", r"vfmadd\w+\s.*%ymm"),
-}
-ENTRIES = {
-    "forward": forward_kernel.entry,
-    "input": backward_kernel.input_entry,
-    "weight": backward_kernel.weight_entry,
-}
-
-
-@pytest.fixture(scope="module", params=ENTRIES)
-def code(request: pytest.FixtureRequest) -> str:
-    """The kernel in LLVM's language, without what ties it to this machine."""
-    build = cfunc(types.void(types.CPointer(types.float32)), error_model="numpy")
-    compiled: Any = build(ENTRIES[request.param](1, 1))
-    lines = compiled._library.get_llvm_str().splitlines()
-    text = "\n".join(line for line in lines if not line.startswith(("target datalayout", "target triple")))
-    return re.sub(r'"target-(cpu|features)"="[^"]*"', "", text)
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
-    """Calls of nothing but itself and what every system has: floor, where the machine has no instruction for it."""
-    triple, features, instruction = TARGETS[name]
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        machine = llvm.Target.from_triple(triple).create_target_machine(opt=3, features=features, codemodel="small")
-    except RuntimeError:
-        pytest.skip(f"this llvmlite has no code generator for {triple}")
-    module = llvm.parse_assembly(code)
-    module.triple, module.data_layout = triple, str(machine.target_data)
-    assembly = machine.emit_assembly(module)
-    assert len(re.findall(instruction, assembly)) > 50
-    called = set(re.findall(r"^\s+(?:bl|callq?|jmp|b)\s+\"?([A-Za-z_][\w.$@]*)", assembly, re.MULTILINE))
-    defined = set(re.findall(r"^\"?([\w.$]+)\"?:", assembly, re.MULTILINE))
-    outside = {function.lstrip("_") for function in {name.split("@")[0] for name in called} - defined}
-    outside = {function for function in outside if not re.match("NRT_|Py|numba_", function)}  # Numba's own runtime
-    assert outside <= {"memset", "memcpy", "bzero", "chkstk"} | ({"floorf"} if name == "sse2" else set())

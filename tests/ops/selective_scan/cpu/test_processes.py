@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,31 +83,6 @@ class TestThreads:
             thread.join(120)
         assert not any(thread.is_alive() for thread in team)
         assert not wrong
-
-    @pytest.mark.parametrize("threads", [1, 2, 5])
-    @pytest.mark.parametrize("pool", ["openmp", "plain"])
-    def test_every_thread_of_a_team_is_called(
-        self, threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if pool == "plain":
-            monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
-        set_threads(threads)
-        together, seen = threading.Barrier(threads), []
-
-        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        def function(argument: int) -> None:
-            together.wait(60)  # breaks unless all of them are here at the same time
-            seen.append((argument, threading.get_ident()))
-
-        simd_threads.run_team(function, 12345, threads)
-        assert [argument for argument, _ in seen] == [12345] * threads
-        assert len({thread for _, thread in seen}) == threads
-
-    def test_size_of_a_team(self, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-        set_threads(4)
-        assert [simd_threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
-        monkeypatch.setattr(simd_threads, "_in_forked_child", True)
-        assert simd_threads.team_size(100) == 1
 
 
 # A new process that has used the engine on three threads, and `check`, which uses it again and looks at the results.
@@ -222,34 +195,6 @@ class TestProcesses:
             "print(memory('VmHWM') - before)\n"
         )
         assert 128 <= float(printed) <= 260
-
-
-class TestCache:
-    CODE = (
-        "import torch\n"
-        "from kan_mamba_layers.ops.simd.kernel import c_function\n"
-        "from kan_mamba_layers.ops.selective_scan import cpu\n"
-        "from kan_mamba_layers.ops.selective_scan.cpu import forward_kernel\n"
-        "from kan_mamba_layers import selective_scan\n"
-        "u, A, B = torch.rand(1, 3, 40), -torch.rand(3, 2), torch.rand(1, 2, 40)\n"
-        "out, expected = (selective_scan(u, u, A, B, B, backend=b) for b in ('cpu', 'reference'))\n"
-        "code = c_function(forward_kernel.entry, torch.float32, cpu._KERNELS).code\n"
-        "print(torch.allclose(out, expected, atol=1e-5), getattr(code, 'cache_hits', None))\n"
-    )
-
-    def test_code_is_kept_on_disk(self, tmp_path: Path) -> None:
-        assert fresh_process(self.CODE, NUMBA_CACHE_DIR=str(tmp_path)) == "True 0"
-        assert list(tmp_path.rglob("*.nbc"))
-        assert fresh_process(self.CODE, NUMBA_CACHE_DIR=str(tmp_path)) == "True 1"
-
-    def test_no_folder_to_keep_it_in(self) -> None:
-        nowhere = (
-            "import numba.core.caching as caching\n"
-            "def refuse(self):\n"
-            "    raise PermissionError('read-only')\n"
-            "caching._CacheLocator.ensure_cache_path = refuse\n"
-        )
-        assert fresh_process(nowhere + self.CODE) == "True 0"
 
 
 class TestWithoutNumba:

@@ -8,10 +8,8 @@ import pytest
 
 pytest.importorskip("numba")
 
-import llvmlite.binding as llvm
-from numba import cfunc, types
-
 from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, forward_kernel
+from ops.simd.targets import assembly, portable
 
 # A triple, a processor's features, a fused multiply-add or what stands for it there, and registers for 16 floats.
 TARGETS = {
@@ -26,28 +24,15 @@ TARGETS = {
 
 @pytest.fixture(scope="module", params=["forward", "backward"])
 def code(request: pytest.FixtureRequest) -> str:
-    """The kernel in LLVM's language, without what ties it to this machine."""
-    entry = {"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param]
-    compiled = cfunc(types.void(types.CPointer(types.float32)), error_model="numpy")(entry(1))
-    lines = compiled._library.get_llvm_str().splitlines()
-    text = "\n".join(line for line in lines if not line.startswith(("target datalayout", "target triple")))
-    return re.sub(r'"target-(cpu|features)"="[^"]*"', "", text)
+    return portable({"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param](1))
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
     triple, features, instruction, registers = TARGETS[name]
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        machine = llvm.Target.from_triple(triple).create_target_machine(opt=3, features=features)
-    except RuntimeError:
-        pytest.skip(f"this llvmlite has no code generator for {triple}")
-    module = llvm.parse_assembly(code)
-    module.triple, module.data_layout = triple, str(machine.target_data)
-    assembly = machine.emit_assembly(module)
+    text = assembly(code, triple, features)
     # How many there are depends on how far Numba has unrolled for this machine; a few are joined or left out.
     vectors = len(re.findall(r"call .*@llvm\.fmuladd\.v16f32", code))
     assert vectors > 25
-    assert len(re.findall(instruction, assembly)) >= 0.9 * registers * vectors
-    assert not re.search(r"\b(bl|callq?)\s+_?(exp2?f?|fmaf?|logf?|log1pf?|expm1f?|powf?)\b", assembly)
+    assert len(re.findall(instruction, text)) >= 0.9 * registers * vectors
+    assert not re.search(r"\b(bl|callq?)\s+_?(exp2?f?|fmaf?|logf?|log1pf?|expm1f?|powf?)\b", text)
