@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on the CPU: the scans' Triton engine, and outputs and gradients of layers and models."""
+"""The same numbers on a GPU as on the CPU: the scans by Triton, and outputs and gradients of layers and models."""
 
 from __future__ import annotations
 

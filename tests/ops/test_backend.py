@@ -1,7 +1,7 @@
-"""`resolve` answers what runs: each of its rules, through `resolve` and through the op, and random calls on the CPU.
+"""`resolve` names the backend that runs: each rule, through `resolve` and the op, and random calls on the CPU.
 
-There may be no GPU here. `OnGpu` is a tensor in the memory of the CPU that says that it is on a GPU, and every entry to
-a backend is recorded; the entries that need a GPU are replaced.
+No GPU is needed: `OnGpu` is a CPU tensor that claims to be on a GPU. Every entry to a backend is recorded, and the
+entries that need a GPU are replaced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MANY = 1 << 20
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the CPU that calls itself one of a GPU."""
+    """A CPU tensor that claims to be on a GPU."""
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +49,7 @@ def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scan_inputs(dtype: torch.dtype = torch.float32, **changes: object) -> Inputs:
-    """Signals in `dtype` beside maps in float32."""
+    """Signals in `dtype`, everything else in float32."""
     inputs = line_inputs(**{"length": 5, "skip": False, **changes})
     return {k: v.to(dtype) if k in ("u", "delta") else v for k, v in inputs.items()}
 
@@ -67,16 +67,16 @@ MAKE = {"selective_scan": scan_inputs, "cross_selective_scan": cross_inputs, "ka
 
 
 def answer(op: str, backend: str, inputs: dict[str, Tensor]) -> str:
-    """What `resolve` says to all tensors of a call."""
+    """What `resolve` answers, given all tensors of a call."""
     x, *others = inputs
     return resolve(op, backend, inputs[x], **{name: inputs[name] for name in others})
 
 
 class Entries(list):
-    """The backends that were entered, one by one."""
+    """The backends that were entered, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stand_in: bool = False) -> None:
-        """With `stand_in`, the plain backends compute what an engine is asked for."""
+        """With `stand_in`, a plain backend or zeros replace what a fused backend would compute."""
         scans, fused_scan = dict(SCANS._SCANS), SCANS.fused_scan
         reference, fused_kan = KAN.reference.kan_linear, KAN.fused_kan_linear
 
@@ -102,13 +102,13 @@ class Entries(list):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Entries:
-    """Triton is installed, and what it is asked for is answered by something else."""
+    """Pretends that Triton is installed, and answers in its place."""
     monkeypatch.setitem(choice._HAS, "triton", True)
     return Entries(monkeypatch, stand_in=True)
 
 
 class Rule(NamedTuple):
-    """A call on a GPU, what "auto" takes for it, and what is said to who asks for Triton; nothing if it runs."""
+    """A call on a GPU, the backend that "auto" takes, and what the error of Triton says (empty if Triton runs it)."""
 
     op: str
     changes: dict[str, object]
@@ -201,7 +201,7 @@ class TestOnAGpu:
         name: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Each is 2**31 addresses, the least that is too much; for one address less the limit is moved instead."""
+        """Each needs 2**31 addresses, one too many; raising the limit by one stands for one address less."""
         monkeypatch.setitem(choice._HAS, "triton", True)
         with FakeTensorMode():
             given = {k: torch.empty(shape, device="cuda") for k, shape in {"x": x, **others}.items()}
@@ -215,7 +215,7 @@ class TestOnAGpu:
             assert resolve(op, "auto", **given) == ("chunked" if constant else "triton")
 
     def test_large_images_run(self, gpu: Entries, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Beyond a limit that is small enough for a test."""
+        """Beyond a limit that is lowered for the test."""
         for op, fitting, larger in (
             ("selective_scan", {"length": 9}, {"length": 10}),
             ("selective_scan", {"length": 9, "n": 1, "d": 6}, {"length": 10, "n": 1, "d": 6}),
@@ -294,8 +294,8 @@ class TestOnTheCpu:
                 function()
         assert entries == ["chunked"]
 
-    def test_limits_of_triton_are_not_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """They would tie compiled and exported graphs to sizes."""
+    def test_limits_of_triton_are_not_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They would tie compiled and exported graphs to their sizes."""
 
         def forbidden(*_: object) -> str:
             raise AssertionError
@@ -347,7 +347,7 @@ class TestOnTheCpu:
 
 
 @pytest.mark.skipif(not choice._HAS["triton"], reason="triton is not installed")
-def test_triton_in_its_interpreter_is_for_those_who_ask() -> None:
+def test_triton_in_its_interpreter_runs_only_on_request() -> None:
     printed = fresh_process(
         "import torch\n"
         "from kan_mamba_layers import kan_linear, resolve\n"

@@ -66,7 +66,7 @@ class TestAgainstScipy:
     @pytest.mark.parametrize("uniform", [True, False])
     def test_derivative(self, order: int, uniform: bool) -> None:
         grid = uniform_grid(order)
-        # Below order 3 the derivative breaks or bends at the knots: there the points lie between them.
+        # Below order 3 the derivative jumps or has a kink at the knots, so the points lie between them.
         x = points(grid) if order > 2 else torch.linspace(-3.001, 3.0027, 997, dtype=torch.float64)[:, None]
         jacobian = torch.autograd.functional.jacobian(
             lambda v: bspline_basis(v, grid, order, uniform=uniform).sum(0), x
@@ -141,7 +141,7 @@ class TestProperties:
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_coincident_knots(self, order: int) -> None:
-        """A clamped grid, as an adaptive update of tied data may make: 0/0 counts as 0 and the bases sum to 1."""
+        """A clamped grid, which an adaptive update may make of tied data: 0/0 counts as 0 and the bases sum to 1."""
         grid = torch.cat([torch.zeros(order), torch.linspace(0, 1, 6), torch.ones(order)]).double()[None]
         x = torch.linspace(0, 0.999, 500, dtype=torch.float64)[:, None]
         bases = bspline_basis(x, grid, order)

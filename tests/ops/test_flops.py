@@ -59,6 +59,6 @@ def test_either_may_be_imported_first(first: str) -> None:
     assert printed == f"{9 * 2 * 5 * 3} 0", "the count, and no finder left behind"
 
 
-def test_importing_brings_neither_engine_nor_counter() -> None:
+def test_importing_brings_neither_backend_nor_counter() -> None:
     names = ("triton", "numba", "llvmlite", "torch.utils.flop_counter")
     assert fresh_process(f"import sys, kan_mamba_layers\nprint([n for n in {names} if n in sys.modules])") == "[]"

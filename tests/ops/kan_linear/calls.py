@@ -1,4 +1,4 @@
-"""Calls of kan_linear that several tests share."""
+"""Inputs and calls of kan_linear shared by several tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kan_inputs(
     spread: float = 1.5,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Arguments of `kan_linear`, all that a gradient may be asked for and the grid; x has `rows` or leading sizes."""
+    """Arguments of `kan_linear`: every differentiable tensor, and the grid; `rows` may be leading sizes."""
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -56,7 +56,7 @@ def kan_inputs(
 def kan(
     backend: str, grid: Tensor, extrapolation: str = "zero", uniform: bool = False, **options: object
 ) -> Callable[..., Tensor]:
-    """A function of all inputs but the grid."""
+    """`kan_linear` as a function of every tensor but the grid."""
     options = {"extrapolation": extrapolation, "uniform": uniform, "backend": backend, **options}
     return lambda spline_scaler=None, **x: kan_linear(**x, spline_scaler=spline_scaler, grid=grid, **options)
 

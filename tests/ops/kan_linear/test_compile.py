@@ -105,7 +105,7 @@ class TestCompile:
 
 
 class Map(nn.Module):
-    """The map with weights of its own."""
+    """The KAN map as a module that owns its weights."""
 
     def __init__(self, backend: str, **options: object) -> None:
         super().__init__()

@@ -20,12 +20,12 @@ pytest.importorskip("numba")
 OPS = torch.ops.kan_mamba_layers
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
 FLAGS = [(True, True), (True, False), (False, True), (False, False)]
-# The operators carry no gradient; the function around them does, and PyTorch says so.
+# The operators have no gradient formula, the function around them has; PyTorch warns about it.
 no_kernel = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 
 
 def operands(dtype: torch.dtype, layout: str, activated: bool, weights: torch.dtype | None = None) -> list:
-    """The tensors of the operator in their order, without the bias."""
+    """The operator's tensors in order, without the bias."""
     inputs = kan_inputs(dtype=dtype)
     inputs["activated"] = torch.tanh(inputs["x"]) if activated else None
     for name in ("base_weight", "spline_weight"):
@@ -57,7 +57,7 @@ class TestRegistration:
     def test_what_is_not_wanted_is_empty(
         self, backend: str, wanted: tuple[bool, bool], activated: bool, weights: torch.dtype
     ) -> None:
-        """Also where autocast has made the weights of another dtype than x."""
+        """Also when autocast gives the weights another dtype than x."""
         x, active, base, splines, grid = operands(torch.float32, "contiguous", activated, weights)
         flags = [wanted[0], wanted[0] and activated, wanted[1], wanted[1], False, False]
         grad_y = torch.randn(20, 4).to(weights)
@@ -99,17 +99,17 @@ class TestRegistration:
 
 
 class Seen(list):
-    """What the engine was asked for, call by call: whether x and the weights want gradients."""
+    """Per call of the backend: whether gradients of x and of the weights are wanted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-        engine = load(backend)
-        backward = engine.backward
+        module = load(backend)
+        backward = module.backward
 
         def spy(*arguments: object) -> object:
             self.append(Wanted.of(arguments[-1]))
             return backward(*arguments)
 
-        monkeypatch.setattr(engine, "backward", spy)
+        monkeypatch.setattr(module, "backward", spy)
 
 
 class TestGradients:
@@ -154,7 +154,7 @@ class TestGradients:
 
     @fused
     def test_only_arguments_are_saved(self, backend: str) -> None:
-        """And the product of spline weights and scaler; each row's bases would be 8 MiB more."""
+        """And the product of spline weights and scaler; saving the bases of every row would add 8 MiB."""
         inputs = {k: v.requires_grad_(k != "grid") for k, v in kan_inputs(4096, 64, 64).items()}
         given = {v.untyped_storage().data_ptr() for v in inputs.values()}
         saved: dict[int, int] = {}
@@ -174,7 +174,7 @@ class TestGradients:
     @fused
     @pytest.mark.parametrize("how", ["backward", "grad", "allow_unused"])
     def test_second_derivatives_are_refused(self, backend: str, how: str) -> None:
-        """For every pair of inputs: never zeros, never None."""
+        """For every pair of inputs there is an error, never zeros or None."""
         again: dict[str, Callable[[Tensor, Tensor], object]] = {
             "backward": lambda y, x: y.backward(inputs=[x], retain_graph=True),
             "grad": lambda y, x: torch.autograd.grad(y, x, retain_graph=True),
@@ -182,7 +182,7 @@ class TestGradients:
         }
         function, inputs = case(backend)
         leaves = {k: v.requires_grad_() for k, v in inputs.items()}
-        for leaf in (v for k, v in leaves.items() if k != "bias"):  # whose gradient is that of the output
+        for leaf in (v for k, v in leaves.items() if k != "bias"):  # whose gradient is the output's own
             (grad,) = torch.autograd.grad(function(**leaves).square().sum(), leaf, create_graph=True)
             for target in leaves.values():
                 with pytest.raises(RuntimeError, match="backend='reference'"):

@@ -63,12 +63,12 @@ class TestAgainstTheFormula:
         positive = {k: v if k == "x" else v.abs() for k, v in double.items()}
         terms, grad_terms = gradients(run(grid.double()), positive, absolute=True)
         _, true_grads = gradients(run(grid.double()), double)
-        # Bounded by the rounding of positions among the knots (slopes of bases times the number of knots), of bases and
-        # of products. Linear extrapolation multiplies slopes by distances.
+        # The bound covers rounding of the positions among the knots (slope of the bases times number of knots), of the
+        # bases and of the products. Linear extrapolation multiplies slopes by distances.
         slope = (case["g"] + 2 * case["s"]) * case["s"]
         reach = slope * (1 + largest(inputs["x"]) if extrapolation == "linear" else 1)
         weight = largest(positive["spline_weight"]) * (largest(positive["spline_scaler"]) if case["scaler"] else 1)
-        # The CPU engine is compiled for each degree and dtype, which takes time: float64 sees all degrees.
+        # The CPU backend compiles once per degree and dtype, which is slow: only float64 runs all degrees.
         compiled = dtype == WIDE or case["s"] == 3
         for backend in BACKENDS if compiled else BACKENDS[:2]:
             out, grads = gradients(run(grid, backend), inputs)
@@ -112,7 +112,7 @@ class TestAgainstTheFormula:
         x["x"] = torch.linspace(-1, 1, 50, dtype=WIDE)[:, None]
         assert_close("out", kan_linear(**x, spline_scaler=None), x["x"], 1e-13)
 
-    def test_uniform_is_only_another_way_to_compute(self) -> None:
+    def test_uniform_changes_the_computation_not_the_result(self) -> None:
         x = make_inputs((50,), spread=2.0)
         for extrapolation in EXTRAPOLATIONS:
             slow = kan_linear(**x, extrapolation=extrapolation)
@@ -120,7 +120,7 @@ class TestAgainstTheFormula:
 
 
 def single_edge(order: int, uniform: bool) -> tuple[dict[str, Tensor], float, float]:
-    """One edge without base: the spline alone, and the ends of its interval."""
+    """A single edge without its base part, and the ends of its interval."""
     x = make_inputs(i=1, o=1, s=order, uniform=uniform, scaler=False)
     x["base_weight"].zero_()
     return x, x["grid"][0, order].item(), x["grid"][0, -order - 1].item()
@@ -194,7 +194,7 @@ class TestExtrapolation:
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
 def test_gradient_exactly_at_the_ends_of_linear_extrapolation(order: int, uniform: bool, backend: str) -> None:
-    """Here the function has one derivative; inputs clamped to the grid's range sit on these points."""
+    """The function is differentiable here, and inputs clamped to the range of the grid land on these points."""
     x, low, high = single_edge(order, uniform)
     at = torch.tensor([low, high], dtype=WIDE, requires_grad=True)
     (slope,) = torch.autograd.grad(run_edge(x, at, "linear", uniform, backend).sum(), at)

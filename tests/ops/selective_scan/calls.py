@@ -1,4 +1,4 @@
-"""Inputs and calls of the scans that several tests share, and their oracles."""
+"""Inputs, calls and oracles of the scans shared by several tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Inputs = dict[str, Tensor]
 
 
 def normal(seed: int) -> Call:
-    """A function of a shape that draws in float64, so that every dtype sees the same numbers."""
+    """A function that draws a tensor of a given shape in float64, so that every dtype sees the same numbers."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -33,7 +33,7 @@ def image_inputs(
     weight_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Arguments of `cross_selective_scan`; `weight_dtype` is that of the weights where it is not that of x."""
+    """Arguments of `cross_selective_scan`; `weight_dtype` is the dtype of the weights if it differs from that of x."""
     randn = normal(seed)
     x, weights = (
         randn(b, h, w, d),
@@ -66,9 +66,9 @@ def line_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Inputs:
-    """Arguments of `selective_scan`; what Mamba keeps at float32 or more stays there.
+    """Arguments of `selective_scan`; the parameters that Mamba keeps in float32 or wider are not narrowed.
 
-    With `positive`, delta is a step; without it, delta has any sign, as softplus takes it.
+    With `positive`, delta is a step size; without it, delta has any sign and needs softplus.
     """
     randn, wide = normal(seed), torch.promote_types(dtype, torch.float32)
 
@@ -98,7 +98,7 @@ def line_inputs(
     return inputs
 
 
-# All that a sequence may have, under softplus; B comes in `groups`.
+# Every optional argument of a sequence, for use with softplus; B comes in `groups`.
 full_line_inputs = partial(line_inputs, B="bgnl", groups=1, gate=True, bias=True, initial=True, positive=False)
 
 
@@ -115,7 +115,7 @@ def operator_inputs(
     coeffs: bool = True,
     seed: int = 0,
 ) -> Inputs:
-    """Tensors of the operator beneath both scans: `coeffs` or the weight that makes them; steps of rank r or given."""
+    """Tensors of the operator beneath both scans: `coeffs` or the weight that makes them; steps of rank r, or given."""
     randn, columns = normal(seed), r + 2 * n
     inputs = {"u": randn(b, length, d)}
     if coeffs:
@@ -142,7 +142,7 @@ def on_lines(backend: str, **options: object) -> Call:
 
 
 def on_lines_with_state(backend: str) -> Call:
-    """Output and last state in one tensor, so that gradients flow through both; under softplus."""
+    """Concatenates output and last state, so that gradients flow through both; with softplus."""
 
     def function(**x: Tensor) -> Tensor:
         y, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend=backend)
@@ -159,7 +159,7 @@ def fused_image(b: int = 2, h: int = 5, w: int = 8) -> Inputs:
     return image_inputs(b, h, w, 6, 2, 3)
 
 
-# By name: each scan as the fused operator serves it, and what makes its inputs.
+# Per scan: a call that the fused operator serves, and a function that makes its inputs.
 FUSED: dict[str, tuple[Call, Callable[[], Inputs]]] = {
     "selective_scan": (on_lines("auto", delta_softplus=True), fused_line),
     "cross_selective_scan": (on_images("auto"), fused_image),

@@ -100,7 +100,7 @@ class TestExport:
 
     @pytest.mark.parametrize("strict", [False, True])
     def test_images_of_any_size(self, strict: bool) -> None:
-        """Also below one chunk of 32 pixels, from an example that is longer."""
+        """Including less than one chunk of 32 pixels, although the example is longer."""
         b, h, w = (torch.export.Dim(name, min=1) for name in "bhw")
         x, *weights = fused_image().values()
         shapes = {"x": {0: b, 1: h, 2: w}, "weights": [None] * 5}

@@ -1,4 +1,4 @@
-"""cross_selective_scan against four explicit walks over the pixels in float64 NumPy; its symmetries and numerics."""
+"""cross_selective_scan against four explicit directions over the pixels in float64 NumPy; symmetries and numerics."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class TestAgainstTheOracle:
         expected = image_oracle(inputs)
         double = {k: v.double() for k, v in inputs.items()}
 
-        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
+        # The size of the summed terms, from the same problem with absolute values: under cancellation, rounding errors
+        # are relative to the terms.
         positive = {k: v.abs() if k in ("x", "D", "x_proj_weight") else v for k, v in double.items()}
         terms, grad_terms = gradients(on_images("reference"), positive, absolute=True)
         _, true_grads = gradients(on_images("reference"), double)
@@ -89,7 +90,7 @@ class TestAgainstTheOracle:
 
 
 def permuted(inputs: dict[str, Tensor], order: list[int], x: Tensor) -> dict[str, Tensor]:
-    """The same op on another image, with the weights of the four directions exchanged."""
+    """The same op on another image, with the weights of the four directions permuted."""
     weights = {k: inputs[k].unflatten(0, (4, -1))[order].flatten(0, 1) for k in WEIGHTS}
     return {"x": x, **weights}
 
@@ -114,7 +115,7 @@ class TestSymmetries:
         transposed = permuted(inputs, [1, 0, 3, 2], inputs["x"].transpose(1, 2))
         assert_close("out", cross_selective_scan(**transposed, backend=backend).transpose(1, 2), out, 1e-12)
 
-    def test_directions_with_shared_weights_do_not_know_left_from_right(self, backend: str) -> None:
+    def test_directions_with_shared_weights_commute_with_turning(self, backend: str) -> None:
         """Shared weights: turning by 180 degrees and both transpositions commute with the op; a mirror does not."""
         inputs = permuted(make_inputs(h=5, w=5), [0, 0, 0, 0], make_inputs(h=5, w=5)["x"])
 
@@ -208,7 +209,7 @@ class TestNumerics:
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
-    def test_auto_is_the_engine(self) -> None:
+    def test_auto_is_the_cpu_backend(self) -> None:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             inputs = make_inputs(dtype=dtype)
             assert resolve("cross_selective_scan", "auto", inputs["x"]) == "cpu"

@@ -22,11 +22,11 @@ ALL = [True] * 9
 BOTH = (torch.float32, torch.float64)
 
 
-Form = tuple[Inputs, tuple[int, int, bool]]  # tensors, and height, width and whether there is softplus
+Form = tuple[Inputs, tuple[int, int, bool]]  # tensors; height, width, softplus
 
 
 def image_form() -> Form:
-    """Four directions over an image, whose coefficients the backend makes."""
+    """Four directions over an image; the backend computes the coefficients."""
     return operator_inputs(2, 5 * 8, 6, 3, 2, directions=4, coeffs=False), (5, 8, True)
 
 
@@ -45,14 +45,14 @@ FORMS = {
 
 
 def prepared(form: str, dtype: torch.dtype, layout: str, requires_grad: bool) -> tuple[list[Tensor | None], tuple]:
-    """Every tensor of the operator in its order, and the sizes."""
+    """The operator's tensors in order, and the sizes."""
     tensors, sizes = FORMS[form]()
     tensors = {k: strided(v.to(dtype), layout) if v.numel() else v.to(dtype) for k, v in tensors.items()}
     return [tensors[k].requires_grad_(requires_grad) if k in tensors else None for k in NAMES], sizes
 
 
 class TestRegistration:
-    # The operators carry no gradient; the function around them does, and PyTorch says so.
+    # The operators have no gradient formula, the function around them has; PyTorch warns about it.
     @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
     @pytest.mark.parametrize("dtype", BOTH, ids=str)
     @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
@@ -99,7 +99,7 @@ class TestRegistration:
         assert all(x is None or torch.equal(x, old) for x, old in zip(inputs, before, strict=True))
 
 
-# How a gradient may be differentiated once more.
+# Ways to differentiate a gradient again.
 AGAIN: dict[str, Callable[[Tensor, Tensor], object]] = {
     "backward": lambda y, x: y.backward(inputs=[x], retain_graph=True),
     "grad": lambda y, x: torch.autograd.grad(y, x, retain_graph=True),
@@ -134,7 +134,7 @@ class TestGradients:
         for backend in ("cpu", "reference"):
             out = run(backend)(**leaves)
             weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()
-            # The last state depends neither on C nor on D and z.
+            # The last state does not depend on C, D and z.
             grads = torch.autograd.grad((weight * out).sum(), list(leaves.values()), allow_unused=through == "last")
             results[backend] = {"out": out, **dict(zip(leaves, grads, strict=True))}
         for name, expected in results["reference"].items():
@@ -147,7 +147,7 @@ class TestGradients:
     @pytest.mark.parametrize("op", FUSED)
     @pytest.mark.parametrize("how", AGAIN)
     def test_second_derivatives_are_refused(self, op: str, how: str) -> None:
-        """For every pair of inputs: never zeros, never None."""
+        """For every pair of inputs there is an error, never zeros or None."""
         function, make = FUSED[op]
         inputs = {k: v.requires_grad_() for k, v in make().items()}
         for leaf in (v for k, v in inputs.items() if k != "z"):  # the gate's gradient is a scan, not its derivative

@@ -59,7 +59,8 @@ class TestAgainstTheOracle:
         expected, expected_state = line_oracle(inputs, softplus)
 
         run = partial(on_lines, delta_softplus=softplus)
-        # What is summed: the same problem with absolute values. Where it cancels, rounding shows at the terms' size.
+        # The size of the summed terms, from the same problem with absolute values: under cancellation, rounding errors
+        # are relative to the terms.
         absolute = {k: v if k in ("A", "delta", "delta_bias") else v.abs() for k, v in double.items()}
         terms, state_terms = (largest(x) for x in line_oracle(absolute, softplus))
         _, grad_terms = gradients(run("reference"), absolute, absolute=True)
@@ -93,7 +94,7 @@ class TestAgainstTheOracle:
         assert_close("state", last, state, 1e-12)
 
     def test_several_segments_of_the_chunked_scan(self) -> None:
-        """So wide a state that the chunked backend cuts the sequence into many segments with a ragged last one."""
+        """The state is so wide that the chunked backend cuts the sequence into many segments, the last one ragged."""
         inputs = make_inputs(4, 64, 75, 256, skip=False, dtype=torch.float32)
         out, grads = gradients(on_lines("chunked"), inputs)
         expected, expected_grads = gradients(on_lines("reference"), inputs)
@@ -259,7 +260,7 @@ class TestNumerics:
         }
         double = {k: v.double() for k, v in x.items()}
         expected, expected_grads = gradients(on_lines("reference"), double)
-        for backend in ("chunked", "cpu"):  # in one test, since the recurrence takes by far the longest
+        for backend in ("chunked", "cpu"):  # in one test, since the recurrence takes most of the time
             out, grads = gradients(on_lines(backend), x)
             assert_close(f"{backend} out", out, expected, 1e-5)
             for name, grad in grads.items():
@@ -295,12 +296,12 @@ class TestBackends:
         ("B", "C", "expected"),
         [("bnl", "bnl", "cpu"), ("bgnl", "bnl", "cpu"), ("dn", "bnl", "chunked"), ("bgnl", "dn", "chunked")],
     )
-    def test_auto_is_the_engine_but_for_constant_maps(self, B: str, C: str, expected: str) -> None:
+    def test_auto_is_the_cpu_backend_except_for_constant_coefficients(self, B: str, C: str, expected: str) -> None:
         x = make_inputs(2, 4, 70, 3, B=B, C=C, dtype=torch.float32)
         assert resolve("selective_scan", "auto", x["u"], A=x["A"], B=x["B"], C=x["C"]) == expected
         assert torch.equal(selective_scan(**x), selective_scan(**x, backend=expected))
         other = {"cpu": "chunked", "chunked": "cpu"}[expected]
-        assert not torch.equal(selective_scan(**x), selective_scan(**x, backend=other)), "they differ in rounding"
+        assert not torch.equal(selective_scan(**x), selective_scan(**x, backend=other)), "the two differ in rounding"
 
     def test_an_explicit_backend_is_kept(self) -> None:
         for backend in BACKENDS:
@@ -309,7 +310,7 @@ class TestBackends:
     @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
     @pytest.mark.parametrize("groups", [1, 2])
     def test_triton_in_its_interpreter(self, groups: int) -> None:
-        """Through the public function, whose arguments reach the engine transposed."""
+        """Through the public function, whose arguments reach the kernels transposed."""
         printed = fresh_process(
             "import torch\n"
             "from kan_mamba_layers import selective_scan\n"

@@ -1,4 +1,4 @@
-"""Functions of the Numba vectors as C functions of NumPy arrays, and what their results are measured with."""
+"""Turns functions of the Numba vectors into C functions of NumPy arrays, and measures their results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from numba import cfunc, njit, types
 Array = np.ndarray
 LONG = np.longdouble  # more precise than float64 on x86; elsewhere at least as precise
 FLOATS = (np.float32, np.float64)
-EPS = {np.float32: 2.0**-24, np.float64: 2.0**-53}  # half the distance between 1 and the next number: one rounding
+EPS = {np.float32: 2.0**-24, np.float64: 2.0**-53}  # one rounding: half the distance from 1 to the next number
 
 both = pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float64"])
 
 
 def callable_from_c(code: Any) -> Callable[..., None]:
-    """Numba's C function of two addresses and a number, which lets go of the GIL."""
+    """Numba's C function of two addresses and a number, called without the GIL."""
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(code.address)
-    function.code = code  # which it must not outlive
+    function.code = code  # keeps the machine code alive
     return function
 
 

@@ -1,4 +1,4 @@
-"""Kernels compiled for processors that are not here."""
+"""Compiles kernels for other processors than this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine code of a kernel is kept on disk, here that of the scan."""
+"""The machine code of a kernel is kept on disk; shown on the scan's forward kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The threads that run a kernel: PyTorch's own where its runtime lends them, else plain ones."""
+"""The threads that run a kernel: PyTorch's own where its runtime lends them, otherwise plain ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kan_mamba_layers.ops.simd import threads as simd_threads
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("pool", ["openmp", "plain"])
-def test_every_thread_of_a_team_is_called(
+def test_every_thread_is_called(
     threads: int, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if pool == "plain":
@@ -31,7 +31,7 @@ def test_every_thread_of_a_team_is_called(
     assert len({thread for _, thread in seen}) == threads
 
 
-def test_size_of_a_team(set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads(set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     set_threads(4)
     assert [simd_threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
     monkeypatch.setattr(simd_threads, "_in_forked_child", True)

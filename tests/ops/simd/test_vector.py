@@ -1,4 +1,4 @@
-"""The vectors of the Numba kernels one by one, in both precisions, against NumPy in higher precision."""
+"""The vector functions of the Numba kernels one by one, in both precisions, against NumPy in higher precision."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kan_mamba_layers.ops.simd import vector
 from kan_mamba_layers.ops.simd.vector import LANES
 from ops.simd.build import EPS, LONG, Array, both, built, callable_from_c, relative
 
-SMALLEST_POWER = {np.float32: -126, np.float64: -1022}  # 2 to it is the smallest normal number
-LARGEST_POWER = {np.float32: 128, np.float64: 1024}  # 2 to it overflows
+SMALLEST_POWER = {np.float32: -126, np.float64: -1022}  # 2 to this power is the smallest normal number
+LARGEST_POWER = {np.float32: 128, np.float64: 1024}  # 2 to this power overflows
 
-# Kernels: `a` is the memory that they work on, `out` the one that they write to.
+# Kernels that read memory at `a` and write to `out`.
 
 
 def run_exp2(a, out, count):
@@ -91,7 +91,7 @@ def numbers(dtype: type, low: float, high: float) -> st.SearchStrategy[Array]:
     return st.lists(element, min_size=1, max_size=40).map(lambda values: np.array(values, dtype))
 
 
-# Relative errors: of the polynomials, and of the few roundings around them.
+# Relative errors of the polynomials, plus a few roundings.
 EXP2_BOUND = {np.float32: 2e-7, np.float64: 4e-16}
 SOFTPLUS_BOUND = {np.float32: (3e-7, 3.5e-7), np.float64: (1e-15, 1e-15)}  # of the value and of the slope
 
@@ -111,7 +111,7 @@ class TestExp2:
 
     @both
     def test_the_product_is_not_rounded(self, dtype: type) -> None:
-        """Where the machine has a fused multiply-add; a rounded product would be wrong by its ulp, times ln 2."""
+        """On machines with a fused multiply-add; elsewhere the rounding of the product enters, times ln 2."""
         draw = np.random.default_rng(0)
         x, y = draw.uniform(0, 10, 100_000).astype(dtype), draw.uniform(-10, 0, 100_000).astype(dtype)
         product = x.astype(LONG) * y.astype(LONG)
@@ -123,7 +123,7 @@ class TestExp2:
     @both
     @pytest.mark.parametrize("sign", [-1, 1])
     def test_huge_products(self, dtype: type, sign: int) -> None:
-        """Beyond the range of the exponent, up to a product that itself overflows: 0 or infinity, never another."""
+        """Beyond the range of the exponent, up to products that overflow themselves, the result is 0 or infinity."""
         x = np.concatenate([np.logspace(np.log10(LARGEST_POWER[dtype] + 1), 30, 5000), [np.inf]]).astype(dtype)
         for factor in (1.0, 1e-3, 1e3):
             big = x[x.astype(LONG) * factor > LARGEST_POWER[dtype]]
@@ -137,9 +137,9 @@ class TestExp2:
     def test_edges_of_the_range(self, dtype: type) -> None:
         smallest, largest = SMALLEST_POWER[dtype], LARGEST_POWER[dtype]
         below = np.linspace(smallest - 60, smallest - 0.51, 1000)
-        assert np.array_equal(exp2_product(below, 1, dtype), np.zeros(1000)), "what would be denormal is 0"
+        assert np.array_equal(exp2_product(below, 1, dtype), np.zeros(1000)), "denormal results are flushed to 0"
         assert np.isposinf(exp2_product([largest, largest + 0.3, largest + 1, largest + 5.5], 1, dtype)).all()
-        # Half a power around the edges, where rounding the exponent decides: the value, or what the edge turns it to.
+        # Within half a power of the edges the rounding of the exponent decides: the value, or 0 or infinity.
         at_bottom = np.linspace(smallest - 0.5, smallest, 1000).astype(dtype)
         value = exp2_product(at_bottom, 1, dtype)
         expected = np.exp2(at_bottom.astype(LONG))
@@ -189,7 +189,7 @@ class TestSoftplus:
 
     @both
     def test_far_out(self, dtype: type) -> None:
-        """A large step is its own softplus; one that is too small for a float is 0, and none of the slopes is NaN."""
+        """softplus(z) is z for large z and 0 where it is too small for a float; no slope is NaN."""
         z = np.concatenate([np.linspace(20, 100, 5000), np.logspace(2, 30, 2000)]).astype(dtype)
         above, slope_above = softplus_and_slope(z)
         self.check(z)
@@ -217,7 +217,7 @@ class TestSoftplus:
 
 @cache
 def fused() -> bool:
-    """Whether this machine multiplies and adds with one rounding."""
+    """Whether this machine multiplies and adds with a single rounding."""
     a, out = np.zeros((3, LANES), np.float64), np.zeros((4, LANES))
     a[0], a[1], a[2] = 1 + 2.0**-30, 1 + 2.0**-30, -(1 + 2.0**-29)
     built(run_arithmetic, np.float64)(a, out, LANES)
@@ -245,7 +245,7 @@ class TestMemory:
     @both
     @pytest.mark.parametrize("index", range(0, 20))
     def test_loads_and_stores_at_any_element(self, dtype: type, index: int) -> None:
-        """The address is a multiple of the element's size and of nothing else."""
+        """Addresses need no alignment beyond the size of an element."""
         a, out = np.arange(64, dtype=dtype), np.full(64, -1, dtype)
         built(run_copy, dtype)(a, out, index)
         expected = np.full(64, -1, dtype)
@@ -289,7 +289,7 @@ class TestAcrossLanes:
     @both
     @pytest.mark.parametrize("stride", [16, 17, 32, 45])
     def test_transpose(self, dtype: type, stride: int) -> None:
-        """In place, at any stride, and nothing beside the square changes."""
+        """In place, at any stride, without changing anything outside the square."""
         out = np.arange(3 + stride * LANES, dtype=dtype)
         expected = out.copy()
         square = np.lib.stride_tricks.as_strided(expected[3:], (LANES, LANES), (stride * out.itemsize, out.itemsize))
@@ -297,7 +297,7 @@ class TestAcrossLanes:
         built(run_transpose, dtype)(out[:1].copy(), out, stride)
         assert np.array_equal(out, expected)
         built(run_transpose, dtype)(out[:1].copy(), out, stride)
-        assert np.array_equal(out, np.arange(3 + stride * LANES, dtype=dtype)), "twice is nothing"
+        assert np.array_equal(out, np.arange(3 + stride * LANES, dtype=dtype)), "transposing twice is the identity"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -322,11 +322,11 @@ def test_threads_take_every_number_once(threads: int) -> None:
     def work(row: Array) -> None:
         function(counter.ctypes.data, row.ctypes.data, per_thread)
 
-    team = [threading.Thread(target=work, args=(row,)) for row in taken]
-    for thread in team:
+    workers = [threading.Thread(target=work, args=(row,)) for row in taken]
+    for thread in workers:
         thread.start()
-    for thread in team:
+    for thread in workers:
         thread.join(60)
     assert np.array_equal(np.sort(taken, None), np.arange(threads * per_thread))
-    assert (np.diff(taken, axis=1) > 0).all(), "they ascend for each of them"
+    assert (np.diff(taken, axis=1) > 0).all(), "ascending within each thread"
     assert counter.tolist() == [-7, threads * per_thread, -7]

@@ -1,4 +1,4 @@
-"""Wide vectors, tuples of vectors and choices lane by lane against NumPy, and the kernels made of them elsewhere."""
+"""Wide vectors, tuples of vectors, lane-wise choices and functions against NumPy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kan_mamba_layers.ops.simd.vector import LANES
 from ops.simd.build import EPS, LONG, Array, both, built, relative
 
 WIDTHS = (16, 32, 64)
-COUNT = 3  # vectors of a tuple
+COUNT = 3  # vectors per tuple
 SIGMOID_BOUND = {np.float32: 3e-7, np.float64: 1e-15}
 
-# Kernels: `a` is the memory that they read, `out` the one that they write to.
+# Kernels that read memory at `a` and write to `out`.
 
 
 def run_choices(a, out, count):
@@ -57,7 +57,7 @@ def run_lowest_bits(a, out, count):
 
 
 def wide_kernel(lanes: int) -> Callable[..., None]:
-    """What works on vectors of any width, one after the other; `index` says where in `a` they begin."""
+    """Calls every function of wide vectors once; `index` is where they begin in `a`."""
 
     @njit(error_model="numpy")
     def run(a, out, index, zero):
@@ -88,7 +88,7 @@ class TestWideVectors:
     @pytest.mark.parametrize("lanes", WIDTHS)
     @pytest.mark.parametrize("index", [0, 1, 6])
     def test_everything(self, lanes: int, index: int, dtype: type) -> None:
-        """At any element; what is not theirs is left as it is."""
+        """At any element, without touching what lies beside."""
         a = np.random.default_rng(lanes + index).standard_normal(500).astype(dtype)
         out = np.full(9 * 64, -7, dtype)
         built(WIDE[lanes], dtype)(a, out, index)
@@ -114,7 +114,7 @@ class TestWideVectors:
 class TestChoices:
     @both
     def test_where_less(self, dtype: type) -> None:
-        """Every pair of special values, signed zeros among them: NaN is not less, nor is anything less than it."""
+        """Every pair of special values, including signed zeros: comparing with NaN is always false."""
         special = np.array([-np.inf, -1, -0.0, 0.0, 1e-40, 1, np.inf, np.nan], dtype)
         x, y = (v.ravel() for v in np.meshgrid(special, special))
         a, b = np.arange(64, dtype=dtype), -np.arange(64, dtype=dtype) - 1
@@ -166,7 +166,7 @@ class TestFunctions:
 
     @both
     def test_sigmoid_far_out(self, dtype: type) -> None:
-        """What is too small for a float is 0; never more than 1, nor NaN but for NaN."""
+        """0 where the value is too small for a float, at most 1, and NaN only for NaN."""
         x = np.concatenate([np.logspace(2, 30, 2000), [np.inf]]).astype(dtype)
         above, below = self.both_of(x)[1], self.both_of(-x)[1]
         assert (above == 1).all() and (below >= 0).all() and (below[x > 800] == 0).all()
@@ -179,7 +179,7 @@ class TestFunctions:
 class TestMemory:
     @both
     def test_integers_next_to_numbers(self, dtype: type) -> None:
-        """As wide as an element, of any sign, and at any element."""
+        """Integers of the width of an element, of both signs, at any element."""
         a = np.concatenate([np.arange(-20, 20), [2.0**22, -(2.0**22), 1000, 99999, 0, 0, -1, 1]]).astype(dtype)
         out = np.full(2 * len(a) + 3, -7, dtype)
         built(run_integers, dtype)(a, out, len(a))
@@ -210,7 +210,7 @@ class TestMemory:
 
 
 def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a machine's registers hold, in vectors of 16: 32 of 512 bits, 16 of 256, 32 or 16 of 128."""
+    """Number of 16-lane vectors that fit into 32 registers of 512 bits, 16 of 256, and 32 or 16 of 128."""
     here = wide.vector_registers(32)
     assert here >= 4 and wide.vector_registers(64) == here // 2
     machines = {

@@ -1,4 +1,4 @@
-"""The numbers of the fused engines: every size against the formula in float64, special values, memory, threads."""
+"""Results of the fused backends on the CPU: every size against the formula in float64, special values, threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Inputs = dict[str, Tensor]
 
 
 def knots(kind: str, i: int, g: int, s: int, draw: torch.Generator) -> Tensor:  # i g+2s+1
-    """Ascending knots in float64; whether their distances are equal is in the name, and then these are exact."""
+    """Ascending knots in float64; the kinds named "even" have spacings that are exactly equal."""
     steps = torch.arange(-s, g + s + 1, dtype=WIDE)  # 0 to g inside
     if kind == "even":
         return (0.5 * steps - 1).repeat(i, 1)
@@ -48,9 +48,9 @@ KNOTS = ("even", "even in their own ways", "even far away", "uneven", "some coin
 def make_inputs(
     rows: int, i: int, o: int, g: int = 5, s: int = 3, kind: str = "even", dtype: torch.dtype = WIDE, seed: int = 0
 ) -> Inputs:
-    """Places inside and outside of the interval and, for degrees that have slopes there, on knots; in float64.
+    """Positions inside and outside the interval and, for degrees with slopes there, on knots; in float64.
 
-    Knots and places are those that break a kernel first, which random ones seldom are. All values are representable in
+    Knots and positions are chosen to break a kernel, as random ones seldom do. All values are representable in
     ``dtype``.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def make_inputs(
 
 
 def sizes_of_terms(inputs: Inputs, extrapolation: str, uniform: bool) -> dict[str, float]:
-    """The largest sum of absolute terms of the output and of each gradient, under the weights of `gradients`."""
+    """For the output and each gradient, the largest sum of absolute terms, weighted as in `gradients`."""
     s = inputs["grid"].shape[1] - 1 - inputs["spline_weight"].shape[2]
     x = inputs["x"].clone().requires_grad_()
     bases = bspline_basis(x, inputs["grid"], s, extrapolation=extrapolation, uniform=uniform)  # rows i g+s
@@ -95,17 +95,17 @@ def sizes_of_terms(inputs: Inputs, extrapolation: str, uniform: bool) -> dict[st
 
 
 def check(inputs: Inputs, dtype: torch.dtype, extrapolation: str, uniform: bool, *backends: str) -> None:
-    """Output and every gradient: twice the formula's own error in this dtype, and some roundings."""
+    """The output and every gradient: at most twice the formula's own error in this dtype, plus some roundings."""
     grid = inputs["grid"]
     wide = {k: v for k, v in inputs.items() if k != "grid"}
     narrow, own_grid = {k: v.to(dtype) for k, v in wide.items()}, grid.to(torch.promote_types(dtype, torch.float32))
     sizes = sizes_of_terms(inputs, extrapolation, uniform)
     plain, plain_grads = gradients(kan("reference", own_grid, extrapolation, uniform), narrow)
-    # The oracle's knots are about 0, where differences of neighbouring numbers do not count.
+    # The oracle's knots are shifted to about 0, where the spacing of floats is negligible.
     origin = grid[0, 0].round() if grid[0, 0] > 100 else 0.0
     exact = kan("reference", grid - origin, extrapolation, uniform, base_activation=lambda x: F.silu(x + origin))
     true, true_grads = gradients(exact, {**wide, "x": wide["x"] - origin})
-    bands = 32 if dtype == WIDE else 4  # in float64 the formula's own error is not known
+    bands = 32 if dtype == WIDE else 4  # in float64 the formula's own error is unknown
     for backend in backends:
         out, grads = gradients(kan(backend, own_grid, extrapolation, uniform), narrow)
         assert out.dtype == dtype
@@ -117,7 +117,7 @@ def check(inputs: Inputs, dtype: torch.dtype, extrapolation: str, uniform: bool,
             )
 
 
-# One way for each size, so that every size meets every backend and each way many sizes.
+# Each size is tested in a few of these ways, on every backend; together the sizes cover all ways.
 WAYS = [(kind, extrapolation) for kind in KNOTS for extrapolation in EXTRAPOLATIONS]
 BOTH = ("cpu", "chunked")
 
@@ -156,7 +156,7 @@ class TestSizes:
             uniform = kind.startswith("even")
             check(make_inputs(60, 6, 20, g, kind=kind, dtype=dtype), dtype, extrapolation, uniform, *BOTH)
 
-    # Every degree is compiled for each dtype, which takes ten seconds.
+    # Compiling one degree for one dtype takes ten seconds.
     @pytest.mark.parametrize(("s", "dtype"), [(1, WIDE), (2, torch.float32), (4, WIDE), (5, WIDE)], ids=str)
     def test_degrees(self, s: int, dtype: torch.dtype) -> None:
         for kind in ("even", "even in their own ways", "uneven"):
@@ -167,7 +167,7 @@ class TestSizes:
     @DTYPES
     @pytest.mark.parametrize("registers", [4, 8, 16, 32])
     def test_parts_of_every_machine(self, registers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The outputs are taken 64, 32 or 16 at a time, which changes nothing for an output."""
+        """Outputs are processed 64, 32 or 16 at a time, with identical results."""
         from kan_mamba_layers.ops.kan_linear import cpu
 
         wide = make_inputs(45, 5, 120, dtype=dtype)
@@ -180,7 +180,7 @@ class TestSizes:
         assert torch.equal(grads["base_weight"], expected_grads["base_weight"])
         assert torch.equal(grads["spline_weight"], expected_grads["spline_weight"])
         tolerance = 8 * torch.finfo(dtype).eps * sizes_of_terms(wide, "linear", True)["x"]
-        assert largest(grads["x"] - expected_grads["x"]) <= tolerance, "sums over the outputs in another order"
+        assert largest(grads["x"] - expected_grads["x"]) <= tolerance, "sums over the outputs run in another order"
 
     @BACKENDS
     def test_no_rows(self, backend: str) -> None:
@@ -195,7 +195,7 @@ class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("kind", ["even", "uneven"])
     def test_half_is_computed_in_single(self, dtype: torch.dtype, kind: str) -> None:
-        """To the bit: what goes into the products is not rounded to half precision."""
+        """Equal to the bit: the operands of the products are not rounded to half precision."""
         inputs = make_inputs(45, 17, 33, kind=kind, dtype=dtype)
         grid = inputs.pop("grid").float()
         out, grads = gradients(kan("cpu", grid, "linear", kind == "even"), {k: v.to(dtype) for k, v in inputs.items()})
@@ -209,7 +209,7 @@ class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_within_the_budget(self, dtype: torch.dtype, backend: str) -> None:
         for kind, extrapolation in zip(KNOTS, ("zero", "linear", "clamp", "linear", "zero"), strict=True):
-            if kind != "even far away":  # no half-precision number is there
+            if kind != "even far away":  # too far for half precision
                 inputs = make_inputs(45, 17, 33, kind=kind, dtype=dtype)
                 check(inputs, dtype, extrapolation, kind.startswith("even"), backend)
 
@@ -230,7 +230,7 @@ class TestPrecision:
     @BACKENDS
     @pytest.mark.parametrize("threads", [1, 2])
     def test_long_sums(self, backend: str, threads: int, set_threads: Callable[[int], None]) -> None:
-        """The gradients of weights over 200,000 rows, of terms of one sign."""
+        """Gradients of the weights sum 200,000 rows of terms of one sign."""
         set_threads(threads)
         inputs = make_inputs(200_000, 3, 5, dtype=torch.float32)
         grid = inputs.pop("grid")
@@ -251,7 +251,7 @@ class TestThreadsAndRows:
     def test_any_number_of_threads(
         self, rows: int, i: int, o: int, dtype: torch.dtype, set_threads: Callable[[int], None]
     ) -> None:
-        """Output and its gradient are the same to the bit, and so is everything when it is done again."""
+        """Output and gradient of x do not depend on the number of threads, to the bit; repeating changes nothing."""
         inputs = {k: v.to(dtype) for k, v in make_inputs(rows, i, o, dtype=dtype).items()}
         grid = inputs.pop("grid")
         results = []
@@ -266,7 +266,7 @@ class TestThreadsAndRows:
             for name in ("base_weight", "spline_weight"):
                 expected = results[0][1][name]
                 tolerance = rows**0.5 * torch.finfo(dtype).eps * largest(expected)
-                assert largest(grads[name] - expected) <= tolerance, "sums over the rows in another order"
+                assert largest(grads[name] - expected) <= tolerance, "sums over the rows run in another order"
 
     @DTYPES
     @pytest.mark.parametrize("kind", ["even", "uneven"])
@@ -298,7 +298,7 @@ class TestSpecialValues:
         out, grads = gradients(function, {**inputs, "x": x})
         others = torch.arange(150) != 77
         assert out[77].isnan().all() and torch.equal(out[others], clean[others])
-        # As for the product, NaN reaches the gradients of its own x and of its feature's weights.
+        # As in a matrix product, NaN reaches the gradients of its own x and of its feature's weights.
         hit = torch.zeros_like(x, dtype=torch.bool)
         hit[77, 5] = True
         assert torch.equal(grads["x"].isnan(), hit)
@@ -312,7 +312,7 @@ class TestSpecialValues:
     @pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e30, -1e30])
     @pytest.mark.parametrize("kind", ["even", "uneven"])
     def test_infinite_and_huge(self, kind: str, value: float, backend: str) -> None:
-        """Other rows and features are as without it, and where the formula is finite so is the engine."""
+        """Other rows and features do not change, and the result is finite where the formula is."""
         inputs = {k: v.float() for k, v in make_inputs(40, 18, 20, kind=kind, dtype=torch.float32).items()}
         inputs["base_weight"] *= 0.01  # the product must not overflow
         grid, x = inputs.pop("grid"), inputs["x"].clone()
@@ -330,13 +330,13 @@ class TestSpecialValues:
                 assert out.isfinite().all() and grads["x"].isfinite().all(), extrapolation
             if extrapolation == "zero" and value < 0 and abs(value) < 1e31:
                 zero = {**inputs, "x": x.clone()}
-                zero["x"][7, 5] = -1e3  # where all is 0 as well
+                zero["x"][7, 5] = -1e3  # where the spline is 0 as well
                 assert torch.equal(out, function(**zero))
 
     @DTYPES
     @BACKENDS
     def test_denormal(self, backend: str, dtype: torch.dtype) -> None:
-        """Numbers next to 0 are 0, and a grid that begins at 0 is left with the smallest step."""
+        """Positions within a denormal of 0, on a grid that begins at 0."""
         tiny, eps = torch.finfo(dtype).smallest_normal / 16, torch.finfo(dtype).eps
         for kind, extrapolation in product(("even", "uneven"), EXTRAPOLATIONS):
             inputs = make_inputs(6, 1, 3, 4, kind=kind, dtype=dtype)
@@ -353,7 +353,7 @@ class TestSpecialValues:
     @BACKENDS
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     def test_knots_that_all_coincide_at_the_ends(self, backend: str, extrapolation: str) -> None:
-        """The clamped knots of textbooks."""
+        """The clamped knots of the textbooks."""
         grid = torch.tensor([[0.0] * 4 + [0.25, 0.5, 0.75] + [1.0] * 4], dtype=WIDE)
         x = torch.tensor([-0.5, 0.0, 0.25, 0.3, 0.99, 1.5], dtype=WIDE)[:, None]
         inputs = {

@@ -1,4 +1,4 @@
-"""The CPU engine of the KAN map and its surroundings: memory, the code on disk, forks, and calls from many threads."""
+"""The CPU backend of kan_linear in its environment: memory, code on disk, forks, and calls from many threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 
 
 class Fenced:
-    """Allocates tensors between walls of NaN, and looks whether these still stand."""
+    """Allocates tensors between walls of NaN, and checks that the walls are intact."""
 
     WALL = 96
 
@@ -44,7 +44,7 @@ class Fenced:
         monkeypatch.setattr(torch, "zeros", inside(torch.zeros, 0.0))
 
     def copy(self, x: Tensor) -> Tensor:
-        """The same values inside."""
+        """A copy of x between walls."""
         wide = torch.full((x.numel() + 2 * self.WALL,), float("nan"), dtype=x.dtype)
         self.all.append((wide, x.numel()))
         return wide[self.WALL : self.WALL + x.numel()].view(x.shape).copy_(x.detach())
@@ -62,7 +62,7 @@ class TestMemory:
     def test_nothing_beyond_the_ends_is_read_or_written(
         self, rows: int, i: int, o: int, uniform: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of the inputs, the results and each thread's own memory, with places that are on no grid."""
+        """Applies to inputs, results and each thread's scratch memory; some positions lie on no grid."""
         inputs = kan_inputs(rows, i, o, uniform=uniform, dtype=dtype)
         inputs["x"][0, 0], inputs["x"][-1, -1] = float("inf"), float("nan")
         grid, grad_y = inputs.pop("grid"), torch.randn(rows, o, dtype=dtype)
@@ -81,7 +81,7 @@ class TestMemory:
             assert torch.equal(actual.nan_to_num(7.5), wanted.nan_to_num(7.5))
 
     def test_nothing_unwritten_is_read(self) -> None:
-        """With uninitialised memory filled with NaN the results are the same to the bit."""
+        """Filling uninitialised memory with NaN does not change a bit of the results."""
         inputs = kan_inputs(37, 21, 35, uniform=False)
         function = kan("cpu", inputs.pop("grid"), "linear", False)
         plain = gradients(function, inputs)
@@ -93,7 +93,7 @@ class TestMemory:
     @on_linux
     @pytest.mark.parametrize("backend", ["cpu", "chunked"])
     def test_of_a_training_step(self, backend: str) -> None:
-        """Output and gradient of x take 16 MiB each, the bases alone would take 128; the gradient is given."""
+        """Output and gradient of x take 16 MiB each, the bases alone would take 128; the incoming gradient is given."""
         printed = fresh_process(
             "import torch\n"
             "from kan_mamba_layers import kan_linear\n"
@@ -121,7 +121,7 @@ class TestMemory:
 
 @pytest.mark.parametrize("pool", ["openmp", "plain"])
 def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if pool == "plain":  # as where PyTorch's runtime does not lend its threads
+    if pool == "plain":  # as on systems where PyTorch's runtime does not lend its threads
         monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
     monkeypatch.setattr(simd_threads, "team_size", lambda tasks: max(1, min(3, tasks)))
     problems = [kan_inputs(200 + i, 20 + i, 30, uniform=i % 2 == 0, seed=i) for i in range(4)]
@@ -134,7 +134,7 @@ def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) 
     start = threading.Barrier(4)
 
     def work(i: int) -> None:
-        torch.set_num_threads(2)  # OpenMP keeps this number for each thread
+        torch.set_num_threads(2)  # OpenMP keeps this number per thread
         start.wait(60)
         for _ in range(15):
             out, grads = gradients(functions[i], problems[i])
@@ -143,18 +143,18 @@ def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) 
             names = ("x", "base_weight", "spline_weight")
             wrong.extend(f"d{k} of {i}" for k in names if not torch.equal(grads[k], expected[i][1][k]))
 
-    team = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-    for thread in team:
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
         thread.start()
-    for thread in team:
+    for thread in threads:
         thread.join(120)
-    assert not any(thread.is_alive() for thread in team)
+    assert not any(thread.is_alive() for thread in threads)
     assert not wrong
 
 
 @needs_fork
 def test_workers_of_a_data_loader() -> None:
-    """Whose parent has used the engine on three threads, and goes on to use it."""
+    """The parent has used the backend on three threads, and uses it again afterwards."""
     printed = fresh_process(
         "import signal, torch\n"
         "from torch.utils.data import DataLoader, Dataset\n"
@@ -169,7 +169,7 @@ def test_workers_of_a_data_loader() -> None:
         "class Steps(Dataset):\n"
         "    def __len__(self): return 6\n"
         "    def __getitem__(self, i):\n"
-        "        signal.alarm(100)  # a child that waits for ever is ended\n"
+        "        signal.alarm(100)  # ends a child that hangs\n"
         "        return step(x[i % 4])\n"
         "loader = DataLoader(Steps(), None, num_workers=2, multiprocessing_context='fork', timeout=120)\n"
         "results = [*loader, step(x[0])]\n"
@@ -181,7 +181,7 @@ def test_workers_of_a_data_loader() -> None:
 
 
 class TestCache:
-    """The code of every kernel is found again, also of those that close over the degree."""
+    """The code of every kernel is reused from disk, including kernels that close over the degree."""
 
     CODE = (
         "import torch\n"

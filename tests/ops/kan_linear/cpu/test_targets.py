@@ -1,4 +1,4 @@
-"""The CPU kernels for machines that are not here: they become vector instructions, without a call of a library."""
+"""The CPU kernels compiled for other machines: they become vector instructions, without library calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, forward_kernel
 from ops.simd.targets import assembly, portable
 
-# A triple, the features of a processor, and a fused multiply-add or what stands for it there.
+# Triple, processor features, and the instruction for a fused multiply-add or its substitute.
 TARGETS = {
     "aarch64": ("aarch64-unknown-linux-gnu", "", r"\bfmla\b"),
     "macos-arm64": ("arm64-apple-macosx11.0", "", r"\bfmla"),
@@ -32,7 +32,7 @@ def code(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
-    """Calls of nothing but itself and what every system has: floor, where the machine has no instruction for it."""
+    """It calls only itself and what every system has; floor too, if the machine has no instruction for it."""
     triple, features, instruction = TARGETS[name]
     text = assembly(code, triple, features, codemodel="small")
     assert len(re.findall(instruction, text)) > 50

@@ -1,4 +1,4 @@
-"""The Triton kernels of kan_linear compiled for GPUs that are not here: registers, spills, memory, instructions.
+"""The Triton kernels of kan_linear compiled for GPUs without having one: registers, spills, memory, instructions.
 
 After a change of the kernels `python tests/ops/kan_linear/triton/test_ahead_of_time.py` rewrites `resources.json`.
 """
@@ -52,10 +52,10 @@ class Model(NamedTuple):
     precision: str = "ieee"
     uniform: bool = True
     extrapolation: str = "zero"
-    given: bool = False  # the activation, as a tensor
+    given: bool = False  # the activation is given as a tensor
 
 
-# The first on all targets, the others where they say something new; compiling takes a second each.
+# The first on all targets, the others where they add something; each takes a second to compile.
 MODELS = {
     "64 bf16": (Model(), ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")),
     "256 bf16": (Model(4096, 256, 256), ("sm_80", "sm_86", "sm_90", "sm_100")),
@@ -81,7 +81,7 @@ class Recorder:
 
 
 def launched(kernel: str, model: Model, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The kernel, its arguments and its constants, as the launcher gives them for this target."""
+    """The kernel, its arguments and its constants, as launched on this target."""
     module, name = KERNELS[kernel], "kan_forward" if kernel == "forward" else kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "_gpu", lambda device: TARGETS[target][1])
@@ -112,14 +112,14 @@ def compiled(kernel: str, model: str, target: str) -> Any:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     kinds = [f"*{names[a.dtype]}" if isinstance(a, torch.Tensor) else "i32" for a in arguments]
     signature = dict(zip(function.arg_names, kinds, strict=False)) | dict.fromkeys(constants, "constexpr")
-    # What the launcher finds to be divisible by 16: tensors' addresses, and the sizes of ordinary models.
+    # Divisible by 16 at launch: the addresses of tensors, and the sizes of ordinary models.
     even = [n for n, a in enumerate(arguments) if isinstance(a, torch.Tensor) or a % 16 == 0]
     source = ASTSource(function, signature, constants, attrs={(n,): [["tt.divisibility", 16]] for n in even})
     return triton.compile(source, target=TARGETS[target][0], options=options)
 
 
 def resources(kernel: str, model: str, target: str, folder: Path) -> list[int]:
-    """[registers, spilled registers or bytes of stack, bytes of shared memory] of a thread or program."""
+    """[registers per thread, spilled registers or bytes of stack per thread, bytes of shared memory per program]."""
     binary = compiled(kernel, model, target)
     if TARGETS[target][0].backend == "hip":
         text = binary.asm["amdgcn"]
@@ -149,10 +149,10 @@ def test_resources_and_code(kernel: str, model: str, target: str, tmp_path: Path
     assert shared <= TARGETS[target][1].shared
     if target == "sm_90" and model != "64 adaptive":  # there Triton 3.4 spills 8 bytes
         assert spilled == 0
-    # A kernel that asks for too much tensor memory compiles all the same, into one instruction: trap.
+    # A kernel that needs too much tensor memory compiles nevertheless, into the single instruction trap.
     assert (getattr(binary.metadata, "tmem_size", None) or 0) <= 512
     assert not re.search(r"\b(trap|s_trap|atom|red|\w+_atomic\w*)\b", text)
-    on_tensor_cores = model != "64 fp32" or target == "gfx942"  # which alone multiplies whole float32
+    on_tensor_cores = model != "64 fp32" or target == "gfx942"  # the only target that multiplies full float32
     assert bool(re.search(MMA, text)) == on_tensor_cores
     assert re.search(r"arith\.extsi .* i32 to i64", binary.asm["ttir"])  # rows are counted in 64 bits
     recorded = json.loads(RECORDED.read_text())

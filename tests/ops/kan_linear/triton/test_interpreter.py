@@ -54,7 +54,7 @@ class Case:
     g: int = 5
     s: int = 3
     dtype: torch.dtype = FP32
-    weights: torch.dtype | None = None  # if not as x: autocast
+    weights: torch.dtype | None = None  # if not that of x: autocast
     uniform: bool = True
     extrapolation: str = "zero"
     given: bool = False  # the activation, tanh, as a tensor; else silu in the kernel
@@ -82,7 +82,7 @@ CASES = [
     *(Case(s=s, bias=s == 2) for s in (1, 2, 4, 5)),
     *(Case(s=s, g=4, extrapolation="linear") for s in (1, 2, 3, 4, 5)),
     *(Case(s=s, g=4, extrapolation="clamp") for s in (1, 3, 4)),
-    # The activation from outside.
+    # The activation as a tensor.
     Case(given=True),
     Case(given=True, extrapolation="linear", s=2, bias=True),
     Case(given=True, dtype=BF16),
@@ -92,7 +92,7 @@ CASES = [
     *(Case(s=s, g=3, uniform=False, extrapolation="linear") for s in (1, 2, 3, 4)),
     Case(g=2, uniform=False, extrapolation="clamp", given=True),
     Case(g=2, s=2, uniform=False, i=17, o=18, rows=18, extrapolation="linear", **SMALL_TILES),
-    # Several tiles of everything, none of them full.
+    # Several tiles along every axis, the last ones ragged.
     Case(rows=37, i=19, o=23, **SMALL_TILES),
     Case(rows=37, i=19, o=23, bias=True, tiles=SMALL._replace(slots=9), back_tiles=(SMALL, SMALL._replace(slots=2))),
     Case(rows=50, i=5, o=3, back_tiles=(None, SMALL._replace(parts=2))),
@@ -108,7 +108,7 @@ CASES = [
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
-    """Features with ranges of their own; x lies inside, on knots, on both ends of the grid and far outside."""
+    """Every feature has its own range; x lies inside, on knots, on both ends of the grid and far outside."""
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -136,7 +136,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 
 def expected(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """y and all gradients by the reference; of the activation as well, if it is given."""
+    """y and all gradients by the reference, including that of the activation if it is given."""
     x, base, spline = (inputs[k].to(dtype).requires_grad_() for k in ("x", "base_weight", "spline_weight"))
     wide = torch.promote_types(dtype, FP32)
     leaves, activation = [x, base, spline], F.silu
@@ -170,7 +170,7 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """Every buffer of the launcher lies between sentinels, which must be there afterwards; its tables between NaN."""
+    """Puts every buffer of the launcher between sentinels, checked afterwards, and its tables between NaN."""
     packed, knots = launcher._Launch.packed, launcher._Launch.knots
     monkeypatch.setattr(launcher._Launch, "packed", lambda self: between_nan(packed(self)))
     monkeypatch.setattr(launcher._Launch, "knots", lambda self: tuple(map(between_nan, knots(self))))
@@ -191,24 +191,24 @@ def test_output_and_every_gradient(case: Case, buffers: list[Tensor]) -> None:
         for grads in (got, exact):
             grads["dx"] = torch.where(distance < 1e-5, 0, grads["dx"])
     if dtype == FP32:
-        # A place among up to 12 knots carries a few roundings of its largest value, which the bases pass on.
+        # A position among up to 12 knots carries a few roundings, which the bases pass on.
         for name, value in exact.items():
             assert_close(name, got[name], value, 4e-6 if name == "dx" else 3e-6)
         return
     rounded = expected(case, inputs, dtype) if case.weights is None else exact
     for name, value in exact.items():
-        if case.weights and name in ("dx", "dactivated"):  # nothing is rounded on the way
+        if case.weights and name in ("dx", "dactivated"):  # no intermediate rounding
             assert_close(name, got[name], value, 4e-6)
             continue
-        # The interpreter cuts bfloat16 off where a GPU rounds: every operand errs by up to one unit instead of half,
-        # always in one direction. So bfloat16 gets a second and a third unit.
+        # The interpreter truncates bfloat16 where a GPU rounds: every operand errs by up to one unit instead of half,
+        # always in one direction. So bfloat16 gets two units more.
         assert_budget(name, got[name], rounded[name], value, dtype, bands=3.0 if dtype == BF16 else 1.0)
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "adaptive"])
 @pytest.mark.parametrize("s", [1, 2, 3, 4, 5])
 def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
-    """Weights that pick one basis each; points over the whole support, knots among them."""
+    """Each output's weights pick one basis; the points cover the whole support, including the knots."""
     grid = torch.linspace(-1.6, 1.4, 2 + 2 * s + 1)[None]  # two intervals
     if not uniform:
         grid = grid + 0.1 * torch.tensor([0.0, 1.0, 0.5]).repeat(5)[: grid.shape[1]]
@@ -220,7 +220,7 @@ def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
     if s == 1:  # SciPy's elements are closed on the right
         exact[x[:, 0] == grid[0, -1]] = 0.0
     assert_close("bases", y, exact, 3e-6)
-    # All bases at once: the points once more for each of them, with a gradient of that output alone.
+    # All bases at once: the points are repeated per basis, with a gradient of that output alone.
     points, picks = x.repeat(bases, 1), torch.eye(bases).repeat_interleave(len(x), 0)
     call = KANCall(points, None, *weights, grid, None, "zero", uniform)
     slopes = backward(call, picks, weights=False, tiles=(LARGE, None))[0].view(bases, -1).T
@@ -230,7 +230,7 @@ def test_every_basis_against_scipy(s: int, uniform: bool) -> None:
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "adaptive"])
 def test_far_outside(uniform: bool) -> None:
-    """Where the spline is gone, held, or a straight line, also a million away."""
+    """Where the spline is zero, constant or a straight line, up to a distance of a million."""
     for extrapolation in ("zero", "clamp", "linear"):
         case = Case(rows=4, extrapolation=extrapolation, uniform=uniform, g=2)
         inputs = make_inputs(case)
@@ -316,7 +316,7 @@ def test_nothing_of_the_size_of_the_bases_is_stored(buffers: list[Tensor]) -> No
 
 
 def test_coinciding_knots() -> None:
-    """A grid whose outer knots all lie on the ends, as SciPy and NumPy users make them."""
+    """A grid whose outer knots all lie on the ends, as is usual in SciPy."""
     case = Case(uniform=False, extrapolation="clamp", g=2)
     inputs = make_inputs(case)
     inputs["grid"].copy_(torch.tensor([-1.0, -1, -1, -1, 0.2, 1, 1, 1, 1]))
@@ -357,7 +357,7 @@ GPUS = [
 
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_tiles(gpu: Gpu) -> None:
-    """Powers of two that products can have, weights that fit into shared memory, parts that hold rows."""
+    """Sizes are powers of two that a product accepts, weights fit into shared memory, and no part is empty."""
     for rows in (1, 100, 65536):
         for i, o in ((1, 1), (64, 64), (160, 320), (256, 256)):
             for bases, uniform, half, full in ((2, True, True, False), (8, True, True, False), (8, False, True, False),

@@ -1,4 +1,4 @@
-"""The numbers of the CPU engine: every shape against the recurrence, accuracy on real sizes, stress, NaN."""
+"""Results of the scans' CPU backend: every shape against the recurrence, accuracy on real sizes, stress, NaN."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
 
 
 def as_in_a_new_layer(inputs: Inputs) -> Inputs:
-    """The same image under the initial values of `SS2D`."""
+    """The same image with the initial weights of an `SS2D`."""
     d, n = inputs["x"].shape[-1], inputs["A_log"].shape[1]
     layer = SS2D(d, d_state=n, expand=1, dt_rank=inputs["dt_proj_weight"].shape[2])
     weights = (layer.x_proj_weight, layer.dt_projs_weight, layer.dt_projs_bias, layer.A_logs, layer.Ds)
@@ -39,7 +39,7 @@ def as_in_a_new_layer(inputs: Inputs) -> Inputs:
 
 
 def compare(function: Callable[[str], Call], inputs: Inputs) -> None:
-    """In their dtype, with the recurrence in float64."""
+    """Compares the CPU backend in the inputs' dtype with the recurrence in float64."""
     out, grads = gradients(function("cpu"), inputs)
     expected, expected_grads = gradients(function("reference"), {k: v.double() for k, v in inputs.items()})
     assert_close("out", out, expected, TOLERANCE[out.dtype])
@@ -64,13 +64,13 @@ class TestShapes:
     @DTYPES
     @pytest.mark.parametrize("d", [1, 7, 15, 16, 17, 32, 33, 130, 160])
     def test_channels_around_the_tile(self, d: int, dtype: torch.dtype) -> None:
-        """130 channels are more than the tiles of one team."""
+        """130 channels need more tiles than one thread takes at once."""
         compare(on_images, image_inputs(1, 5, 7, d, 2, 3, dtype=dtype))
 
     @DTYPES
     @pytest.mark.parametrize(("d", "groups"), [(6, 1), (6, 2), (6, 6), (32, 2), (34, 2), (51, 3), (48, 3), (320, 2)])
     def test_groups(self, d: int, groups: int, dtype: torch.dtype) -> None:
-        """Of less than a tile, of whole tiles, of a tile and a bit, and more tiles than a team has."""
+        """Groups of less than a tile, whole tiles, a tile and a bit, and more tiles than a thread takes at once."""
         compare(on_lines_with_state, full_line_inputs(2, d, 35, 2, groups=groups, dtype=dtype))
 
     @DTYPES
@@ -139,7 +139,7 @@ class TestAccuracy:
 
     @SIZES
     def test_images_under_rough_weights(self, h: int, w: int, d: int, r: int, n: int) -> None:
-        """Where float32 itself is worse, it is worse for the plain form too."""
+        """Where float32 is less accurate, the plain form is less accurate too."""
         inputs = image_inputs(1, h, w, d, r, n)
         (error, grad_errors), (plain, plain_grads) = (self.errors(on_images, inputs, b) for b in ("cpu", "chunked"))
         assert error <= plain + FORWARD_BAR
@@ -173,7 +173,7 @@ class TestStress:
         inputs = full_line_inputs(1, d, length, n, groups=2)
         draw = torch.Generator().manual_seed(1)
         steps = torch.exp(torch.empty(1, d, length).uniform_(np.log(1e-6), np.log(10), generator=draw)).double()
-        inputs["delta"] = steps + torch.log(-torch.expm1(-steps))  # what softplus turns into the steps
+        inputs["delta"] = steps + torch.log(-torch.expm1(-steps))  # inverse of softplus
         inputs["delta_bias"] = torch.zeros(d).double()
         inputs["u"] *= 1e4 / inputs["u"].abs().max()
         inputs["A"] = -torch.logspace(-4, np.log10(64), d * n).view(d, n).double()
@@ -205,7 +205,7 @@ class TestNotANumber:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "initial_state"])
     def test_spreads_as_in_the_recurrence(self, name: str, value: float) -> None:
-        """What is not finite there is not finite here, and nothing else; the other image is untouched."""
+        """Exactly what is not finite in the recurrence is not finite here; the other sequence does not change."""
         inputs = full_line_inputs(2, 18, 50, 3, gate=False)
         clean = on_lines_with_state("cpu")(**inputs)
         inputs[name][(0, *(s // 2 for s in inputs[name].shape[1:]))] = value
@@ -230,7 +230,7 @@ class TestNotANumber:
         assert grad[[0, 2]].isfinite().all()
 
     def test_gradients(self) -> None:
-        """A gradient of NaN at one time reaches that time and those before it, in its channel."""
+        """A NaN in the incoming gradient reaches its own step and the steps before it, in its channel."""
         inputs = full_line_inputs(1, 18, 70, 3, gate=False, dtype=torch.float64)
         inputs = {k: v.requires_grad_() for k, v in inputs.items()}
         weights = torch.ones(1, 18, 70).double()
@@ -245,7 +245,7 @@ class TestNotANumber:
 
 
 def test_nothing_unwritten_is_read() -> None:
-    """With uninitialised memory filled with NaN the results are the same to the bit."""
+    """Filling uninitialised memory with NaN does not change a bit of the results."""
     inputs = image_inputs(2, 5, 7, 21, 3, 5)
     torch.use_deterministic_algorithms(False)
     plain = gradients(on_images("cpu"), inputs)

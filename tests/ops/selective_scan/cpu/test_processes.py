@@ -1,4 +1,4 @@
-"""The CPU engine among threads and processes: repeats, concurrency, forks, caches, memory, and life without Numba."""
+"""The CPU backend of the scans among threads and processes: repeats, concurrency, forks, memory, missing Numba."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 THREADS = (1, 2, 4, 7)
 
 
-# One image of many tiles, many small images, few channels, groups: what is divided among the threads differs.
+# These cases divide different work among the threads: tiles, images, channels or groups.
 CASES = {
     "one wide image": (on_images("cpu"), image_inputs(1, 9, 11, 150, 2, 3)),
     "one narrow image": (on_images("cpu"), image_inputs(1, 20, 17, 7, 2, 3)),
@@ -39,8 +39,8 @@ class TestThreads:
     def test_any_number_gives_the_same(
         self, name: str, pool: str, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """To rounding for different numbers, to the bit for the same one."""
-        if pool == "plain":  # as where PyTorch's runtime does not lend its threads
+        """Up to rounding for different numbers of threads, to the bit for the same number."""
+        if pool == "plain":  # as on systems where PyTorch's runtime does not lend its threads
             monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
         function, inputs = CASES[name]
         set_threads(1)
@@ -68,7 +68,7 @@ class TestThreads:
         start = threading.Barrier(4)
 
         def work(i: int) -> None:
-            torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
+            torch.set_num_threads(threads)  # OpenMP keeps this number per thread
             start.wait(60)
             for _ in range(15):
                 out, grads = gradients(on_images("cpu"), problems[i])
@@ -76,18 +76,18 @@ class TestThreads:
                     wrong.append(f"out of {i}")
                 wrong.extend(f"d{k} of {i}" for k, v in grads.items() if not torch.equal(v, expected[i][1][k]))
 
-        team = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in team:
+        workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+        for thread in workers:
             thread.start()
-        for thread in team:
+        for thread in workers:
             thread.join(120)
-        assert not any(thread.is_alive() for thread in team)
+        assert not any(thread.is_alive() for thread in workers)
         assert not wrong
 
 
-# A new process that has used the engine on three threads, and `check`, which uses it again and looks at the results.
-# PyTorch's own products wait for ever in a forked child that has not set the number of threads to 1 (workers of a
-# DataLoader do); the engine's kernels do not, so a sequence is scanned before that.
+# A new process uses the backend on three threads and defines `check`, which uses it again and compares the results.
+# PyTorch's own matrix products hang in a forked child that has not set the number of threads to 1 (workers of a
+# DataLoader do); our kernels do not, so a sequence is scanned before that.
 PREPARED = """
 import os, signal, torch
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
@@ -118,7 +118,7 @@ expected = line(), image()
 
 
 def check():
-    signal.alarm(60)  # a child that waits for ever is ended
+    signal.alarm(60)  # ends a child that hangs
     sequences = same(line(), expected[0])
     torch.set_num_threads(1)
     return sequences and same(line(), expected[0]) and same(image(), expected[1])
@@ -128,7 +128,7 @@ def check():
 class TestProcesses:
     @needs_fork
     def test_fork_after_use(self) -> None:
-        """A child computes, also several times, forks again, and its parent goes on."""
+        """A child computes repeatedly and forks again, and its parent continues."""
         printed = fresh_process(
             PREPARED + "if (child := os.fork()) == 0:\n"
             "    fine = check() and check()\n"
@@ -171,7 +171,7 @@ class TestProcesses:
 
     @on_linux
     def test_memory(self) -> None:
-        """Forward and backward of eight maps of 128x128 with 32 channels; their saved states alone take 128 MiB."""
+        """Forward and backward of eight images of 128x128 with 32 channels; the saved states alone take 128 MiB."""
         printed = fresh_process(
             "import torch\n"
             "from kan_mamba_layers import cross_selective_scan\n"

@@ -1,4 +1,4 @@
-"""The CPU kernels for machines that are not here: they become vector instructions, without a call of a library."""
+"""The CPU kernels compiled for other machines: they become vector instructions, without library calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, forward_kernel
 from ops.simd.targets import assembly, portable
 
-# A triple, a processor's features, a fused multiply-add or what stands for it there, and registers for 16 floats.
+# Triple, processor features, the instruction for a fused multiply-add or its substitute, and registers per 16 floats.
 TARGETS = {
     "aarch64": ("aarch64-unknown-linux-gnu", "", r"\bfmla\b", 4),
     "macos-arm64": ("arm64-apple-macosx11.0", "", r"\bfmla", 4),
@@ -31,7 +31,7 @@ def code(request: pytest.FixtureRequest) -> str:
 def test_kernel_lowers_to_vector_instructions(code: str, name: str) -> None:
     triple, features, instruction, registers = TARGETS[name]
     text = assembly(code, triple, features)
-    # How many there are depends on how far Numba has unrolled for this machine; a few are joined or left out.
+    # Their number depends on how far Numba unrolled on this machine; a few are merged or dropped.
     vectors = len(re.findall(r"call .*@llvm\.fmuladd\.v16f32", code))
     assert vectors > 25
     assert len(re.findall(instruction, text)) >= 0.9 * registers * vectors

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: registers, spills, shared memory, instructions.
+"""The Triton kernels compiled for GPUs without having one: registers, spills, shared memory, instructions.
 
 After a change of the kernels `python tests/ops/selective_scan/triton/test_ahead_of_time.py` rewrites `resources.json`.
 """
@@ -50,7 +50,7 @@ MODELS = {
     "n4 r2": (64, 4, 2, 4, "fp32"),
     "n17 r3": (96, 17, 3, 4, "fp32"),
 }
-SOME_MODELS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the rest differs little in the kernels beside the scans
+SOME_MODELS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the other models differ little outside the scans
 EVEN_SIZES = ("channels", "group", "values", "chunk")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KERNELS = {
@@ -70,7 +70,7 @@ class Variant(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
+    """Replaces a kernel and records what it is launched with."""
 
     kernel: Any
     found: list[Variant]
@@ -131,7 +131,7 @@ def compiled(name: str, target: str) -> Any:
         name: pointers[x.dtype] if isinstance(x, Tensor) else "i32"
         for name, x in zip(kernel.arg_names, arguments, strict=False)
     } | dict.fromkeys(constants, "constexpr")
-    # What the launcher finds to be divisible by 16: tensors' addresses, and the sizes of ordinary models.
+    # Divisible by 16 at launch: the addresses of tensors, and the sizes of ordinary models.
     sizes = [p.name for p in kernel.params if p.name in EVEN_SIZES and not p.do_not_specialize]
     even = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in sizes]
     source = ASTSource(kernel, kinds, constants, attrs={(i,): [["tt.divisibility", 16]] for i in even})
@@ -139,7 +139,7 @@ def compiled(name: str, target: str) -> Any:
 
 
 def resources(name: str, target: str, folder: Path) -> list[int]:
-    """[registers, spilled registers or bytes of stack, bytes of shared memory] of a thread or program."""
+    """[registers per thread, spilled registers or bytes of stack per thread, bytes of shared memory per program]."""
     binary = compiled(name, target)
     if TARGETS[target].backend == "hip":
         text = binary.asm["amdgcn"]
@@ -178,13 +178,13 @@ def test_resources_do_not_rise(name: str, target: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code(name: str) -> None:
-    """No trap, no atomics, the image's offset in 64 bits; the forward loops do not shuffle."""
+    """No trap, no atomics, 64-bit offsets of images; the forward loops do not shuffle."""
     binary = compiled(name, "sm_90")
     ptx, ir = binary.asm["ptx"], binary.asm["ttir"]
     assert not re.search(r"\b(trap|atom|red)\b", ptx)
     assert re.search(r"arith\.extsi .* i32 to i64", ir)
     if name.split()[0] in ("scan", "chunk_ends", "carry", "merge"):
-        assert ptx.count("shfl") <= 1  # at most in the odd last step, where a layout may change
+        assert ptx.count("shfl") <= 1  # allowed in an odd last step, where the layout may change
 
 
 @pytest.mark.parametrize("target", TARGETS)

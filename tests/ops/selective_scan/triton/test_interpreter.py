@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import assert_budget, gradients, relative_l2, says, walk
+from helpers import assert_budget, gradients, pixel_order, relative_l2, says
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan import reference
 from ops.selective_scan.calls import line_inputs, on_lines, operator_inputs
@@ -82,8 +82,8 @@ CASES = [
     Case(h=5, w=4, n=1, r=10),
     Case(b=2, h=2, w=3, n=17, r=4),
     Case(h=2, w=3, n=16, r=10, d=65),
-    Case(n=4, r=20),  # a rank that is expanded by a matrix product
-    Case(h=2, w=3, n=48),  # two warps a program
+    Case(n=4, r=20),  # a rank large enough for a matrix product
+    Case(h=2, w=3, n=48),  # two warps per program
     Case(softplus=False, r=3),
     Case(initial=True, n=16, r=4),
     Case(b=3, h=2, w=1, initial=True, softplus=False, r=1),
@@ -126,7 +126,7 @@ CASES = [
 
 
 def make_inputs(case: Case) -> dict[str, Tensor | None]:
-    """Each between NaN; None where the case has no such tensor."""
+    """Tensors between NaN; None where the case has no such tensor."""
     b, l, d, n, r = case.b, case.h * case.w, case.d, case.n, case.r
     inputs = operator_inputs(b, l, d, n, r, directions=case.k, groups=case.g, initial=case.initial)
     inputs["u"] = inputs["u"].to(case.dtype)
@@ -137,12 +137,12 @@ def make_inputs(case: Case) -> dict[str, Tensor | None]:
 
 
 def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """y and the last states, through explicit lists of pixels and `reference.scan`, in the dtype of the inputs."""
+    """y and the last states by explicit lists of pixels and `reference.scan`, in the dtype of the inputs."""
     groups, n, r = (case.g, -1), case.n, case.r
     u, coeffs, initial = x["u"], x["coeffs"], x["initial_state"]
     y, last = x["D"] * u, []
     for k in range(case.k):
-        order = [i * case.w + j for i, j in walk(k, case.h, case.w)]
+        order = [i * case.w + j for i, j in pixel_order(k, case.h, case.w)]
         rows = coeffs[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
         low, B, C = rows.split([r, n, n], -1)
         if x["delta"] is None:
@@ -200,7 +200,7 @@ def make_grads(case: Case) -> tuple[Tensor, Tensor | None]:
 
 @pytest.fixture(autouse=True)
 def buffers() -> Iterator[list[Tensor]]:
-    """Every buffer of the launcher lies between sentinels, which must be there afterwards."""
+    """Puts every buffer of the launcher between sentinels, checked afterwards."""
     with guarded(launcher) as found:
         yield found
 
@@ -221,7 +221,7 @@ def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, 
             allowed = 5e-7 if name in ("y", "last") else 2e-6
             error = relative_l2(got[name], value)
             assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
-    if not case.initial:  # the gradient of an initial state of zero is there all the same
+    if not case.initial:  # an initial state of zero has a gradient nevertheless
         zero = {**inputs, "initial_state": torch.zeros(case.b, case.k, case.d, case.n)}
         expected = oracle_gradients(case, zero, grad_y, grad_last, torch.float64)
         assert relative_l2(got["dinitial_state"], expected["dinitial_state"]) <= 2e-6
@@ -229,7 +229,7 @@ def test_output_and_every_gradient(case: Case, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_a_gate_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
-    """Parameters are float32, so what their gradients lose is the rounding of y and not theirs."""
+    """Parameters are float32, so an early rounding of y would show in their gradients."""
     inputs = line_inputs(1, 3, 5, 2, gate=True, positive=False, dtype=dtype)
 
     def grads(backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -314,7 +314,7 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
 
 
 def test_too_large_an_image_is_refused() -> None:
-    """By the op, and by the launcher that an exported program calls."""
+    """Both by the op and by the launcher, which an exported program calls directly."""
     u, coeffs = torch.empty(()).expand(1, 1 << 20, 2048), torch.empty(()).expand(1, 1 << 20, 1, 8)
     A, B = torch.empty(2048, 4), coeffs[:, :, 0, :4].mT
     with pytest.raises(ValueError, match=says("backend='triton'", r"2\*\*31", "backend='auto'")):
