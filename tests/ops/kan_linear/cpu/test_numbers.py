@@ -336,7 +336,7 @@ class TestSpecialValues:
     @DTYPES
     @BACKENDS
     def test_denormal(self, backend: str, dtype: torch.dtype) -> None:
-        """Positions within a denormal of 0, on a grid that begins at 0."""
+        """Positions at 0 and next to it, on a grid that begins at 0."""
         tiny, eps = torch.finfo(dtype).smallest_normal / 16, torch.finfo(dtype).eps
         for kind, extrapolation in product(("even", "uneven"), EXTRAPOLATIONS):
             inputs = make_inputs(6, 1, 3, 4, kind=kind, dtype=dtype)
