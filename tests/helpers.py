@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def scan_oracle(
     return out, last
 
 
-def walk(direction: int, h: int, w: int) -> list[tuple[int, int]]:
+def pixel_order(direction: int, h: int, w: int) -> list[tuple[int, int]]:
     """The pixels in the order in which a direction visits them: rows, columns, rows reversed, columns reversed."""
     rows = [(i, j) for i in range(h) for j in range(w)]
     columns = [(i, j) for j in range(w) for i in range(h)]
@@ -104,7 +105,7 @@ def cross_scan_oracle(
     n, r = A_log.shape[1], dt_proj_weight.shape[2]
     out = np.zeros_like(x)
     for k in range(4):
-        order = walk(k, h, w)
+        order = pixel_order(k, h, w)
         sequence = np.stack([x[:, i, j] for i, j in order], axis=1)  # b l d
         projected = sequence @ x_proj_weight[k].T  # b l r+2n
         low, B, C = projected[..., :r], projected[..., r : r + n], projected[..., r + n :]
@@ -324,6 +325,11 @@ def fresh_process(code: str, **environment: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
+
+
+def release(package: str) -> tuple[int, ...]:
+    """The installed major and minor version."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def says(*parts: str) -> str:

@@ -50,7 +50,7 @@ def scan(**changes: object) -> object:
 
 
 def meta_scan(**options: object) -> object:
-    """The good call with tensors that have no data, on a device of which no engine knows."""
+    """The good call with tensors that have no data, on a device that no fused backend knows."""
     shapes = {"u": (2, 4, 5), "delta": (2, 4, 5), "A": (4, 3), "B": (2, 3, 5), "C": (2, 3, 5)}
     return selective_scan(**{k: z(*shape).to("meta") for k, shape in shapes.items()}, **options)
 
@@ -83,7 +83,7 @@ def tiny(**options: object) -> KMUNet:
     return KMUNet(widths=(8, 8, 8, 8, 8), **options)
 
 
-# Why an engine cannot serve a call, where it is installed and where it is not.
+# Why a backend refuses a call, when it is installed and when it is not.
 NO_TRITON = "(it needs Triton, .* pip install|x is on 'cpu', .* 'cuda'|x is float64)"
 NO_CPU = "(it needs Numba, .* pip install|x is on 'meta', .* 'cpu')"
 

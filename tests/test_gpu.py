@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on the CPU: the scans' Triton engine, and outputs and gradients of layers and models."""
+"""The same numbers on a GPU as on the CPU: the scans by Triton, and outputs and gradients of layers and models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kan_mamba_layers import (
     resolve,
     selective_scan,
 )
-from ops.scan_calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines_with_state
+from ops.selective_scan.calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytestmark = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -21,13 +21,13 @@ from helpers import (
     kan_oracle,
     max_error,
     nan_filled_empty,
+    pixel_order,
     relative_l2,
     says,
     scan_oracle,
     silu,
     softplus,
     strided,
-    walk,
 )
 
 
@@ -54,12 +54,12 @@ class TestOracles:
         out, _ = scan_oracle(u, delta, -np.ones((4, 1)), B, np.ones((4, 1)))
         np.testing.assert_allclose(out[0, :, 0], [1, 1, 10, 10])
 
-    def test_walk_visits_every_pixel_once(self) -> None:
+    def test_every_direction_visits_every_pixel_once(self) -> None:
         for k in range(4):
-            assert sorted(walk(k, 3, 2)) == [(i, j) for i in range(3) for j in range(2)]
-        assert walk(0, 2, 2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-        assert walk(1, 2, 2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
-        assert walk(3, 2, 2) == [(1, 1), (0, 1), (1, 0), (0, 0)]
+            assert sorted(pixel_order(k, 3, 2)) == [(i, j) for i in range(3) for j in range(2)]
+        assert pixel_order(0, 2, 2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert pixel_order(1, 2, 2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+        assert pixel_order(3, 2, 2) == [(1, 1), (0, 1), (1, 0), (0, 0)]
 
     def test_cross_scan_without_state_is_the_skip(self) -> None:
         x, zeros = np.random.default_rng(0).standard_normal((1, 2, 3, 2)), np.zeros((4, 3, 2))

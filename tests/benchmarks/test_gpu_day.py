@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from test_triton import release
+from helpers import release
 
 if find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
