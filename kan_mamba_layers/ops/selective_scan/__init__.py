@@ -11,6 +11,7 @@ with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +242,8 @@ def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b h w d
 
 def _coefficients(u: Tensor, call: ScanCall) -> Tensor:  # ... d -> ... k r+2n
     """The low-rank step, B and C of all directions: the projection is pointwise, so one product serves them all."""
-    assert call.x_proj_weight is not None
-    return F.linear(u, call.x_proj_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
+    weight = cast(Tensor, call.x_proj_weight)
+    return F.linear(u, weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
 
 
 def _check_cross_selective_scan(

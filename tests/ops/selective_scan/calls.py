@@ -124,8 +124,8 @@ def operator_inputs(
         inputs["x_proj_weight"] = randn(directions, columns, d) * d**-0.5
     if r == 0:
         inputs["delta"] = randn(b, length, directions, d)
-    inputs["dt_weight"] = randn(directions, d, r) * max(r, 1) ** -0.5
-    inputs["dt_bias"] = randn(directions, d) - 1
+    inputs["dt_proj_weight"] = randn(directions, d, r) * max(r, 1) ** -0.5
+    inputs["dt_proj_bias"] = randn(directions, d) - 1
     inputs["A"] = -randn(directions, d, n).exp()
     inputs["D"] = randn(d)
     if initial:

@@ -26,13 +26,13 @@ def test_every_thread_is_called(
         together.wait(60)  # breaks unless all of them are here at the same time
         seen.append((argument, threading.get_ident()))
 
-    simd_threads.run_team(function, 12345, threads)
+    simd_threads.run_threads(function, 12345, threads)
     assert [argument for argument, _ in seen] == [12345] * threads
     assert len({thread for _, thread in seen}) == threads
 
 
 def test_number_of_threads(set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     set_threads(4)
-    assert [simd_threads.team_size(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
+    assert [simd_threads.thread_count(tasks) for tasks in (0, 1, 3, 4, 100)] == [1, 1, 3, 4, 4]
     monkeypatch.setattr(simd_threads, "_in_forked_child", True)
-    assert simd_threads.team_size(100) == 1
+    assert simd_threads.thread_count(100) == 1

@@ -307,7 +307,7 @@ def test_threads_take_every_number_once(threads: int) -> None:
     @njit(nogil=True)
     def take(counter, taken, count):
         for i in range(count):
-            vector.write(taken, i, vector.take_number(counter, 1))
+            vector.write(taken, i, vector.fetch_increment(counter, 1))
 
     pointer = types.CPointer(types.int64)
 

@@ -13,7 +13,7 @@ pytest.importorskip("numba")
 import llvmlite.binding as llvm
 from numba import njit
 
-from kan_mamba_layers.ops.simd import vector, wide
+from kan_mamba_layers.ops.simd import vector
 from kan_mamba_layers.ops.simd.vector import LANES
 from ops.simd.build import EPS, LONG, Array, both, built, relative
 
@@ -27,13 +27,13 @@ SIGMOID_BOUND = {np.float32: 3e-7, np.float64: 1e-15}
 def run_choices(a, out, count):
     for i in range(0, count, LANES):
         x, y = vector.load(a, i), vector.load(a, count + i)
-        vector.store(out, i, wide.where_less(x, y, vector.load(a, 2 * count + i), vector.load(a, 3 * count + i)))
+        vector.store(out, i, vector.where_less(x, y, vector.load(a, 2 * count + i), vector.load(a, 3 * count + i)))
 
 
 def run_functions(a, out, count):
     for i in range(0, count, LANES):
-        vector.store(out, i, wide.floor(vector.load(a, i)))
-        vector.store(out, count + i, wide.sigmoid(vector.load(a, i)))
+        vector.store(out, i, vector.floor(vector.load(a, i)))
+        vector.store(out, count + i, vector.sigmoid(vector.load(a, i)))
 
 
 def run_quotients(a, out, count):
@@ -42,18 +42,18 @@ def run_quotients(a, out, count):
 
 def run_integers(a, out, count):
     for i in range(0, count, LANES):
-        wide.write_integers(out, i + 1, vector.load(a, i))
+        vector.write_integers(out, i + 1, vector.load(a, i))
     for i in range(count):
-        vector.write(out, count + 1 + i, float(2 * wide.read_integer(out, i + 1)))
+        vector.write(out, count + 1 + i, float(2 * vector.read_integer(out, i + 1)))
 
 
 def run_advance(a, out, count):
-    vector.write(wide.advance(out, count), 2, vector.read(wide.advance(a, count), 1))
+    vector.write(vector.offset(out, count), 2, vector.read(vector.offset(a, count), 1))
 
 
 def run_lowest_bits(a, out, count):
     for i in range(count):
-        vector.write(out, i, float(wide.lowest_bit(vector.read(vector.integers(a), i))))
+        vector.write(out, i, float(vector.lowest_bit(vector.read(vector.integers(a), i))))
 
 
 def wide_kernel(lanes: int) -> Callable[..., None]:
@@ -61,21 +61,21 @@ def wide_kernel(lanes: int) -> Callable[..., None]:
 
     @njit(error_model="numpy")
     def run(a, out, index, zero):
-        width = wide.lanes_of(zero)
-        x = wide.load_as(zero, a, index)
+        width = vector.lanes_of(zero)
+        x = vector.load_as(zero, a, index)
         vector.store(out, 0, zero)
         vector.store(out, width, x)
-        vector.store(out, 2 * width, wide.spread(zero, a, index + 5))
-        tuple_ = wide.several(x, COUNT)
-        vector.store(out, 3 * width, wide.add_rows(x, a, index + 3, a, index + 7, tuple_))
-        sums = wide.add_multiples(wide.several(x, tuple_), wide.load_as(zero, a, index + 1), a, index)
+        vector.store(out, 2 * width, vector.broadcast_as(zero, a, index + 5))
+        tuple_ = vector.tuple_of(x, COUNT)
+        vector.store(out, 3 * width, vector.add_rows(x, a, index + 3, a, index + 7, tuple_))
+        sums = vector.add_multiples(vector.tuple_of(x, tuple_), vector.load_as(zero, a, index + 1), a, index)
         for k in range(COUNT):
             vector.store(out, (4 + k) * width, sums[k])
-        vector.store(out, (4 + COUNT) * width, wide.fold(x))
+        vector.store(out, (4 + COUNT) * width, vector.reduce_lanes(x))
         vector.write(out, (4 + COUNT) * width + LANES, float(width))
 
     def kernel(a, out, index):
-        run(a, out, index, wide.zeros(a, lanes))
+        run(a, out, index, vector.zeros(a, lanes))
 
     return kernel
 
@@ -211,8 +211,8 @@ class TestMemory:
 
 def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Number of 16-lane vectors that fit into 32 registers of 512 bits, 16 of 256, and 32 or 16 of 128."""
-    here = wide.vector_registers(32)
-    assert here >= 4 and wide.vector_registers(64) == here // 2
+    here = vector.vector_registers(32)
+    assert here >= 4 and vector.vector_registers(64) == here // 2
     machines = {
         ("x86_64-unknown-linux-gnu", ("avx", "avx2", "avx512f")): 32,
         ("x86_64-unknown-linux-gnu", ("avx", "avx2")): 8,
@@ -223,4 +223,4 @@ def test_registers_hold_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     for (triple, features), expected in machines.items():
         monkeypatch.setattr(llvm, "get_process_triple", lambda triple=triple: triple)
         monkeypatch.setattr(llvm, "get_host_cpu_features", lambda features=features: dict.fromkeys(features, True))
-        assert wide.vector_registers(32) == expected, triple
+        assert vector.vector_registers(32) == expected, triple

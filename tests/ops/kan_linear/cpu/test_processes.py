@@ -123,7 +123,7 @@ class TestMemory:
 def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if pool == "plain":  # as on systems where PyTorch's runtime does not lend its threads
         monkeypatch.setattr(simd_threads, "_openmp_parallel", lambda: None)
-    monkeypatch.setattr(simd_threads, "team_size", lambda tasks: max(1, min(3, tasks)))
+    monkeypatch.setattr(simd_threads, "thread_count", lambda tasks: max(1, min(3, tasks)))
     problems = [kan_inputs(200 + i, 20 + i, 30, uniform=i % 2 == 0, seed=i) for i in range(4)]
     functions = [kan("cpu", p.pop("grid"), "zero", i % 2 == 0) for i, p in enumerate(problems)]
     before = torch.get_num_threads()

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = Tiles(16, 16, 16, 4, 2)
 LARGE = Tiles(512, 16, 16, 4, 2)
-SMALL_TILES = {"tiles": SMALL, "back_tiles": (SMALL, SMALL._replace(slots=3, parts=3))}
+SMALL_TILES = {"tiles": SMALL, "back_tiles": (SMALL, SMALL._replace(slots=3, splits=3))}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ CASES = [
     # Several tiles along every axis, the last ones ragged.
     Case(rows=37, i=19, o=23, **SMALL_TILES),
     Case(rows=37, i=19, o=23, bias=True, tiles=SMALL._replace(slots=9), back_tiles=(SMALL, SMALL._replace(slots=2))),
-    Case(rows=50, i=5, o=3, back_tiles=(None, SMALL._replace(parts=2))),
+    Case(rows=50, i=5, o=3, back_tiles=(None, SMALL._replace(splits=2))),
     Case(rows=20, i=34, o=20, s=2, extrapolation="clamp", **SMALL_TILES),
     # Half precision, and autocast.
     *(Case(dtype=dtype, s=s, o=17, bias=True) for dtype in (BF16, FP16) for s in (1, 3, 5)),
@@ -371,7 +371,7 @@ def test_tiles(gpu: Gpu) -> None:
                     assert all(size >= 16 and size & (size - 1) == 0 for size in t[:3])
                     assert t.slots * t.ins * t.outs * (2 if half else 4) * t.stages < gpu.shared or t is plans[2]
                 assert plans[0].slots in (1, 1 + bases) and plans[1].slots == 1 and plans[2].slots <= 3
-                assert 1 <= plans[2].parts <= max(1, rows // 8)
+                assert 1 <= plans[2].splits <= max(1, rows // 8)
     many = Job(65536, 64, 64, 8, 3, True, True, False)
     assert (launcher.forward_tiles(many, gpu).slots > 1) == (80 <= gpu.architecture < 100)
 

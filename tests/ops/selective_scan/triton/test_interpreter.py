@@ -42,7 +42,7 @@ from gpu.guards import between_nan, guarded
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-INPUTS = ("u", "coeffs", "delta", "dt_weight", "dt_bias", "A", "D", "initial_state")
+INPUTS = ("u", "coeffs", "delta", "dt_proj_weight", "dt_proj_bias", "A", "D", "initial_state")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def make_inputs(case: Case) -> dict[str, Tensor | None]:
     inputs = operator_inputs(b, l, d, n, r, directions=case.k, groups=case.g, initial=case.initial)
     inputs["u"] = inputs["u"].to(case.dtype)
     if not case.softplus:  # positive and negative steps, and a state that may grow, but not out of float32
-        inputs["dt_bias"] = 0.2 * inputs["dt_bias"]
+        inputs["dt_proj_bias"] = 0.2 * inputs["dt_proj_bias"]
         inputs["A"] = 0.2 * inputs["A"].clamp(min=-4) + 0.3
     return {name: between_nan(inputs[name]) if name in inputs else None for name in INPUTS}
 
@@ -146,10 +146,10 @@ def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         rows = coeffs[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
         low, B, C = rows.split([r, n, n], -1)
         if x["delta"] is None:
-            z = low @ x["dt_weight"][k].unflatten(0, groups).mT  # b g l d/g
+            z = low @ x["dt_proj_weight"][k].unflatten(0, groups).mT  # b g l d/g
         else:
             z = x["delta"][:, order, k].unflatten(2, groups).transpose(1, 2)
-        z = z + x["dt_bias"][k].unflatten(0, groups)[:, None]
+        z = z + x["dt_proj_bias"][k].unflatten(0, groups)[:, None]
         step = F.softplus(z) if case.softplus else z
         A = x["A"][k].unflatten(0, groups)  # g d/g n
         out, end = reference.scan(u[:, order].unflatten(2, groups).transpose(1, 2), step, A, B, C)
@@ -285,7 +285,7 @@ def test_softplus_and_its_slope_everywhere(z: float) -> None:
     """With one step, A = 0 and B = C = u = 1 the output is the step size itself."""
     case = line(w=1, d=1, n=1)
     inputs = {k: None if v is None else torch.ones_like(v) for k, v in make_inputs(case).items()}
-    inputs |= {"delta": torch.full((1, 1, 1, 1), z), "dt_bias": torch.zeros(1, 1)}
+    inputs |= {"delta": torch.full((1, 1, 1, 1), z), "dt_proj_bias": torch.zeros(1, 1)}
     inputs |= {"A": torch.zeros(1, 1, 1), "D": torch.zeros(1)}
     got = run(case, inputs, torch.ones(1, 1, 1), None)
     exact = torch.tensor(z, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_growing_states_are_infinite_where_the_reference_is(rate: float, monkeyp
     inputs = make_inputs(case)
     inputs["A"].fill_(rate)
     inputs["delta"].abs_()
-    inputs["dt_bias"].zero_()
+    inputs["dt_proj_bias"].zero_()
     inputs["u"][:, :10] = 0.0  # a state of zero stays zero, however fast it could grow
     inputs["coeffs"].abs_()
     inputs["u"].abs_()
