@@ -109,7 +109,7 @@ if numba is not None:
     FLOAT, INT = ir.FloatType(), ir.IntType(32)
     VECTOR, BITS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
     # Minimax coefficients of 2^f on |f| <= 1/2, highest power first. A relative error of 3e-9 leaves only the rounding
-    # of float32, as in the engine that is measured; one power less would be 9e-8.
+    # of float32, as in the kernels that are measured; one power less would be 9e-8.
     EXP2 = (0.000155946778, 0.00134066434, 0.00961769279, 0.0555031039, 0.240226522, 0.693147242, 1.0)
     ROUNDER = 12583039.0  # 1.5 * 2^23 + 127: adding it rounds, and leaves the biased exponent in the low bits
     SMALLEST = 12582913.0  # the same of the exponent -126
