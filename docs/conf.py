@@ -1,5 +1,7 @@
 """Sphinx configuration. Build with: sphinx-build -W -b html docs docs/_build"""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,11 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "benchmarks/*", "results/*"]  # the tables are included by benchmarks.md
+
+# The figures are drawn from the code and the records, and are not kept.
+here = Path(__file__).resolve().parent
+environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+subprocess.run([sys.executable, here / "figures", here / "_figures"], check=True, env=environment)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
