@@ -33,8 +33,7 @@ from segmentation.figures import picture
 from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.items import Pixels, read_image
 from segmentation.sources.files import IMAGES, VOLUMES, files_in, positive, read_rows, stem
-from segmentation.sources.volumes import sagittal
-from segmentation.sources.voxels import read_volume, to_pixels
+from segmentation.sources.voxels import read_volume, sagittal, to_pixels
 
 COLOURS = np.array([[0, 194, 168], [255, 176, 0], [254, 97, 0], [220, 38, 127], [120, 94, 240]], np.uint8)
 Predict = Callable[[Pixels], NDArray[np.uint8]]

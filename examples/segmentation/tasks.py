@@ -110,19 +110,3 @@ TASKS = {
         Task("spine_structures", "spine", 1, {1: "vertebra", 2: "canal", 3: "disc"}, _sagittal),
     )
 }
-
-# Which voxel values are which class, per task, in volumes that number every bone. All other values are background.
-Voxels = dict[str, tuple[range, ...]]
-_VERTEBRAE = (range(1, 26), range(101, 126))  # whole, and partly outside the volume
-
-# SPIDER counts from the bottom: 1 is the lowest lumbar vertebra.
-SPIDER: dict[str, Voxels] = {
-    "lumbar_spine": {f"L{6 - k}": (range(k, k + 1),) for k in (5, 4, 3, 2, 1)},
-    "spine_vertebrae": {"vertebra": _VERTEBRAE},
-    "spine_structures": {"vertebra": _VERTEBRAE, "canal": (range(100, 101),), "disc": (range(201, 226),)},
-}
-# MyoSegmenTUM counts from the top: 1 is L1.
-MYOSEGMENTUM: dict[str, Voxels] = {
-    "lumbar_spine": {f"L{k}": (range(k, k + 1),) for k in range(1, 6)},
-    "spine_vertebrae": {"vertebra": (range(1, 6),)},
-}

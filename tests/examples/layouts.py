@@ -98,18 +98,33 @@ def write_table(root: Path) -> Written:
     return written
 
 
-def write_isic2017(root: Path) -> Written:
-    """All three official sets, with superpixels, and one name each in capitals."""
+def write_isic(root: Path, images: str, masks: str, sides: dict[str, str]) -> Written:
+    """All sets of one year, with superpixels, and one name each in capitals."""
     written = {}
-    for k, (name, split) in enumerate({"Training": "train", "Validation": "val", "Test_v2": "test"}.items()):
+    for k, (name, split) in enumerate(sides.items()):
         for number in (2 * k, 2 * k + 1):
             key, image = f"ISIC_{number:07d}", np.dstack([grey(number + c) for c in (0, 10, 20)])
-            save(root / f"ISIC-2017_{name}_Data" / (f"{key}.png" if number % 2 else f"{key}.PNG"), image)
-            save(root / f"ISIC-2017_{name}_Data" / f"{key}_superpixels.png", image)
+            save(root / images.format(name) / (f"{key}.png" if number % 2 else f"{key}.PNG"), image)
+            save(root / images.format(name) / f"{key}_superpixels.png", image)
             ending = "_segmentation.png" if number % 2 else "_Segmentation.PNG"
-            save(root / f"ISIC-2017_{name}_Part1_GroundTruth" / f"{key}{ending}", blob(number) * 255)
+            save(root / masks.format(name) / f"{key}{ending}", blob(number) * 255)
             written[key] = Truth(key, image, blob(number), split)
     return written
+
+
+def write_isic2016(root: Path) -> Written:
+    names = ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth")
+    return write_isic(root, *names, {"Training": "train", "Test": "test"})
+
+
+def write_isic2017(root: Path) -> Written:
+    sides = {"Training": "train", "Validation": "val", "Test_v2": "test"}
+    return write_isic(root, "ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth", sides)
+
+
+def write_isic2018(root: Path) -> Written:
+    sides = {"Training": "train", "Validation": "val", "Test": "test"}
+    return write_isic(root, "ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth", sides)
 
 
 def write_hc18(root: Path) -> Written:
@@ -251,7 +266,9 @@ def _write_json(path: Path, content: object) -> None:
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Written]]] = {  # task and writer
     "table": ("fetal_head", write_table),
+    "isic2016": ("isic2017", write_isic2016),
     "isic2017": ("isic2017", write_isic2017),
+    "isic2018": ("isic2017", write_isic2018),
     "hc18": ("fetal_head", write_hc18),
     "busi": ("breast_lesion", write_busi),
     "spider": ("lumbar_spine", write_spider),

@@ -18,8 +18,8 @@ from scipy.spatial.transform import Rotation
 from segmentation.data import SegmentationData
 from segmentation.ellipse import head_circumference
 from segmentation.items import Item
-from segmentation.sources import find_items, voxels
-from segmentation.tasks import SPIDER, TASKS, get_task
+from segmentation.sources import find_items, myosegmentum, spider, voxels
+from segmentation.tasks import TASKS, get_task
 
 every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)
 
@@ -81,7 +81,7 @@ def test_items_can_be_sent_to_other_processes(layout, tmp_path):
     assert all(np.array_equal(*pair) for pair in zip(item.read(), again.read(), strict=True))
 
 
-@pytest.mark.parametrize("layout", ["isic2017", "hc18", "nnunet", "folders", "sides", "spider"])
+@pytest.mark.parametrize("layout", ["isic2016", "isic2017", "isic2018", "hc18", "nnunet", "folders", "sides", "spider"])
 def test_doubled_folders(layout, tmp_path):
     task, written = write(layout, tmp_path)
     for folder in [path for path in tmp_path.rglob("*") if path.is_dir() and path.parent.parent != path]:
@@ -160,6 +160,20 @@ def test_official_sides_are_followed_only_with_the_training_set(tmp_path):
     assert {item.split for item in find("isic2017", tmp_path).values()} == {""}
 
 
+def test_two_years_of_isic_in_one_folder_are_refused(tmp_path):
+    layouts.write_isic2016(tmp_path)
+    layouts.write_isic2018(tmp_path)
+    with pytest.raises(ValueError, match="ISIC 2016 and 2018, which share images: give a folder with those of one"):
+        find("isic2017", tmp_path)
+
+
+def test_isic_2016_has_no_validation_set_and_gets_one(tmp_path):
+    written = layouts.write_isic2016(tmp_path)
+    data = SegmentationData(get_task("isic2017"), tmp_path, image_size=32, batch_size=1)
+    assert {item.id for item in data.test_items} == {key for key, truth in written.items() if truth.split == "test"}
+    assert len(data.train_set) == len(data.val_set) == 1
+
+
 def test_sides_of_data_sets_reach_the_split(tmp_path):
     layouts.write_isic2017(tmp_path)
     data = SegmentationData(get_task("isic2017"), tmp_path, image_size=32, batch_size=2)
@@ -231,7 +245,8 @@ def test_classes_of_spider(tmp_path):
     assert np.array_equal(find("spine_vertebrae", tmp_path)["1_t2_002"].read()[1], whole)
     expected = whole + 2 * (labels == 100) + 3 * (labels > 200)
     assert np.array_equal(find("spine_structures", tmp_path)["1_t2_002"].read()[1], expected)
-    assert all(tuple(classes) == TASKS[name].class_names for name, classes in SPIDER.items())
+    assert all(tuple(classes) == TASKS[name].class_names for name, classes in spider.CLASSES.items())
+    assert all(tuple(classes) == TASKS[name].class_names for name, classes in myosegmentum.CLASSES.items())
 
 
 @pytest.mark.parametrize(

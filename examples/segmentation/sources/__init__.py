@@ -6,12 +6,12 @@ from pathlib import Path
 from types import ModuleType
 
 from segmentation.items import Item
-from segmentation.sources import busi, folders, hc18, isic2017, matlab, nnunet, table, volumes
+from segmentation.sources import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
 from segmentation.sources.files import subfolders
 from segmentation.tasks import Task
 
 # A module has `fits(folder)`, `items(task, folder)` and a DESCRIPTION. The first that fits is taken.
-LAYOUTS = (table, isic2017, hc18, busi, nnunet, volumes, matlab, folders)
+LAYOUTS = (table, isic, hc18, busi, nnunet, spider, myosegmentum, folders)
 DEPTH = 5  # how far below the given folder the data set may lie
 
 

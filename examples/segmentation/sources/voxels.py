@@ -21,6 +21,7 @@ from segmentation.tasks import Task
 CHUNK = 1 << 22  # bytes
 Loader = Callable[..., tuple[Pixels, NDArray[np.integer]]]  # files to image (s h w c) and mask values (s h w)
 Classes = Callable[[NDArray], NDArray[np.uint8]]  # mask values to class numbers
+Voxels = dict[str, tuple[range, ...]]  # by class, the voxel values in volumes that number every bone
 _reading = Lock()
 
 
@@ -45,6 +46,22 @@ def slice_items(
         )
         for index in np.flatnonzero(classes(values).any(axis=(1, 2))).tolist()
     ]
+
+
+def presets(task: Task, known: dict[str, Voxels], folder: Path) -> Voxels:
+    """The voxel values of the task's classes."""
+    if task.name not in known:
+        raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
+    return known[task.name]
+
+
+def number(values: NDArray[np.integer], ranges: Voxels) -> NDArray[np.uint8]:
+    """Class numbers 1, 2, ... of voxel values; what belongs to no class is background."""
+    classes = np.zeros(values.shape, np.uint8)
+    for k, parts in enumerate(ranges.values(), start=1):
+        for part in parts:
+            classes[(values >= part.start) & (values < part.stop)] = k
+    return classes
 
 
 def read_slice(
@@ -110,6 +127,24 @@ def as_stored(image: sitk.Image) -> sitk.Image:
     """The volume with its slices along the last axis, its rows and columns as the file has them."""
     across = slice_axis(image.GetSize(), image.GetSpacing())
     return sitk.PermuteAxes(image, [*(axis for axis in range(3) if axis != across), across])
+
+
+def is_silent(volume: sitk.Image | sitk.ImageFileReader) -> bool:
+    """Whether a header has the direction and origin that programs write when they know of none."""
+    return tuple(volume.GetDirection()) == (1, 0, 0, 0, 1, 0, 0, 0, 1) and not any(volume.GetOrigin())
+
+
+def orientation(volume: sitk.Image | sitk.ImageFileReader) -> str:
+    """Where the three axes of a volume point, e.g. "LPS": to the left, the back and the head."""
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
+
+
+def sagittal(volume: sitk.Image) -> sitk.Image:
+    """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
+    if is_silent(volume):
+        return as_stored(volume)
+    side = next(letter for letter in orientation(volume) if letter in "LR")
+    return sitk.DICOMOrient(volume, f"PI{side}")
 
 
 def to_pixels(values: NDArray, path: Path) -> Pixels:

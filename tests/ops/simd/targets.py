@@ -12,10 +12,12 @@ pytest.importorskip("numba")
 import llvmlite.binding as llvm
 from numba import cfunc, types
 
+from kan_mamba_layers.ops.simd.kernel import Call, Layout
 
-def portable(entry: Callable[..., None]) -> str:
+
+def portable(entry: Callable[..., None], layout: Layout) -> str:
     """A kernel in float32 as LLVM's text, without what ties it to this machine."""
-    compiled: Any = cfunc(types.void(types.CPointer(types.float32)), error_model="numpy")(entry)
+    compiled: Any = cfunc(types.void(Call(layout, types.float32)), error_model="numpy")(entry)
     lines = compiled._library.get_llvm_str().splitlines()
     text = "\n".join(line for line in lines if not line.startswith(("target datalayout", "target triple")))
     return re.sub(r'"target-(cpu|features)"="[^"]*"', "", text)

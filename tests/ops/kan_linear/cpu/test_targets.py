@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, forward_kernel
+from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, block, forward_kernel
 from ops.simd.targets import assembly, portable
 
 # Triple, processor features, and the instruction for a fused multiply-add or its substitute.
@@ -27,7 +27,7 @@ ENTRIES = {
 
 @pytest.fixture(scope="module", params=ENTRIES)
 def code(request: pytest.FixtureRequest) -> str:
-    return portable(ENTRIES[request.param](1, 1))
+    return portable(ENTRIES[request.param](1, 1), block.LAYOUT)
 
 
 @pytest.mark.parametrize("name", TARGETS)

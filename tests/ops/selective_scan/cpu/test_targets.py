@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, forward_kernel
+from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, block, forward_kernel
 from ops.simd.targets import assembly, portable
 
 # Triple, processor features, the instruction for a fused multiply-add or its substitute, and registers per 16 floats.
@@ -24,7 +24,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module", params=["forward", "backward"])
 def code(request: pytest.FixtureRequest) -> str:
-    return portable({"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param](1))
+    return portable({"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param](1), block.LAYOUT)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -11,12 +11,17 @@ from scipy.io import loadmat
 
 from segmentation.items import Item, Pixels
 from segmentation.sources.files import by_stem, files_in
-from segmentation.sources.volumes import number, presets
-from segmentation.sources.voxels import slice_items, to_pixels, to_values
-from segmentation.tasks import MYOSEGMENTUM, Task
+from segmentation.sources.voxels import Voxels, number, presets, slice_items, to_pixels, to_values
+from segmentation.tasks import Task
 
 DESCRIPTION = "MyoSegmenTUM: a folder of NN.mat with I and GT"
 KNOWN = range(6)
+
+# Its labels count from the top: 1 is L1.
+CLASSES: dict[str, Voxels] = {
+    "lumbar_spine": {f"L{k}": (range(k, k + 1),) for k in range(1, 6)},
+    "spine_vertebrae": {"vertebra": (range(1, 6),)},
+}
 
 
 def fits(folder: Path) -> bool:
@@ -28,7 +33,7 @@ def items(task: Task, folder: Path) -> list[Item]:
 
     Every file is a subject. The files do not say how large their pixels are.
     """
-    classes = partial(number, ranges=presets(task, MYOSEGMENTUM, folder))
+    classes = partial(number, ranges=presets(task, CLASSES, folder))
     found = []
     for name, path in by_stem(files_in(folder, (".mat",))).items():
         found += slice_items(task, name, name, (path,), read_matlab(path)[1], classes, read_matlab)

@@ -13,19 +13,31 @@ from segmentation import sitk
 from segmentation.items import Item, Pixels
 from segmentation.sources.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
 from segmentation.sources.voxels import (
-    as_stored,
+    Voxels,
     check_same_size,
+    is_silent,
+    number,
+    orientation,
+    presets,
     read_header,
     read_volume,
+    sagittal,
     slice_items,
     to_pixels,
     to_values,
 )
-from segmentation.tasks import SPIDER, Task, Voxels
+from segmentation.tasks import Task
 
 DESCRIPTION = "SPIDER: images/ and masks/ with volumes (.mha, .nii, .nii.gz) of the same names"
-WHOLE = range(1, 26)
+WHOLE, CUT = range(1, 26), range(101, 126)  # vertebrae, and those partly outside the volume
 KNOWN = (range(1), WHOLE, range(100, 126), range(201, 226))  # background; vertebrae; canal, cut vertebrae; discs
+
+# Its labels count from the bottom: 1 is the lowest lumbar vertebra.
+CLASSES: dict[str, Voxels] = {
+    "lumbar_spine": {f"L{6 - k}": (range(k, k + 1),) for k in (5, 4, 3, 2, 1)},
+    "spine_vertebrae": {"vertebra": (WHOLE, CUT)},
+    "spine_structures": {"vertebra": (WHOLE, CUT), "canal": (range(100, 101),), "disc": (range(201, 226),)},
+}
 
 
 def fits(folder: Path) -> bool:
@@ -38,7 +50,7 @@ def items(task: Task, folder: Path) -> list[Item]:
     The group is the patient, the number that file names begin with. Nothing is resampled: pixels are as large as the
     scanner made them, and `pixel_size` says how large.
     """
-    classes = partial(number, ranges=presets(task, SPIDER, folder))
+    classes = partial(number, ranges=presets(task, CLASSES, folder))
     masks = subfolder(folder, "masks")
     images = by_stem(files_in(subfolder(folder, "images"), VOLUMES))
     found = []
@@ -47,22 +59,6 @@ def items(task: Task, folder: Path) -> list[Item]:
         group = leading_number(pair[0])
         found += slice_items(task, name, group, tuple(pair), mask.values, classes, read_sagittal, mask.pixel_size)
     return found
-
-
-def presets(task: Task, known: dict[str, Voxels], folder: Path) -> Voxels:
-    """The voxel values of the task's classes."""
-    if task.name not in known:
-        raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
-    return known[task.name]
-
-
-def number(values: NDArray[np.integer], ranges: Voxels) -> NDArray[np.uint8]:
-    """Class numbers 1, 2, ... of voxel values; what belongs to no class is background."""
-    classes = np.zeros(values.shape, np.uint8)
-    for k, parts in enumerate(ranges.values(), start=1):
-        for part in parts:
-            classes[(values >= part.start) & (values < part.stop)] = k
-    return classes
 
 
 class Mask(NamedTuple):
@@ -88,9 +84,9 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
     """
     header, mask = read_header(image_path), read_volume(mask_path)
     check_same_size(header, image_path, mask, mask_path)
-    if not (_is_silent(mask) or _is_silent(header) or _orientation(mask) == _orientation(header)):
+    if not (is_silent(mask) or is_silent(header) or orientation(mask) == orientation(header)):
         raise ValueError(
-            f"{mask_path} is laid {_orientation(mask)} but its image {image_path} {_orientation(header)}: "
+            f"{mask_path} is laid {orientation(mask)} but its image {image_path} {orientation(header)}: "
             "store both with the same axes"
         )
     mask.SetDirection(header.GetDirection())
@@ -105,31 +101,13 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
             "1 to 25 and 101 to 125 are vertebrae, 100 the canal, 201 to 225 discs"
         )
     turned = _counts_downwards(values, [value for value in numbers if value in WHOLE])
-    if turned and not _is_silent(header):
+    if turned and not is_silent(header):
         raise ValueError(
             f"{mask_path} counts its vertebrae from the top, if the header of {image_path} is right: "
             "SPIDER counts from the bottom"
         )
     width, height, _ = laid.GetSpacing()
     return Mask(values[:, ::-1] if turned else values, (height, width), turned)
-
-
-def _is_silent(volume: sitk.Image | sitk.ImageFileReader) -> bool:
-    """Whether a header has the direction and origin that programs write when they know of none."""
-    return tuple(volume.GetDirection()) == (1, 0, 0, 0, 1, 0, 0, 0, 1) and not any(volume.GetOrigin())
-
-
-def _orientation(volume: sitk.Image | sitk.ImageFileReader) -> str:
-    """Where the three axes of a volume point, e.g. "LPS": to the left, the back and the head."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
-
-
-def sagittal(volume: sitk.Image) -> sitk.Image:
-    """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
-    if _is_silent(volume):
-        return as_stored(volume)
-    side = next(letter for letter in _orientation(volume) if letter in "LR")
-    return sitk.DICOMOrient(volume, f"PI{side}")
 
 
 def _counts_downwards(values: NDArray[np.integer], numbers: list[int]) -> bool:
