@@ -23,6 +23,7 @@ import os, signal, sys
 import torch, train
 from segmentation.callbacks import History
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 epoch, sign, *argv = sys.argv[1:]
 write = History.write
 def write_and_stop(self):

@@ -24,7 +24,8 @@ TARGETS = {
 
 @pytest.fixture(scope="module", params=["forward", "backward"])
 def code(request: pytest.FixtureRequest) -> str:
-    return portable({"forward": forward_kernel.entry, "backward": backward_kernel.entry}[request.param](1), block.LAYOUT)
+    entries = {"forward": forward_kernel.entry, "backward": backward_kernel.entry}
+    return portable(entries[request.param](1), block.LAYOUT)
 
 
 @pytest.mark.parametrize("name", TARGETS)
