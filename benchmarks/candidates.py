@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from baselines import cross_scan_channels_first, cross_scan_channels_last, scan_by_steps, scan_in_parallel
-from cases import Case, make_inputs, make_module
 from torch import Tensor
 
+from benchmarks.baselines import cross_scan_channels_first, cross_scan_channels_last, scan_by_steps, scan_in_parallel
+from benchmarks.cases import Case, make_inputs, make_module
 from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
 
 BACKENDS = ("cpu", "triton", "chunked", "reference")

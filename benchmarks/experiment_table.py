@@ -1,12 +1,12 @@
 """The tables of docs/results.md, from the results.json of experiments and ablations.
 
-python benchmarks/experiment_table.py docs/results/*/*.json
+python -m benchmarks experiment_table docs/results/*/*.json
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +86,6 @@ def _classes(results: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]] 
     return ([*results["classes"], "mean"], rows) if rows else None
 
 
-if __name__ == "__main__":
-    print("\n\n".join(table(json.loads(Path(name).read_text(encoding="utf-8"))) for name in sys.argv[1:]))
+def main(files: Sequence[str]) -> None:
+    """Print the tables of files."""
+    print("\n\n".join(table(json.loads(Path(name).read_text(encoding="utf-8"))) for name in files))

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case
-from clock import seconds_per_call
+
+from benchmarks.cases import Case
+from benchmarks.clock import seconds_per_call
 
 try:
     import numba

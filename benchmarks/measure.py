@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from candidates import Bound, Candidate, Mode
-from cases import Case
-from clock import seconds_per_call
 from torch import Tensor
+
+from benchmarks.candidates import Bound, Candidate, Mode
+from benchmarks.cases import Case
+from benchmarks.clock import seconds_per_call
 
 # Largest relative L2 error of an output or a gradient against float64 that is still timed.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

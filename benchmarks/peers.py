@@ -19,10 +19,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from baselines import cross_scan_channels_first, cross_scan_channels_last
-from candidates import CHANNELS_FIRST, Candidate, Layout, gated
-from cases import Case
 from torch import Tensor
+
+from benchmarks.baselines import cross_scan_channels_first, cross_scan_channels_last
+from benchmarks.candidates import CHANNELS_FIRST, Candidate, Layout, gated
+from benchmarks.cases import Case
 
 MAMBAPY, MAMBA_REF, VMAMBA_TORCH = "mambapy pscan", "mamba_ssm selective_scan_ref", "VMamba selective_scan_torch"
 MAMBA_CUDA, VMAMBA_CUDA = "mamba_ssm CUDA", "VMamba CUDA"

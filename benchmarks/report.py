@@ -1,23 +1,23 @@
-"""Render the results of run.py as Markdown tables and plots.
+"""Render the results of `run` as Markdown tables and plots.
 
-python benchmarks/report.py benchmarks/results/*.json --out docs/benchmarks
+python -m benchmarks report benchmarks/results/*.json --out docs/benchmarks
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES
+from benchmarks.cases import CASES
+from benchmarks.command import make_parser
 
 Row = dict[str, Any]
 
 SCHEMA = 1
-GPU_DAY = "gpu day"  # the kind of a file that gpu_report.py renders
+GPU_DAY = "gpu day"  # the kind of a file that `gpu_report` renders
 MODES = {"forward": "Forward", "training": "Forward and backward"}
 AXES = {"pixels": "pixels, h w", "d": "channels, d", "n": "states, n", "b": "batch, b", "threads": "threads"}
 BASES = {"gemm": "of gemm", "efficient-kan": "of efficient-kan"}  # what layers are compared with, and the columns
@@ -30,7 +30,7 @@ COLOURS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write one Markdown file and its plots for each file of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("report", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--no-plots", dest="plots", action="store_false")
@@ -336,7 +336,3 @@ def _finish(figure: Any, panel: Any, file: Path) -> str:
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return file.name
-
-
-if __name__ == "__main__":
-    main()

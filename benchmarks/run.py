@@ -1,10 +1,10 @@
 """Measure the ops, layers and models: the error first, then time and memory, all candidates of a case side by side.
 
-python benchmarks/run.py                             # ops at batch 1, blocks and models: minutes
-python benchmarks/run.py --quick                     # few small cases: less than a minute
-python benchmarks/run.py ops-b8 scaling --out FILE.json
-python benchmarks/run.py ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
-python benchmarks/run.py kan --peers-path efficient_kan=PATH fast_kan=PATH pykan=PATH
+python -m benchmarks run                             # ops at batch 1, blocks and models: minutes
+python -m benchmarks run --quick                     # few small cases: less than a minute
+python -m benchmarks run ops-b8 scaling --out FILE.json
+python -m benchmarks run ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
+python -m benchmarks run kan --peers-path efficient_kan=PATH fast_kan=PATH pykan=PATH
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import fnmatch
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,15 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import kan
-import limit
-import machine
 import torch
-from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
-from cases import CASES, QUICK, SUITES, Case, scaling_cases
-from measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
-from peer_paths import peer_path
-from peers import peers
+
+from benchmarks import kan_layers, limit, machine
+from benchmarks.candidates import MODES, Candidate, Mode, baselines, describe_layout, own
+from benchmarks.cases import CASES, QUICK, SUITES, Case, scaling_cases
+from benchmarks.command import make_parser, peer_path, search_path, start
+from benchmarks.measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
+from benchmarks.peers import peers
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,7 +126,7 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
 def candidates_of(case: Case, options: Options) -> list[Candidate]:
     """Our backends, the fastest first, then the textbook forms and the peers."""
     if case.op == "kan_linear":
-        found = kan.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
+        found = kan_layers.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
     else:
         found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
         if case.suite != "scaling":
@@ -235,11 +235,11 @@ def line(row: dict[str, Any]) -> str:
 
 def _peak_elsewhere(case: Case, candidate: Candidate, mode: Mode, options: Options) -> int | None:
     """Peak memory above the inputs, measured in a fresh process; None if that process fails."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--peak", case.name, candidate.name, mode]
+    command = start("run", "--peak", case.name, candidate.name, mode)
     command += ["--threads", str(torch.get_num_threads()), "--device", options.device, "--dtype", options.dtype]
     if options.peers:
         command += ["--peers-path", *(f"{name}={path}" for name, path in options.peers)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env={**os.environ, **search_path()}, capture_output=True, text=True, check=False)
     if process.returncode:
         print(process.stderr[-500:], file=sys.stderr)
         return None
@@ -255,7 +255,7 @@ def _peak_here(name: str, candidate: str, mode: Mode, options: Options, threads:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("run", __doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", choices=[[], *SUITES], help=f"of {', '.join(SUITES)}")
     parser.add_argument("--cases", default="*", metavar="PATTERN", help="names of cases, as in a shell")
     parser.add_argument("--candidates", default="*", metavar="PATTERN", help="names of candidates, as in a shell")
@@ -273,7 +273,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kan import GEMM
-from report import MODES, errors, limit_table, memory_table, notes, three_digits, time_table
-
-from gpu.summary import DTYPES, OURS, flat_rows
+from benchmarks.gpu.summary import DTYPES, OURS, flat_rows
+from benchmarks.kan_layers import GEMM
+from benchmarks.report import MODES, errors, limit_table, memory_table, notes, three_digits, time_table
 
 Summary = Mapping[str, Any]
 

@@ -11,21 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import baselines, candidates, cases, limit, measure, peers, report, run
 from helpers import relative_l2
 from kan_mamba_layers import cross_selective_scan, selective_scan
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import baselines  # noqa: E402
-import candidates  # noqa: E402
-import cases  # noqa: E402
-import limit  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-
 CROSS = cases.cross(2, 3, 5, 4, 3, 2)
 SCAN = cases.scan(2, 4, 13, 3)
 TINY = cases.cross(1, 4, 4, 16, 2, 1)

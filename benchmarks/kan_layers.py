@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from candidates import Bound, Candidate, Mode, serving
-from cases import Case, make_kan
-from peers import PeerError, load
 from torch import Tensor, nn
 
+from benchmarks.candidates import Bound, Candidate, Mode, serving
+from benchmarks.cases import Case, make_kan
+from benchmarks.peers import PeerError, load
 from kan_mamba_layers import KANLinear
 
 GEMM, EFFICIENT, FAST, PYKAN = "gemm", "efficient-kan", "fast-kan", "pykan"
