@@ -86,7 +86,7 @@ def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
         found += [today._replace(slots=slots) for slots in (1, 1 + job.bases)]
     if kernel == "grad_weights":
         found += [today._replace(slots=slots) for slots in (1, 2, 3)]
-        found += [today._replace(parts=max(1, int(today.parts * factor))) for factor in (0.5, 2, 4)]
+        found += [today._replace(splits=max(1, int(today.splits * factor))) for factor in (0.5, 2, 4)]
     return [t for t in dict.fromkeys(found) if t.rows * t.outs <= LARGEST_TILE]
 
 
