@@ -122,6 +122,14 @@ def own(case: Case, device: str, dtype: torch.dtype = torch.float32) -> list[Can
     return found
 
 
+def whole(case: Case) -> list[Candidate]:
+    """A layer or a model with all of it on one backend, for each of them; EMA has no backends."""
+    if case.op == "ema":
+        return [Candidate("pytorch", module={})]
+    models = case.suite == "models"
+    return [Candidate(b, module={"backend": b, **({"splines": b} if models else {})}) for b in BACKENDS]
+
+
 def serving(op: str, device: str, dtype: torch.dtype) -> list[str]:
     """The backends that serve an op; the first one is what "auto" takes."""
     x = torch.zeros(1, device=device, dtype=dtype)

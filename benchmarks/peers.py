@@ -174,8 +174,10 @@ def load(module: str, name: str, paths: Mapping[str, str]) -> Any:
         return _from_file(name, paths)
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise PeerError("not installed, and no path given") from None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise PeerError("not installed, and no path given") from None
+        raise PeerError(f"installed, but cannot be imported: {error.name or type(error).__name__}") from None
 
 
 def _from_file(name: str, paths: Mapping[str, str]) -> Any:

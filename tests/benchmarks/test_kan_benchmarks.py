@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +19,7 @@ from benchmarks import candidates, cases, kan_layers, limit, measure, peers, rep
 from helpers import relative_l2
 from kan_mamba_layers import KANLinear
 
+ROOT = Path(__file__).resolve().parents[2]
 UNIFORM, ADAPTIVE, FINE = cases.kan(50, 6, 5), cases.kan(50, 6, 5, adaptive=True), cases.kan(50, 6, 5, g=32)
 SMALL = [UNIFORM, ADAPTIVE, FINE]
 LEAVES = ("x", "base_weight", "spline_weight", "spline_scaler")
@@ -189,6 +192,25 @@ class TestCandidates:
             assert candidate.refuses(UNIFORM, "forward").startswith("not measured")
             assert str(tmp_path) not in candidate.absent
 
+    def test_an_installed_package_kan_is_measured_and_a_broken_one_told(self, tmp_path):
+        package, out = tmp_path / "site" / "kan", tmp_path / "kan.json"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "KANLayer.py").write_text(PYKAN.replace("import sklearn.linear_model\n", ""))
+        (package / "helper.py").write_text(PYKAN_HELPER.replace("reference", "auto"))  # the faster one
+        command = [sys.executable, "-m", "benchmarks", "run", "kan", "--quick", "--cases", "kan-1024x64-64-g5"]
+        command += ["--candidates", "pykan", "--budget", "0", "--out", str(out)]
+        paths = [str(tmp_path / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+        def measured() -> set[tuple[str, str]]:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+            return {(row["status"], row["reason"]) for row in report.load(out)["rows"]}
+
+        assert measured() == {("ok", "")}
+        (package / "KANLayer.py").write_text("import not_there")
+        assert measured() == {("not measured", "not measured (installed, but cannot be imported: not_there)")}
+
     def test_the_layer_of_single_edges_is_not_run_where_they_are_many(self, checkouts):
         pykan = layers(UNIFORM, checkouts)[kan_layers.PYKAN]
         assert pykan.refuses(cases.kan(1024, 160, 160), "training") == ""
@@ -305,6 +327,11 @@ class TestCommandLine:
         run.main(["kan", "--list"])
         assert capsys.readouterr().out.split() == [case.name for case in KAN if not case.device]
 
-    def test_memory_of_a_layer_in_a_fresh_process(self, capsys):
-        run.main(["--peak", "kan-1024x64-64-g5", "reference", "training", "--threads", "1"])
-        assert json.loads(capsys.readouterr().out) >= 0
+    def test_memory_of_a_layer_in_a_fresh_process(self):
+        peak = run._peak_elsewhere(cases.QUICK[-3], layers(UNIFORM)["reference"], "training", options())
+        assert peak is not None and peak >= 1024 * 64 * 8 * 4  # its bases
+
+    def test_a_process_that_fails_has_no_memory(self, capsys):
+        absent = candidates.Candidate("nobody")
+        assert run._peak_elsewhere(UNIFORM, absent, "training", options()) is None
+        assert "nobody on kan-50x6-5-g5" in capsys.readouterr().err
