@@ -118,7 +118,8 @@ def make_module(
             module = EMA(sizes["c"])
             shape = (sizes["b"], sizes["c"], sizes["h"], sizes["w"])
         else:
-            module = create_model(case.op, use_ss2d=use_ss2d, backend=splines)
+            changed = {} if use_ss2d else {"use_ss2d": False}
+            module = create_model(case.op, backend=splines, **changed)
             shape = (sizes["b"], 3, sizes["h"], sizes["w"])
         x = torch.randn(shape)
     for layer in module.modules():
