@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.clock import seconds_per_call
+from benchmarks.measure import seconds_per_call
 
 try:  # the exponential of the kernels that are measured
     import numba

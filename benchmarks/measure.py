@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.candidates import Bound, Candidate, Mode
 from benchmarks.cases import Case
-from benchmarks.clock import seconds_per_call
 
 # Largest relative L2 error of an output or a gradient against float64 that is still timed.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -141,6 +140,23 @@ def call_of(bound: Bound, mode: Mode) -> Callable[[], object]:
         return lambda: bound.step(mode)
     grad = output_gradient(bound.run())
     return lambda: bound.step(mode, grad)
+
+
+def seconds_per_call(call: Callable[[], object], repeats: int, device: str) -> float:
+    """The mean over calls in a row: by CUDA events on a GPU, by the host's clock elsewhere."""
+    if device != "cuda":
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - began) / repeats
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def _sample(call: Callable[[], object], repeats: int, device: str) -> tuple[float, float]:

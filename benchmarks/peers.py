@@ -59,13 +59,15 @@ def peers(case: Case, device: str, paths: Mapping[str, str]) -> list[Candidate]:
     }
     if device == "cuda":
         makers |= {MAMBA_CUDA: _mamba_cuda, VMAMBA_CUDA: _vmamba_cuda}
-    found = []
-    for name, make in makers.items():
-        try:
-            found.append(make(crossing, paths))
-        except PeerError as error:
-            found.append(Candidate(name, absent=str(error)))
-    return found
+    return [c for name, make in makers.items() for c in made(name, partial(lambda make: [make(crossing, paths)], make))]
+
+
+def made(name: str, make: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """The candidates of a peer, or one that says why there are none."""
+    try:
+        return make()
+    except PeerError as error:
+        return [Candidate(name, absent=str(error))]
 
 
 def _mambapy(crossing: bool, paths: Mapping[str, str]) -> Candidate:

@@ -11,11 +11,10 @@ import torch
 from benchmarks import limit, run
 from benchmarks.candidates import MODES, Candidate
 from benchmarks.cases import CASES, Case, block, cross, kan, model
-from benchmarks.clock import seconds_per_call
 from benchmarks.gpu.compare import tf32
 from benchmarks.gpu.tasks import Setting, Task
 from benchmarks.kan_layers import EFFICIENT, GEMM, TUNED
-from benchmarks.measure import call_of
+from benchmarks.measure import call_of, seconds_per_call
 from benchmarks.peers import MAMBA_CUDA, VMAMBA_CUDA
 
 DTYPES = ("bfloat16", "float32")

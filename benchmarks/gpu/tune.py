@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import seconds_per_call
 from benchmarks.command import search_path, start
 from benchmarks.gpu import launchers
 from benchmarks.gpu.calls import kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
@@ -26,7 +25,7 @@ from benchmarks.gpu.journal import WRONG, Journal
 from benchmarks.gpu.processes import run
 from benchmarks.gpu.rules import RULES, best_rules, sizes
 from benchmarks.gpu.tasks import Setting, Task, find_program
-from benchmarks.measure import relative_l2
+from benchmarks.measure import relative_l2, seconds_per_call
 
 Calls = dict[Any, Callable[[], Any]]  # by plan or tiles
 # b h w d n r: the levels of a base KMUNet and two stages of VMamba, one image and a batch.

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.experiment_table import table
+from benchmarks.experiment_table import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -19,7 +19,7 @@ def test_the_tables_are_those_of_the_recorded_results():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for kind, side in (("experiments", "test"), ("recipe", "val"), ("ablation", "val")):
         for results in recorded(RESULTS / kind):
-            assert table(results) in text
+            assert tables(results) in text
             assert results["side"] == side
 
 
