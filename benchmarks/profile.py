@@ -24,8 +24,6 @@ from benchmarks.command import make_parser
 from benchmarks.measure import Checker
 from kan_mamba_layers import SS2D, KANLinear, list_models, resolve
 
-LAYERS = {"ss2d": ("dim", "size"), "ema": ("dim", "size"), "kan_linear": ("in_features", "out_features", "rows")}
-OPTIONAL = {"kan_linear": ("grid_size",)}
 CHECKED = 16 * 16  # pixels or rows: `reference` takes one step of a scan at a time
 CHECKED_OF_MODELS = {"b": 2, "h": 32, "w": 32}  # the least of which BatchNorm can have a mean at every level
 Call = tuple[str, Tensor, dict[str, Tensor]]  # of an op: its name, its first argument, and others by name
@@ -35,11 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table with a row for each backend."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    needs = LAYERS.get(args.what, ("size",))
-    for name in ("dim", "size", "in_features", "out_features", "rows", "grid_size"):
-        given = getattr(args, name) is not None
-        if given != (name in needs) and name not in OPTIONAL.get(args.what, ()):
-            parser.error(f"{args.what} {'has no' if given else 'needs'} --{name.replace('_', '-')}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     options = run.Options(args.device, args.dtype, rounds=args.rounds, budget=args.longest, longest=args.longest)
@@ -141,13 +134,13 @@ def _models(args: argparse.Namespace, options: run.Options) -> Iterator[str]:
 
 def _case(args: argparse.Namespace) -> cases.Case:
     if args.what == "kan_linear":
-        return cases.kan(args.rows, args.in_features, args.out_features, args.grid_size or 5)
-    (height, width), batch, dim = args.size, args.batch, args.dim
+        return cases.kan(args.rows, args.in_features, args.out_features, args.grid_size)
+    (height, width), batch = args.size, args.batch
     if args.what == "ss2d":
-        return cases.block(batch, height, width, dim, 16)
-    sizes = {"b": batch, "h": height, "w": width, **({"c": dim} if dim else {})}
-    name = f"{args.what}-b{batch}{f'-c{dim}' if dim else ''}-{height}x{width}"
-    return cases.Case(name, "blocks" if args.what == "ema" else "models", args.what, sizes)
+        return cases.block(batch, height, width, args.dim, 16)
+    suite, channels = ("blocks", {"c": args.dim}) if args.what == "ema" else ("models", {})
+    parts = [args.what, f"b{batch}", *(f"c{c}" for c in channels.values()), f"{height}x{width}"]
+    return cases.Case("-".join(parts), suite, args.what, {"b": batch, "h": height, "w": width, **channels})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,18 +149,23 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
         return int(text)
 
+    every, image, wide, splines = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    every.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    every.add_argument("--dtype", default="float32", choices=tuple(run.DTYPES), help="half: under autocast")
+    every.add_argument("--training", action="store_true", help="also time forward and backward")
+    every.add_argument("--dry-run", action="store_true", help="run nothing, and say which backends can run it")
+    every.add_argument("--rounds", type=positive, default=7, metavar="N", help="in which the backends take turns")
+    every.add_argument("--longest", type=float, default=10.0, metavar="S", help="seconds that a call may take")
+    image.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), required=True)
+    image.add_argument("--batch", type=positive, default=1, metavar="N", help="images")
+    wide.add_argument("--dim", type=positive, metavar="N", required=True, help="channels")
+    for name in ("--in-features", "--out-features", "--rows"):
+        splines.add_argument(name, type=positive, metavar="N", required=True)
+    splines.add_argument("--grid-size", type=positive, default=5, metavar="N", help="intervals")
     parser = make_parser("profile", __doc__)
-    names = [*LAYERS, *list_models(), "models"]
-    parser.add_argument("what", metavar="WHAT", choices=names, help=f"one of {', '.join(names)}")
-    parser.add_argument("--dim", type=positive, metavar="N", help="channels of ss2d or ema")
-    parser.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of the image")
-    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images")
-    for name in ("--in-features", "--out-features", "--rows", "--grid-size"):
-        parser.add_argument(name, type=positive, metavar="N", help="of kan_linear")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=tuple(run.DTYPES), help="half: under autocast")
-    parser.add_argument("--training", action="store_true", help="also time forward and backward")
-    parser.add_argument("--dry-run", action="store_true", help="run nothing, and say which backends can run it")
-    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="in which the backends take turns")
-    parser.add_argument("--longest", type=float, default=10.0, metavar="S", help="seconds that a call may take")
+    flags = {"ss2d": [wide, image], "ema": [wide, image], "kan_linear": [splines]}
+    told = f"{', '.join(flags)}, models, or one of {', '.join(list_models())}; WHAT --help tells its flags"
+    names = parser.add_subparsers(dest="what", metavar="WHAT", required=True, help=told)
+    for name in [*flags, "models", *list_models()]:
+        names.add_parser(name, parents=[*flags.get(name, [image]), every])
     return parser

@@ -71,11 +71,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
         [
-            (["ss2d", "--size", "4", "4"], "ss2d needs --dim"),
-            (["ss2d", "--dim", "16"], "ss2d needs --size"),
-            ([*SS2D, "--rows", "5"], "ss2d has no --rows"),
-            (["km_unet_tiny", "--size", "32", "32", "--dim", "16"], "km_unet_tiny has no --dim"),
-            (["kan_linear", "--in-features", "6", "--rows", "5"], "kan_linear needs --out-features"),
+            (["ss2d", "--size", "4", "4"], "the following arguments are required: --dim"),
+            (["ss2d", "--dim", "16"], "the following arguments are required: --size"),
+            ([*SS2D, "--rows", "5"], "unrecognized arguments: --rows 5"),
+            (["km_unet_tiny", "--size", "32", "32", "--dim", "16"], "unrecognized arguments: --dim 16"),
+            (
+                ["kan_linear", "--in-features", "6", "--rows", "5"],
+                "the following arguments are required: --out-features",
+            ),
             (["ema", "--dim", "12", "--size", "4", "4"], "channels"),
             (["ss2d", "--dim", "0", "--size", "4", "4"], "'0' is not a positive integer"),
             (["ss2d", "--dim", "16", "--size", "4"], "--size"),
