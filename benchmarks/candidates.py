@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from baselines import cross_scan_channels_first, cross_scan_channels_last, scan_by_steps, scan_in_parallel
-from cases import Case, make_inputs, make_module
 from torch import Tensor
 
+from benchmarks.baselines import cross_scan_channels_first, cross_scan_channels_last, scan_by_steps, scan_in_parallel
+from benchmarks.cases import Case, make_inputs, make_module
 from kan_mamba_layers import cross_selective_scan, resolve, selective_scan
 
 BACKENDS = ("cpu", "triton", "chunked", "reference")
@@ -23,6 +23,8 @@ Layout = Mapping[str, tuple[int, ...]]
 CHANNELS_FIRST = {"x": (0, 3, 1, 2)}
 # The gradient of a slice `x[:, :, t]` is a tensor of the size of x, at every step: quadratic in the length.
 QUADRATIC = "not run (its backward is quadratic in the length)"
+
+BY_STEPS = {"max_length": 1024, "max_backward_length": 256}  # of a scan that takes one step at a time
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Candidate:
                 dict(module.named_parameters()),
                 module.train,
                 held=(x, *module.buffers()),
-                joint=case.suite == "models",
+                joint=case.suite == "models" or case.op == "ema",
             )
 
         if self.function is None:
@@ -113,13 +115,21 @@ def own(case: Case, device: str, dtype: torch.dtype = torch.float32) -> list[Can
     op = case.op if case.op == "selective_scan" else "cross_selective_scan"
     found = []
     for backend in serving(op, device, dtype):
-        by_steps = {"max_length": 1024, "max_backward_length": 256} if backend == "reference" else {}
-        found.append(_own(case, backend, **by_steps))
+        found.append(_own(case, backend, **(BY_STEPS if backend == "reference" else {})))
     if case.suite in ("models", "scaling"):  # too long for one step at a time
         found = [candidate for candidate in found if candidate.name != "reference"]
     if case.suite == "models":  # what its scans cost
         found.append(Candidate("without SS2D", module={"use_ss2d": False}))
     return found
+
+
+def whole(case: Case) -> list[Candidate]:
+    """A layer or a model with all of it on one backend, for each of them; EMA has no backends."""
+    if case.op == "ema":
+        return [Candidate("pytorch", module={})]
+    by_steps = {} if case.op.startswith("u_kan") else BY_STEPS
+    limits = {"reference": by_steps}
+    return [Candidate(b, module={"backend": b, "splines": b}, **limits.get(b, {})) for b in BACKENDS]
 
 
 def serving(op: str, device: str, dtype: torch.dtype) -> list[str]:

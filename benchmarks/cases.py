@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from kan_mamba_layers import SS2D, KANLinear, create_model
+from kan_mamba_layers import EMA, SS2D, KANLinear, create_model
 
 DIRECTIONS = 4
 SUITES = ("ops", "ops-b8", "blocks", "models", "scaling", "kan")  # the ops at batch 1 and at batch 8
@@ -26,7 +26,7 @@ class Case:
 
     name: str
     suite: str  # one of SUITES
-    op: str  # "cross_selective_scan", "selective_scan", "kan_linear", "ss2d" or a name that create_model takes
+    op: str  # "cross_selective_scan", "selective_scan", "kan_linear", "ss2d", "ema" or a name that create_model takes
     sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | rows in out g s adaptive | b h w c n | b h w
     axis: str = ""
     threads: int = 0  # 0: as many as the run uses
@@ -104,21 +104,27 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Ten
     }
 
 
-def make_module(case: Case, backend: str = "auto", use_ss2d: bool = True) -> tuple[nn.Module, Tensor]:
-    """The layer or model of a case with fresh weights, its scans on the given backend, and its input."""
+def make_module(
+    case: Case, backend: str = "auto", use_ss2d: bool = True, splines: str = "auto"
+) -> tuple[nn.Module, Tensor]:
+    """The layer or model of a case with fresh weights, its scans and splines on the given backends, and its input."""
     sizes = case.sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if case.op == "ss2d":
             module: nn.Module = SS2D(sizes["c"], d_state=sizes["n"])
             shape = (sizes["b"], sizes["h"], sizes["w"], sizes["c"])
+        elif case.op == "ema":
+            module = EMA(sizes["c"])
+            shape = (sizes["b"], sizes["c"], sizes["h"], sizes["w"])
         else:
-            module = create_model(case.op, use_ss2d=use_ss2d)
+            changed = {} if use_ss2d else {"use_ss2d": False}
+            module = create_model(case.op, backend=splines, **changed)
             shape = (sizes["b"], 3, sizes["h"], sizes["w"])
         x = torch.randn(shape)
     for layer in module.modules():
         if isinstance(layer, SS2D):
-            layer.backend = backend  # a model's own argument would choose the backend of its splines too
+            layer.backend = backend
     return module, x
 
 

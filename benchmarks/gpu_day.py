@@ -1,9 +1,9 @@
 """Use minutes on a GPU well: check the kernels, time them, tune them, train with them.
 
-    python benchmarks/gpu_day.py check speed --seconds 230 280 --out DIR
-    python benchmarks/gpu_day.py tune --out DIR --seconds 300
-    python benchmarks/gpu_day.py train --out DIR --data PATH
-    python benchmarks/gpu_report.py DIR --name h100
+    python -m benchmarks gpu_day check speed --seconds 230 280 --out DIR
+    python -m benchmarks gpu_day tune --out DIR --seconds 300
+    python -m benchmarks gpu_day train --out DIR --data PATH
+    python -m benchmarks gpu_report DIR --name h100
 
 Every part writes its results to DIR as they come, and goes on where it was stopped if it is started again with the
 same DIR. A task that crashes, hangs or fails is recorded, and the next one runs. `--device cpu` rehearses all of it on
@@ -18,17 +18,15 @@ import fnmatch
 import importlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpu.journal import FAILURES, OK, SKIPPED, Journal, Record
-from gpu.tasks import Setting, Task
-from gpu.workers import start_worker, supervise, work
-from peer_paths import peer_path
+from benchmarks.command import make_parser, peer_path, search_path, start
+from benchmarks.gpu.journal import FAILURES, OK, SKIPPED, Journal, Record
+from benchmarks.gpu.tasks import Setting, Task
+from benchmarks.gpu.workers import start_worker, supervise, work
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKERS = {"check": 6, "speed": 6, "tune": 8, "train": 4}  # of each part, side by side, on 16 cores and one GPU
 SECONDS = 540.0
 
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=args.out, device=args.device, peers=dict(args.peers_path), data=args.data, runs=args.runs, steps=args.steps
     )
     if args.call:
-        from gpu.calls import run_call
+        from benchmarks.gpu.calls import run_call
 
         run_call(args.call, args.device, heavy=args.heavy)
         return 0
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def select(part: str, setting: Setting, patterns: Sequence[str] = ("*",)) -> list[Task]:
     """The tasks of a part whose names match a pattern, the most important first."""
-    tasks = importlib.import_module(f"gpu.{part}").tasks(setting)
+    tasks = importlib.import_module(f"benchmarks.gpu.{part}").tasks(setting)
     return [task for task in tasks if any(fnmatch.fnmatch(task.name, pattern) for pattern in patterns)]
 
 
@@ -75,9 +73,9 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace, seconds: flo
     journal, began = _journal(setting, part), time.time()
     run = f"{os.getpid()}-{began}"
     workers = args.workers or max(1, min(WORKERS[part], (os.cpu_count() or 1) // 2))
-    start = _starter(part, run, workers, setting, args, seconds)
+    start_one = _starter(part, run, workers, setting, args, seconds)
     try:
-        left = "" if supervise(journal, run, start, workers, end) else ", time is up"
+        left = "" if supervise(journal, run, start_one, workers, end) else ", time is up"
     except RuntimeError as error:
         said = (setting.out / "log.txt").read_text(errors="replace").strip().splitlines()
         raise SystemExit(f"{part}: {error}, the last of it: {said[-1] if said else ''}") from None
@@ -90,19 +88,17 @@ def run_part(part: str, setting: Setting, args: argparse.Namespace, seconds: flo
 def _starter(
     part: str, run: str, workers: int, setting: Setting, args: argparse.Namespace, seconds: float
 ) -> Callable[[bool], subprocess.Popen[bytes]]:
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # the package may not be installed there
-    environment = {"PYTHONPATH": os.pathsep.join(paths), **({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})}
-    command = [sys.executable, str(Path(__file__).resolve()), *_options(setting)]
-    command += ["--tasks", *args.tasks, "--seconds", str(seconds)]
+    environment = search_path() | ({"TRITON_INTERPRET": "1"} if setting.rehearsal else {})
+    command = [*start("gpu_day", *_options(setting)), "--tasks", *args.tasks, "--seconds", str(seconds)]
     command += ["--commit", args.commit] if args.commit else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
-    def start(alone: bool) -> subprocess.Popen[bytes]:
+    def start_one(alone: bool) -> subprocess.Popen[bytes]:
         crew = "alone" if alone else "together"
         variables = environment if alone else {**threads, **environment}
         return start_worker([*command, "--work", part, run, crew], setting.out / "log.txt", variables)
 
-    return start
+    return start_one
 
 
 def _work(part: str, run: str, crew: str, setting: Setting, args: argparse.Namespace) -> int:
@@ -110,7 +106,7 @@ def _work(part: str, run: str, crew: str, setting: Setting, args: argparse.Names
     tasks, journal = select(part, setting, args.tasks), _journal(setting, part)
 
     def session() -> Record:
-        import machine
+        from benchmarks import machine
 
         return {
             "part": part,
@@ -180,7 +176,7 @@ def _summary(part: str, run: str, journal: Journal, seconds: float, remark: str)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("gpu_day", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *WORKERS], help=f"of {', '.join(WORKERS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
@@ -198,7 +194,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heavy", action="store_true", help="the large size of --call")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,8 +1,8 @@
 """What a GPU day came to: a JSON file to keep, a page with tables and a plot, and the failures by kernel.
 
-    python benchmarks/gpu_report.py DIR --name h100
+    python -m benchmarks gpu_report DIR --name h100
 
-DIR is what `gpu_day.py` wrote. This writes benchmarks/results/gpu-h100.json, docs/benchmarks/gpu-h100.md and
+DIR is what `gpu_day` wrote. This writes benchmarks/results/gpu-h100.json, docs/benchmarks/gpu-h100.md and
 docs/benchmarks/gpu-h100-speed.svg. docs/benchmarks.md shows the page by
 
     ```{include} benchmarks/gpu-h100.md
@@ -21,9 +21,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu import page
-from gpu.chart import plot
-from gpu.summary import summarise
+from benchmarks.command import make_parser
+from benchmarks.gpu import page
+from benchmarks.gpu.chart import plot
+from benchmarks.gpu.summary import summarise
 
 RESULTS, DOCS = Path("benchmarks/results"), Path("docs/benchmarks")
 
@@ -52,13 +53,9 @@ def _name(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what gpu_day.py wrote")
+    parser = make_parser("gpu_report", __doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what gpu_day wrote")
     parser.add_argument("--name", type=_name, required=True, help="of the GPU, in the names of the files")
     parser.add_argument("--results", type=Path, metavar="DIR", help=f"of the JSON file, by default {RESULTS}")
     parser.add_argument("--docs", type=Path, metavar="DIR", help=f"of the page and the plot, by default {DOCS}")
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -19,10 +19,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from baselines import cross_scan_channels_first, cross_scan_channels_last
-from candidates import CHANNELS_FIRST, Candidate, Layout, gated
-from cases import Case
 from torch import Tensor
+
+from benchmarks.baselines import cross_scan_channels_first, cross_scan_channels_last
+from benchmarks.candidates import CHANNELS_FIRST, Candidate, Layout, gated
+from benchmarks.cases import Case
 
 MAMBAPY, MAMBA_REF, VMAMBA_TORCH = "mambapy pscan", "mamba_ssm selective_scan_ref", "VMamba selective_scan_torch"
 MAMBA_CUDA, VMAMBA_CUDA = "mamba_ssm CUDA", "VMamba CUDA"
@@ -58,13 +59,15 @@ def peers(case: Case, device: str, paths: Mapping[str, str]) -> list[Candidate]:
     }
     if device == "cuda":
         makers |= {MAMBA_CUDA: _mamba_cuda, VMAMBA_CUDA: _vmamba_cuda}
-    found = []
-    for name, make in makers.items():
-        try:
-            found.append(make(crossing, paths))
-        except PeerError as error:
-            found.append(Candidate(name, absent=str(error)))
-    return found
+    return [c for name, make in makers.items() for c in made(name, partial(lambda make: [make(crossing, paths)], make))]
+
+
+def made(name: str, make: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """The candidates of a peer, or one that says why there are none."""
+    try:
+        return make()
+    except PeerError as error:
+        return [Candidate(name, absent=str(error))]
 
 
 def _mambapy(crossing: bool, paths: Mapping[str, str]) -> Candidate:
@@ -173,8 +176,10 @@ def load(module: str, name: str, paths: Mapping[str, str]) -> Any:
         return _from_file(name, paths)
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise PeerError("not installed, and no path given") from None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise PeerError("not installed, and no path given") from None
+        raise PeerError(f"installed, but cannot be imported: {error.name or type(error).__name__}") from None
 
 
 def _from_file(name: str, paths: Mapping[str, str]) -> Any:

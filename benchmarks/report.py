@@ -1,23 +1,23 @@
-"""Render the results of run.py as Markdown tables and plots.
+"""Render the results of `run` as Markdown tables and plots.
 
-python benchmarks/report.py benchmarks/results/*.json --out docs/benchmarks
+python -m benchmarks report benchmarks/results/*.json --out docs/benchmarks
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES
+from benchmarks.cases import CASES
+from benchmarks.command import make_parser
 
 Row = dict[str, Any]
 
 SCHEMA = 1
-GPU_DAY = "gpu day"  # the kind of a file that gpu_report.py renders
+GPU_DAY = "gpu day"  # the kind of a file that `gpu_report` renders
 MODES = {"forward": "Forward", "training": "Forward and backward"}
 AXES = {"pixels": "pixels, h w", "d": "channels, d", "n": "states, n", "b": "batch, b", "threads": "threads"}
 BASES = {"gemm": "of gemm", "efficient-kan": "of efficient-kan"}  # what layers are compared with, and the columns
@@ -30,7 +30,7 @@ COLOURS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write one Markdown file and its plots for each file of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("report", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--no-plots", dest="plots", action="store_false")
@@ -138,11 +138,17 @@ def limit_table(rows: list[Row]) -> str:
     )
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+    """Markdown; the last `numbers` columns are numbers."""
+    rule = "---|" * (len(head) - numbers) + "---:|" * numbers
+    safe = [[cell.replace("|", "&#124;").replace("<", "&lt;") for cell in row] for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in safe)])
+
+
 def _table(rows: list[Row], cell: Any, extra: tuple[str, Any] | None = None) -> str:
     names = _names(row for row in rows if row["status"] != "not measured")
     names = [n for n in names if any(r["candidate"] == n and r["status"] != "not run" for r in rows)]
-    head = ["case", *([extra[0]] if extra else []), *names]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    head, lines = ["case", *([extra[0]] if extra else []), *names], []
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = {row["candidate"]: row for row in rows if row["case"] == case}
         cells = [f"`{case}`"]
@@ -151,8 +157,8 @@ def _table(rows: list[Row], cell: Any, extra: tuple[str, Any] | None = None) -> 
         for name in names:
             row = of_case.get(name)
             cells.append("" if row is None else cell(row) if row["status"] == "ok" else SHORT[row["status"]])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines, len(head) - 1)
 
 
 def layers(rows: list[Row], images: Iterable[str], on_gpu: set[str]) -> list[str]:
@@ -172,8 +178,8 @@ def layers(rows: list[Row], images: Iterable[str], on_gpu: set[str]) -> list[str
     parts += [f"![KANLinear of this run]({image})" for image in images if "-kan-" in image]
     missing = [case.name for case in CASES if case.suite == "kan" and case.name not in on_gpu]
     if missing:
-        head = "| case on a GPU | forward | forward and backward |\n|---|---:|---:|\n"
-        parts.append(head + "\n".join(f"| `{name}` | not measured | not measured |" for name in missing))
+        unknown = [[f"`{name}`", "not measured", "not measured"] for name in missing]
+        parts.append(table(["case on a GPU", "forward", "forward and backward"], unknown, 2))
     return parts
 
 
@@ -183,7 +189,7 @@ def layer_table(rows: list[Row]) -> str:
     for mode in MODES.values():
         head += [f"{mode.lower()}, ms", *BASES.values()]
     head += ["peak, forward", "peak, both", "saved", "error, output", "error, gradients"]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = []
     for name in _names(row for row in rows if row["status"] != "not measured"):
         forward, training = (_only(rows, name, mode) for mode in MODES)
         cells = [name]
@@ -195,8 +201,8 @@ def layer_table(rows: list[Row]) -> str:
         found = training.get("errors") or forward.get("errors") or {}
         gradients = [error for of, error in found.items() if of != "output"]
         cells += [f"{found['output']:.1e}" if found else "", f"{max(gradients):.1e}" if gradients else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines, len(head) - 1)
 
 
 def _only(rows: list[Row], name: str, mode: str) -> Row:
@@ -224,7 +230,7 @@ def notes(rows: list[Row]) -> list[str]:
 
 def errors(result: dict[str, Any]) -> str:
     """The worst errors of each candidate."""
-    lines = ["| candidate | mode | output | gradients | not timed as wrong |", "|---|---|---:|---:|---:|"]
+    lines = []
     checked = [row for row in result["rows"] if "errors" in row]
     for name in _names(checked):
         for mode in MODES:
@@ -235,8 +241,8 @@ def errors(result: dict[str, Any]) -> str:
             grads = [value for row in rows for key, value in row["errors"].items() if key != "output"]
             wrong = sum(row["status"] == "wrong" for row in rows)
             worst = f"{max(grads):.1e}" if grads else ""
-            lines.append(f"| {name} | {MODES[mode].lower()} | {max(outputs):.1e} | {worst} | {wrong} |")
-    return "\n".join(lines)
+            lines.append([name, MODES[mode].lower(), f"{max(outputs):.1e}", worst, str(wrong)])
+    return table(["candidate", "mode", "output", "gradients", "not timed as wrong"], lines, 3)
 
 
 def _names(rows: Iterable[Row]) -> list[str]:
@@ -336,7 +342,3 @@ def _finish(figure: Any, panel: Any, file: Path) -> str:
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return file.name
-
-
-if __name__ == "__main__":
-    main()

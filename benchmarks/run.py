@@ -1,10 +1,10 @@
 """Measure the ops, layers and models: the error first, then time and memory, all candidates of a case side by side.
 
-python benchmarks/run.py                             # ops at batch 1, blocks and models: minutes
-python benchmarks/run.py --quick                     # few small cases: less than a minute
-python benchmarks/run.py ops-b8 scaling --out FILE.json
-python benchmarks/run.py ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
-python benchmarks/run.py kan --peers-path efficient_kan=PATH fast_kan=PATH pykan=PATH
+python -m benchmarks run                             # ops at batch 1, blocks and models: minutes
+python -m benchmarks run --quick                     # few small cases: less than a minute
+python -m benchmarks run ops-b8 scaling --out FILE.json
+python -m benchmarks run ops --cases 'cross-b1-*' --threads 1 2 --peers-path mamba_ssm=PATH vmamba=PATH
+python -m benchmarks run kan --peers-path efficient_kan=PATH fast_kan=PATH pykan=PATH
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import datetime
 import fnmatch
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import kan
-import limit
-import machine
 import torch
-from candidates import MODES, Candidate, Mode, baselines, describe_layout, own
-from cases import CASES, QUICK, SUITES, Case, scaling_cases
-from measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
-from peer_paths import peer_path
-from peers import peers
+
+from benchmarks import kan_layers, limit, machine
+from benchmarks.candidates import MODES, Candidate, Mode, baselines, describe_layout, own, whole
+from benchmarks.cases import CASES, QUICK, SUITES, Case, scaling_cases
+from benchmarks.command import make_parser, peer_path
+from benchmarks.measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
+from benchmarks.peers import peers
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +47,8 @@ class Options:
     budget: float = 1.0  # seconds of samples, for each candidate and mode
     longest: float = 5.0  # seconds that one call may take
     memory: bool = True
+    modes: tuple[Mode, ...] = MODES
+    whole: bool = False  # all of a layer or model on each backend, and no other candidates
     peers: tuple[tuple[str, str], ...] = ()
 
 
@@ -63,9 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory=args.memory and not args.quick,
         peers=tuple(args.peers_path),
     )
-    if args.peak:
-        print(json.dumps(_peak_here(*args.peak, options, args.threads[0])))
-        return
     cases = select(args.suites, args.cases, args.quick, args.max_side, args.device)
     if not cases:
         raise SystemExit(f"no case for {args.device!r} matches --cases {args.cases!r}; see --list")
@@ -125,8 +124,10 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
 
 def candidates_of(case: Case, options: Options) -> list[Candidate]:
     """Our backends, the fastest first, then the textbook forms and the peers."""
-    if case.op == "kan_linear":
-        found = kan.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
+    if options.whole and case.op != "kan_linear":
+        found = whole(case)
+    elif case.op == "kan_linear":
+        found = kan_layers.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
     else:
         found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
         if case.suite != "scaling":
@@ -144,12 +145,14 @@ def _set_limits(rows: Iterable[dict[str, Any]], cases: dict[str, Case], rates: l
                 row |= {"limit_s": least, "limit_fraction": least / row["median_s"]}
 
 
-def measure_case(case: Case, candidates: Sequence[Candidate], options: Options) -> list[dict[str, Any]]:
+def measure_case(
+    case: Case, candidates: Sequence[Candidate], options: Options, checker: Checker | None = None
+) -> list[dict[str, Any]]:
     """One row for each mode and candidate; ratios are to the first candidate that was timed."""
     dtype = DTYPES[options.dtype]
-    checker = Checker(case, options.device, dtype)
+    checker = checker or Checker(case, options.device, dtype)
     rows = []
-    for mode in MODES:
+    for mode in options.modes:
         of_mode = {c.name: _examine(c, case, mode, checker, options) for c in candidates}
         good = [c for c in candidates if of_mode[c.name]["status"] == "ok"]
         bounds = {c.name: c.bind(case, options.device, dtype) for c in good}
@@ -235,27 +238,22 @@ def line(row: dict[str, Any]) -> str:
 
 def _peak_elsewhere(case: Case, candidate: Candidate, mode: Mode, options: Options) -> int | None:
     """Peak memory above the inputs, measured in a fresh process; None if that process fails."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--peak", case.name, candidate.name, mode]
-    command += ["--threads", str(torch.get_num_threads()), "--device", options.device, "--dtype", options.dtype]
-    if options.peers:
-        command += ["--peers-path", *(f"{name}={path}" for name, path in options.peers)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        print(process.stderr[-500:], file=sys.stderr)
-        return None
-    return int(json.loads(process.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_peak_here, case, candidate.name, mode, options, torch.get_num_threads()).result()
+        except Exception as error:  # whatever ends it, even the system for want of memory
+            print(f"{candidate.name} on {case.name}: {error!r}"[:500], file=sys.stderr)
+            return None
 
 
-def _peak_here(name: str, candidate: str, mode: Mode, options: Options, threads: int) -> int:
+def _peak_here(case: Case, candidate: str, mode: Mode, options: Options, threads: int) -> int:
     torch.set_num_threads(threads)
-    every = [*CASES, *QUICK, *scaling_cases(max_threads=machine.usable_cores())]
-    case = next(case for case in every if case.name == name)
     chosen = next(c for c in candidates_of(case, options) if c.name == candidate)
     return peak_bytes(chosen, case, mode, options.device, DTYPES[options.dtype])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("run", __doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", choices=[[], *SUITES], help=f"of {', '.join(SUITES)}")
     parser.add_argument("--cases", default="*", metavar="PATTERN", help="names of cases, as in a shell")
     parser.add_argument("--candidates", default="*", metavar="PATTERN", help="names of candidates, as in a shell")
@@ -271,9 +269,4 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,12 @@ CORE = {"torch", "numpy", "einops"}
 # Modules that are imported when a backend is first used, and what they may import besides.
 COMPILED = {"cpu": {"numba", "llvmlite"}, "simd": {"numba", "llvmlite"}, "triton": {"triton"}}
 MAX_LINES = 400
-# The one file outside the package that may reach into it: checks and searches beneath the public ops start there.
-INNER_DOOR = ROOT / "benchmarks" / "gpu" / "launchers.py"
+# The files outside the package that may reach into it, and how far: checks and searches beneath the public ops start at
+# the launchers, and the limit of the machine has the exponential of the kernels.
+INNER_DOORS = {
+    ROOT / "benchmarks" / "gpu" / "launchers.py": f"{PACKAGE}.ops",
+    ROOT / "benchmarks" / "limit.py": f"{PACKAGE}.ops.simd.vector",
+}
 
 
 def modules(folder: str) -> list[Path]:
@@ -124,15 +128,28 @@ def test_examples_and_benchmarks_use_public_names_only(path: Path) -> None:
     public = set(kan_mamba_layers.__all__)
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"bare assert in line {node.lineno}"
-        if path == INNER_DOOR:
-            continue
         if isinstance(node, ast.Import):
             deep = [a.name for a in node.names if a.name.startswith(f"{PACKAGE}.")]
             assert not deep, f"line {node.lineno} imports {deep}"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            if path in INNER_DOORS and f"{node.module}.".startswith(f"{INNER_DOORS[path]}."):
+                continue
             assert node.module == PACKAGE, f"line {node.lineno} imports from {node.module}"
             assert {a.name for a in node.names} <= public
     assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def bare_imports(source: str, names: Collection[str]) -> list[str]:
+    """Imports of a script of `benchmarks` without its package: they would find, or be taken for, another's module."""
+    tops = ((target.split(".")[0], line) for target, line in imports(ast.parse(source)))
+    return [f"line {line} imports {top}" for top, line in tops if top in names or not top]
+
+
+@pytest.mark.parametrize("path", modules("benchmarks") + modules("tests/benchmarks"), ids=dotted)
+def test_benchmarks_import_each_other_by_their_package(path: Path) -> None:
+    scripts = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} | {"gpu"}
+    assert "run" in scripts
+    assert bare_imports(path.read_text(), scripts - sys.stdlib_module_names) == []
 
 
 def test_there_is_something_to_check() -> None:
@@ -172,6 +189,11 @@ class TestTheCheckItself:
         with pytest.raises(CycleError):
             TopologicalSorter(import_graph(sources)).prepare()
         TopologicalSorter(import_graph({**sources, "p.c": "from p import d"})).prepare()
+
+    @pytest.mark.parametrize("source", ["import run", "def f():\n    from gpu.x import y", "from . import run"])
+    def test_planted_bare_import_is_found(self, source: str) -> None:
+        assert bare_imports(source, {"run", "gpu"})
+        assert not bare_imports("from benchmarks import run\nfrom benchmarks.gpu.x import y", {"run", "gpu"})
 
     @pytest.mark.parametrize(
         ("name", "source"),

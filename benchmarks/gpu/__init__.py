@@ -1,1 +1,1 @@
-"""The parts of a GPU day: what `gpu_day.py` runs, and how it survives crashes, hangs and kills."""
+"""The parts of a GPU day: what `gpu_day` runs, and how it survives crashes, hangs and kills."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import launchers
+from benchmarks.gpu import launchers
 
 Call = Callable[[str, bool], None]  # device, heavy
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import three_digits
-
-from gpu.summary import OURS, flat_rows
+from benchmarks.gpu.summary import OURS, flat_rows
+from benchmarks.report import three_digits
 
 Row = Mapping[str, Any]
 

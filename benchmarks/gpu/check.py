@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpu import sanitizer, suspects, sweep
-from gpu.tasks import Setting, Task
+from benchmarks.gpu import sanitizer, suspects, sweep
+from benchmarks.gpu.tasks import Setting, Task
 
 
 def tasks(setting: Setting) -> Iterator[Task]:

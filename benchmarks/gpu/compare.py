@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measure import relative_l2
 from torch import Tensor
 
-from gpu.tasks import Wrong
+from benchmarks.gpu.tasks import Wrong
+from benchmarks.measure import relative_l2
 
 Results = dict[str, Tensor]
 CLOSE = 2e-5  # relative L2 of float32 results that are added in another order

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gpu.journal import FAILURES, Record
+from benchmarks.gpu.journal import FAILURES, Record
 
 SHARED = ("chunk_ends", "carry", "merge")  # by both passes of the scan
 STEPS = ("step_sizes", "step_gradients")  # of the backward pass

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gpu.tasks import Wrong
+from benchmarks.gpu.tasks import Wrong
 
 BAND, SENTINEL = 64, 12345.0  # elements on each side, and their value
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import triton
 
-from gpu import launchers
+from benchmarks.gpu import launchers
 
 COUNTED = ("SHFL", "MUFU", "BAR", "LDL", "STL", "HGMMA", "HMMA", "FFMA", "LDG", "STG")
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from candidates import BACKENDS
-from kan import GEMM
-from report import three_digits
-
-from gpu.sections import SUITES, Summary, check_section, speed_section, table, train_section, tune_section
-from gpu.summary import OURS, flat_rows
+from benchmarks.candidates import BACKENDS
+from benchmarks.gpu.sections import SUITES, Summary, check_section, speed_section, table, train_section, tune_section
+from benchmarks.gpu.summary import OURS, flat_rows
+from benchmarks.kan_layers import GEMM
+from benchmarks.report import three_digits
 
 SECTIONS: dict[str, Callable[[Summary], Iterator[str]]] = {
     "check": check_section,

@@ -42,7 +42,7 @@ def best_rules(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _compare(shapes: Mapping[tuple[int, ...], Mapping[str, Any]], back: bool) -> dict[str, Any]:
-    from gpu.launchers import scan  # which a report without rules does not need, nor Triton
+    from benchmarks.gpu.launchers import scan  # which a report without rules does not need, nor Triton
 
     today = scan.BACKWARD if back else scan.FORWARD
     ratios: dict[tuple[int, ...], list[float]] = {tuple(today): []}

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu.calls import CALLS
-from gpu.processes import run
-from gpu.tasks import Setting, Skip, Task, Wrong, find_program
+from benchmarks.command import ROOT, search_path, start
+from benchmarks.gpu.calls import CALLS
+from benchmarks.gpu.processes import run
+from benchmarks.gpu.tasks import Setting, Skip, Task, Wrong, find_program
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKERS = ("memcheck", "racecheck")
 PROGRAM = "compute-sanitizer"
 FOUND = 33  # its exit code where it finds something
@@ -24,7 +24,6 @@ FOUND = 33  # its exit code where it finds something
 def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
     """Run a call under a checker; what it prints of a fault is the result."""
     program = find_program(PROGRAM)
-    script = str(Path(__file__).resolve().parents[1] / "gpu_day.py")
     command = [
         program,
         "--tool",
@@ -35,12 +34,10 @@ def checked(checker: str, call: str, setting: Setting) -> dict[str, Any]:
         str(FOUND),
         "--print-limit",
         "20",
-        sys.executable,
-        script,
+        *start("gpu_day", "--out", str(setting.out), "--device", setting.device, "--call", call),
     ]
-    command += ["--out", str(setting.out), "--device", setting.device, "--call", call]
     # With a cache of its own PyTorch would hide writes behind the end of a tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, **search_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = run(command, environment)
     faults, harmless = count_faults(result.stdout), count_shared_writes(result.stdout)
     if faults and faults > harmless:

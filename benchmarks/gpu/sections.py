@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kan import GEMM
-from report import MODES, errors, limit_table, memory_table, notes, three_digits, time_table
-
-from gpu.summary import DTYPES, OURS, flat_rows
+from benchmarks.gpu.summary import DTYPES, OURS, flat_rows
+from benchmarks.kan_layers import GEMM
+from benchmarks.report import MODES, errors, limit_table, memory_table, notes, table, three_digits, time_table
 
 Summary = Mapping[str, Any]
 
@@ -24,14 +23,6 @@ LIMITS = {
     "kan": f"Share of the limit, the time of the bare product `{GEMM}`:",
     "ops": "Share of the physical limit, all exponentials or one pass over the map:",
 }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
-    """Markdown; the last `numbers` columns are numbers."""
-    rule = "---|" * (len(head) - numbers) + "---:|" * numbers
-    safe = [[cell.replace("|", "&#124;").replace("<", "&lt;") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in safe]
-    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}", *lines])
 
 
 def check_section(check: Summary) -> Iterator[str]:

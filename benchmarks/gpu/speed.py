@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import limit
-import run
 import torch
-from candidates import MODES, Candidate
-from cases import CASES, Case, block, cross, kan, model
-from clock import seconds_per_call
-from kan import EFFICIENT, GEMM, TUNED
-from measure import call_of
-from peers import MAMBA_CUDA, VMAMBA_CUDA
 
-from gpu.compare import tf32
-from gpu.tasks import Setting, Task
+from benchmarks import limit, run
+from benchmarks.candidates import MODES, Candidate
+from benchmarks.cases import CASES, Case, block, cross, kan, model
+from benchmarks.gpu.compare import tf32
+from benchmarks.gpu.tasks import Setting, Task
+from benchmarks.kan_layers import EFFICIENT, GEMM, TUNED
+from benchmarks.measure import call_of, seconds_per_call
+from benchmarks.peers import MAMBA_CUDA, VMAMBA_CUDA
 
 DTYPES = ("bfloat16", "float32")
 # What is worth a GPU's minutes: our kernels, what else a user would take there, and what cannot be passed.
@@ -75,7 +73,7 @@ def warm(case: Case, dtype: str, setting: Setting) -> None:
 
 
 def measured(case: Case, dtype: str, setting: Setting) -> dict[str, Any]:
-    """Error, time and memory of every candidate, as `run.py` measures them; float32 without TF32."""
+    """Error, time and memory of every candidate, as `run` measures them; float32 without TF32."""
     with tf32(False):
         return {"rows": run.measure_case(case, chosen(case, dtype, setting), _options(dtype, setting))}
 

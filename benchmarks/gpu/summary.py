@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import limit
 import torch
-from cases import Case
-from kan import GEMM
-from report import GPU_DAY, SCHEMA
 
-from gpu.failures import failures
-from gpu.journal import FAILURES, OK, SKIPPED, Journal, Record, ended
-from gpu.rules import best_rules
-from gpu.sweep import DTYPES
+from benchmarks import limit
+from benchmarks.cases import Case
+from benchmarks.gpu.failures import failures
+from benchmarks.gpu.journal import FAILURES, OK, SKIPPED, Journal, Record, ended
+from benchmarks.gpu.rules import best_rules
+from benchmarks.gpu.sweep import DTYPES
+from benchmarks.kan_layers import GEMM
+from benchmarks.report import GPU_DAY, SCHEMA
 
 OURS = "triton"
 DIGITS = 4  # of a number
@@ -50,9 +50,7 @@ def summarise(folder: Path, name: str) -> dict[str, Any]:
     records = {part: found for part, found in records.items() if found}
     begun = sorted((r for found in records.values() for r in found if r["event"] == "session"), key=lambda r: r["date"])
     if not begun:
-        raise ValueError(
-            f"{folder.name} holds no session of {', '.join(_CONTENT)}; give the folder that gpu_day.py wrote"
-        )
+        raise ValueError(f"{folder.name} holds no session of {', '.join(_CONTENT)}; give the folder that gpu_day wrote")
     devices = {session["device"] for session in begun}
     if len(devices) > 1:
         raise ValueError(f"{folder.name} mixes the devices {', '.join(sorted(devices))}; report each in a folder")
@@ -91,7 +89,7 @@ def clean(value: Any) -> Any:
 
 
 def flat_rows(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `speed` as `report.py` wants them: one for each case, mode and candidate."""
+    """The rows of `speed` as `report` wants them: one for each case, mode and candidate."""
     found = []
     for case in speed["cases"]:
         shared = {name: case[name] for name in SHARED}

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import launchers
-from gpu.calls import CALLS, kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
-from gpu.compare import Results, judge, moved, results, same_bits, same_numbers, tf32
-from gpu.guards import between_nan, guarded
-from gpu.kernels import compiled_kernels
-from gpu.processes import only_one
-from gpu.sweep import MODULES, OPS, Module, Op, as_op, image, line, splines
-from gpu.tasks import Setting, Skip, Task, Wrong
+from benchmarks.gpu import launchers
+from benchmarks.gpu.calls import CALLS, kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
+from benchmarks.gpu.compare import Results, judge, moved, results, same_bits, same_numbers, tf32
+from benchmarks.gpu.guards import between_nan, guarded
+from benchmarks.gpu.kernels import compiled_kernels
+from benchmarks.gpu.processes import only_one
+from benchmarks.gpu.sweep import MODULES, OPS, Module, Op, as_op, image, line, splines
+from benchmarks.gpu.tasks import Setting, Skip, Task, Wrong
 
 REPEATS = 20
 SIZES = (  # b h w d n r of the scans that are run under every plan

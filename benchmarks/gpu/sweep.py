@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu.compare import Results, judge, moved, results, tf32
-from gpu.tasks import Setting, Task
+from benchmarks.gpu.compare import Results, judge, moved, results, tf32
+from benchmarks.gpu.tasks import Setting, Task
 from kan_mamba_layers import (
     EMA,
     SS2D,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu.journal import Journal
+from benchmarks.gpu.journal import Journal
 
 if TYPE_CHECKING:  # the supervisor starts at once, without PyTorch
     from torch import Tensor
@@ -47,7 +47,7 @@ class Setting:
 
     def save(self, task: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep the inputs of a failure, if there is room for them."""
-        from gpu.archive import pack
+        from benchmarks.gpu.archive import pack
 
         if sum(x.nbytes for x in tensors.values()) > 8 * INPUT_BYTES:  # no packing makes them small enough
             return False

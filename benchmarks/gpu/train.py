@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu.journal import Journal
-from gpu.processes import end_with_parent, only_one
-from gpu.tasks import Setting, Skip, Task
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.processes import end_with_parent, only_one
+from benchmarks.gpu.tasks import Setting, Skip, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"isic2017": "isic2017", "fetal_head": "hc18", "lumbar_spine": "lumbar_spine"}  # of --data

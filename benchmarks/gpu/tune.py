@@ -9,25 +9,23 @@ from __future__ import annotations
 import csv
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from clock import seconds_per_call
-from measure import relative_l2
 from torch import Tensor
 
-from gpu import launchers
-from gpu.calls import kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
-from gpu.compare import CLOSE
-from gpu.journal import WRONG, Journal
-from gpu.processes import run
-from gpu.rules import RULES, best_rules, sizes
-from gpu.tasks import Setting, Task, find_program
+from benchmarks.command import search_path, start
+from benchmarks.gpu import launchers
+from benchmarks.gpu.calls import kan_backward, kan_forward, kan_inputs, scan_backward, scan_forward, scan_inputs
+from benchmarks.gpu.compare import CLOSE
+from benchmarks.gpu.journal import WRONG, Journal
+from benchmarks.gpu.processes import run
+from benchmarks.gpu.rules import RULES, best_rules, sizes
+from benchmarks.gpu.tasks import Setting, Task, find_program
+from benchmarks.measure import relative_l2, seconds_per_call
 
 Calls = dict[Any, Callable[[], Any]]  # by plan or tiles
 # b h w d n r: the levels of a base KMUNet and two stages of VMamba, one image and a batch.
@@ -87,7 +85,7 @@ def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
         found += [today._replace(slots=slots) for slots in (1, 1 + job.bases)]
     if kernel == "grad_weights":
         found += [today._replace(slots=slots) for slots in (1, 2, 3)]
-        found += [today._replace(parts=max(1, int(today.parts * factor))) for factor in (0.5, 2, 4)]
+        found += [today._replace(splits=max(1, int(today.splits * factor))) for factor in (0.5, 2, 4)]
     return [t for t in dict.fromkeys(found) if t.rows * t.outs <= LARGEST_TILE]
 
 
@@ -184,22 +182,11 @@ def _tensors(found: Any) -> list[Tensor]:
 def counters(kernel: str, setting: Setting) -> dict[str, Any]:
     """Hardware counters of one launch of a heavy call: issue, special functions, memory, occupancy."""
     program = find_program("ncu")
-    script = str(Path(__file__).resolve().parents[1] / "gpu_day.py")
     command = [program, "--clock-control", "none", "--csv", "--page", "raw", "--launch-count", "1"]
     command += ["--kernel-name", rf"regex:^{kernel}(_\d.*)?$"]
     command += [flag for name in COUNTERS for flag in ("--section", name)]
-    command += [
-        sys.executable,
-        script,
-        "--out",
-        str(setting.out),
-        "--device",
-        setting.device,
-        "--call",
-        kernel,
-        "--heavy",
-    ]
-    result = run(command, os.environ)
+    command += start("gpu_day", "--out", str(setting.out), "--device", setting.device, "--call", kernel, "--heavy")
+    result = run(command, {**os.environ, **search_path()})
     found = read_counters(result.stdout)
     if not found:
         raise RuntimeError(f"ncu told nothing ({result.returncode}): {(result.stdout + result.stderr)[-1500:]}")

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal
-from gpu.processes import end_with_parent_in_own_group
-from gpu.tasks import Setting, Skip, Task, Wrong
+from benchmarks.gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal
+from benchmarks.gpu.processes import end_with_parent_in_own_group
+from benchmarks.gpu.tasks import Setting, Skip, Task, Wrong
 
 POLL = 0.2  # seconds
 LOST = ("CUDA error", "an illegal memory access", "unspecified launch failure", "CUBLAS_STATUS", "device-side assert")

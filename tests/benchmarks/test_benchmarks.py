@@ -11,21 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import baselines, candidates, cases, limit, measure, peers, report, run
 from helpers import relative_l2
 from kan_mamba_layers import cross_selective_scan, selective_scan
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import baselines  # noqa: E402
-import candidates  # noqa: E402
-import cases  # noqa: E402
-import limit  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-
 CROSS = cases.cross(2, 3, 5, 4, 3, 2)
 SCAN = cases.scan(2, 4, 13, 3)
 TINY = cases.cross(1, 4, 4, 16, 2, 1)
@@ -205,6 +195,12 @@ class TestMeasuring:
         case = cases.cross(1, 16, 16, 16, 2, 1)
         peak = measure.peak_bytes(candidates.Candidate("hungry", hungry), case, "forward", "cpu", torch.float32)
         assert (100 << 20) < peak < (1 << 30)
+
+    @pytest.mark.parametrize("mode", candidates.MODES)
+    def test_peak_memory_of_a_model(self, mode):
+        """Which halves its image so often that the smallest cannot warm it up."""
+        case = cases.model("km_unet_tiny", side=64)
+        assert measure.peak_bytes(candidates.whole(case)[2], case, mode, "cpu", torch.float32) >= 0
 
 
 RATES: dict[str, float | None] = {"elements_per_second": 1e9, "copy_bytes_per_second": 1e10}

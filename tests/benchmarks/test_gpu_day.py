@@ -25,33 +25,28 @@ if find_spec("triton") is None:
 if release("triton") < (3, 7) and release("numpy") >= (2, 4):
     pytest.skip("needs numpy below 2.4 for the interpreter of Triton before 3.7", allow_module_level=True)
 
+from benchmarks import gpu_day, gpu_report
+from benchmarks.gpu import check, sanitizer, speed, tune
+from benchmarks.gpu.archive import pack, unpack
+from benchmarks.gpu.compare import judge, same_bits
+from benchmarks.gpu.guards import between_nan, guarded
+from benchmarks.gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal
+from benchmarks.gpu.rules import RULES, best_rules
+from benchmarks.gpu.tasks import Setting, Skip, Task, Wrong, find_program
+from benchmarks.gpu.workers import perform, start_worker, supervise, work
+from benchmarks.measure import relative_l2
+
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_day  # noqa: E402
-import gpu_report  # noqa: E402
-from gpu import check, sanitizer, speed, tune  # noqa: E402
-from gpu.archive import pack, unpack  # noqa: E402
-from gpu.compare import judge, same_bits  # noqa: E402
-from gpu.guards import between_nan, guarded  # noqa: E402
-from gpu.journal import CRASHED, FAILED, OK, SKIPPED, TIMEOUT, WRONG, Journal  # noqa: E402
-from gpu.rules import RULES, best_rules  # noqa: E402
-from gpu.tasks import Setting, Skip, Task, Wrong, find_program  # noqa: E402
-from gpu.workers import perform, start_worker, supervise, work  # noqa: E402
-from measure import relative_l2  # noqa: E402
-
 PARTS = ("check", "speed", "tune", "train")
 
 
 def start(*arguments: str, path: Path = ROOT) -> subprocess.Popen[bytes]:
-    """gpu_day.py in a process group of its own, with the package at `path`."""
-    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """`gpu_day` in a process group of its own, with the package at `path`."""
+    paths = [str(path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "gpu_day.py"), *arguments, "--device", "cpu"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
+    command = [sys.executable, "-m", "benchmarks", "gpu_day", *arguments, "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, env=environment, cwd=path, start_new_session=True)
 
 
 def wait_until(condition, seconds: float = 120.0) -> None:
@@ -179,10 +174,10 @@ class TestJournal:
 TASKS = """
 import os, sys, time
 from pathlib import Path
-sys.path.insert(0, {benchmarks!r})
-from gpu.journal import Journal
-from gpu.tasks import Setting, Skip, Task, Wrong
-from gpu.workers import work
+sys.path.insert(0, {root!r})
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.tasks import Setting, Skip, Task, Wrong
+from benchmarks.gpu.workers import work
 
 def skip(setting): raise Skip("not here")
 def wrong(setting): raise Wrong("off by one", {{}}, by=1)
@@ -209,7 +204,7 @@ if __name__ == "__main__":
 class TestWorkers:
     def test_a_crash_a_hang_and_a_lost_gpu_cost_one_task_each(self, tmp_path: Path) -> None:
         script = tmp_path / "some_tasks.py"
-        script.write_text(TASKS.format(benchmarks=str(BENCHMARKS)))
+        script.write_text(TASKS.format(root=str(ROOT)))
         journal = Journal(tmp_path / "j.jsonl")
 
         def start(alone: bool) -> subprocess.Popen[bytes]:

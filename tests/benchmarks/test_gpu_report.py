@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_report, report
+from benchmarks.gpu import page
+from benchmarks.gpu.failures import kernels_of
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.summary import clean, pick_counters
+from benchmarks.gpu.tasks import Setting
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_report  # noqa: E402
-import report  # noqa: E402
-from gpu import page  # noqa: E402
-from gpu.failures import kernels_of  # noqa: E402
-from gpu.journal import Journal  # noqa: E402
-from gpu.summary import clean, pick_counters  # noqa: E402
-from gpu.tasks import Setting  # noqa: E402
-
 GPU = {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132, "memory_bytes": 80 << 30}
 CROSS, KAN = "cross-b8-d32-128x128-n16-r1", "kan-65536x64-64-g5-bfloat16"
 SIZES = {
@@ -36,7 +32,7 @@ SECRET = "/home/alice/checkout/kernels.py"
 
 
 class Day:
-    """Journals as gpu_day.py writes them, with a clock of their own."""
+    """Journals as `gpu_day` writes them, with a clock of their own."""
 
     def __init__(self, folder: Path, device: str = "cuda") -> None:
         self.folder, self.device, self.now = folder, device, 100.0

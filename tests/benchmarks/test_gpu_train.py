@@ -15,12 +15,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-
-from gpu import train  # noqa: E402
-from gpu.tasks import Setting, Skip  # noqa: E402
+sys.path.insert(0, str(ROOT / "examples"))
 
 import train as training_script  # noqa: E402
+from benchmarks.gpu import train  # noqa: E402
+from benchmarks.gpu.tasks import Setting, Skip  # noqa: E402
 from kan_mamba_layers import from_pretrained  # noqa: E402
 from segmentation.networks import build_network  # noqa: E402
 from segmentation.tasks import get_task  # noqa: E402

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,21 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import candidates, cases, kan_layers, limit, measure, peers, report, run
 from helpers import relative_l2
 from kan_mamba_layers import KANLinear
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import candidates  # noqa: E402
-import cases  # noqa: E402
-import kan  # noqa: E402
-import limit  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 UNIFORM, ADAPTIVE, FINE = cases.kan(50, 6, 5), cases.kan(50, 6, 5, adaptive=True), cases.kan(50, 6, 5, g=32)
 SMALL = [UNIFORM, ADAPTIVE, FINE]
 LEAVES = ("x", "base_weight", "spline_weight", "spline_scaler")
@@ -95,10 +87,10 @@ def traced_only(monkeypatch):
 
 
 def layers(case: cases.Case, paths: dict[str, str] | None = None) -> dict[str, candidates.Candidate]:
-    return {c.name: c for c in kan.layers(case, "cpu", torch.float32, paths or {})}
+    return {c.name: c for c in kan_layers.layers(case, "cpu", torch.float32, paths or {})}
 
 
-def planted(change: Callable[[KANLinear, Tensor], Tensor]) -> kan.Layer:
+def planted(change: Callable[[KANLinear, Tensor], Tensor]) -> kan_layers.Layer:
     """A candidate whose layer computes something else."""
 
     class Changed(nn.Module):
@@ -110,7 +102,7 @@ def planted(change: Callable[[KANLinear, Tensor], Tensor]) -> kan.Layer:
             return change(self.inner, x)
 
     renamed = {f"inner.{name}": name for name in LEAVES[1:]}
-    return kan.Layer("planted", make=lambda layer, x: (Changed(layer), x), renamed=renamed)
+    return kan_layers.Layer("planted", make=lambda layer, x: (Changed(layer), x), renamed=renamed)
 
 
 class TestCases:
@@ -146,7 +138,7 @@ class TestCandidates:
     def test_textbook_is_the_function_of_our_layer(self, case):
         expected, actual = (
             measure._results(c.bind(case, "cpu", exact=True), "training")
-            for c in (layers(case)["reference"], kan.TEXTBOOK)
+            for c in (layers(case)["reference"], kan_layers.TEXTBOOK)
         )
         assert set(expected) == {"output", *(f"grad {name}" for name in LEAVES)}
         rounding = 1e-12 if case is ADAPTIVE else 1e-6  # the closed form spaces the knots anew, which float32 rounded
@@ -155,7 +147,7 @@ class TestCandidates:
 
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_gemm_is_the_product_that_the_layer_comes_down_to(self, case):
-        product = layers(case)[kan.GEMM].bind(case, "cpu")
+        product = layers(case)[kan_layers.GEMM].bind(case, "cpu")
         layer, x = cases.make_kan(case)
         assert product.leaves["x"].shape == (50, 6 * (case.sizes["g"] + 4))
         assert relative_l2(product.run(), layer(x)) < 1e-5
@@ -169,18 +161,18 @@ class TestCandidates:
         found = list(layers(UNIFORM))
         serving = candidates.serving("kan_linear", "cpu", torch.float32)
         assert found[: len(serving)] == serving and "reference" in serving
-        assert {"compiled auto", "compiled reference", kan.GEMM, "nn.Linear", "textbook"} <= set(found)
+        assert {"compiled auto", "compiled reference", kan_layers.GEMM, "nn.Linear", "textbook"} <= set(found)
 
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_all_are_right(self, case, checkouts, traced_only):
         checker = measure.Checker(case, "cpu", torch.float32)
         found = layers(case, checkouts)
-        assert (kan.FAST in found) == (case is not ADAPTIVE)
+        assert (kan_layers.FAST in found) == (case is not ADAPTIVE)
         for name, candidate in found.items():
             assert not candidate.refuses(case, "training"), name
             worst, _ = checker.errors(candidate, "training")
             assert max(worst.values()) < 1e-5, (name, worst)
-            assert isinstance(candidate, kan.Layer)
+            assert isinstance(candidate, kan_layers.Layer)
             if candidate.same:
                 assert set(worst) == {"output", *(f"grad {name}" for name in LEAVES)}
 
@@ -194,14 +186,33 @@ class TestCandidates:
             assert max(worst.values()) < measure.LIMITS[torch.bfloat16], candidate.name
 
     def test_absent_peers_say_so_without_a_path(self, tmp_path):
-        found = kan.peers(UNIFORM, dict.fromkeys(("efficient_kan", "fast_kan", "pykan"), str(tmp_path)))
-        assert [c.name for c in found] == [kan.EFFICIENT, kan.PYKAN, kan.FAST]
+        found = kan_layers.peers(UNIFORM, dict.fromkeys(("efficient_kan", "fast_kan", "pykan"), str(tmp_path)))
+        assert [c.name for c in found] == [kan_layers.EFFICIENT, kan_layers.PYKAN, kan_layers.FAST]
         for candidate in found:
             assert candidate.refuses(UNIFORM, "forward").startswith("not measured")
             assert str(tmp_path) not in candidate.absent
 
+    def test_an_installed_package_kan_is_measured_and_a_broken_one_told(self, tmp_path):
+        package, out = tmp_path / "site" / "kan", tmp_path / "kan.json"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "KANLayer.py").write_text(PYKAN.replace("import sklearn.linear_model\n", ""))
+        (package / "helper.py").write_text(PYKAN_HELPER.replace("reference", "auto"))  # the faster one
+        command = [sys.executable, "-m", "benchmarks", "run", "kan", "--quick", "--cases", "kan-1024x64-64-g5"]
+        command += ["--candidates", "pykan", "--budget", "0", "--out", str(out)]
+        paths = [str(tmp_path / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+        def measured() -> set[tuple[str, str]]:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+            return {(row["status"], row["reason"]) for row in report.load(out)["rows"]}
+
+        assert measured() == {("ok", "")}
+        (package / "KANLayer.py").write_text("import not_there")
+        assert measured() == {("not measured", "not measured (installed, but cannot be imported: not_there)")}
+
     def test_the_layer_of_single_edges_is_not_run_where_they_are_many(self, checkouts):
-        pykan = layers(UNIFORM, checkouts)[kan.PYKAN]
+        pykan = layers(UNIFORM, checkouts)[kan_layers.PYKAN]
         assert pykan.refuses(cases.kan(1024, 160, 160), "training") == ""
         assert "each edge" in pykan.refuses(cases.kan(1025, 160, 160), "training")
 
@@ -210,7 +221,7 @@ class TestCandidates:
         assert "sklearn" not in sys.modules or hasattr(sys.modules["sklearn"], "__version__")
         Path(checkouts["fast_kan"], peers.FILES["fast_kan"]).write_text("raise OSError('at /some/path')")
         del sys.modules["_peer_fast_kan"]
-        assert layers(UNIFORM, checkouts)[kan.FAST].absent == "its file cannot be loaded: OSError"
+        assert layers(UNIFORM, checkouts)[kan_layers.FAST].absent == "its file cannot be loaded: OSError"
         assert "_peer_fast_kan" not in sys.modules
 
 
@@ -244,7 +255,7 @@ class TestMeasuring:
 
     def test_the_textbook_saves_many_times_its_bases(self):
         bases = 50 * 6 * 8 * 4
-        assert measure.saved_bytes(kan.TEXTBOOK.bind(UNIFORM, "cpu")) > 3 * bases
+        assert measure.saved_bytes(kan_layers.TEXTBOOK.bind(UNIFORM, "cpu")) > 3 * bases
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
     def test_compiled_layers_are_warm_before_their_memory_is_measured(self, traced_only, monkeypatch):
@@ -279,7 +290,7 @@ class TestReport:
                 assert row["median_s"] > 0 and "limit_s" not in row
                 assert ("saved_bytes" in row) == (row["mode"] == "training")
         saved = {r["candidate"]: r["saved_bytes"] for r in rows if r["case"] == UNIFORM.name and "saved_bytes" in r}
-        assert saved[kan.GEMM] == 0 < saved["textbook"]
+        assert saved[kan_layers.GEMM] == 0 < saved["textbook"]
 
     def test_ratios_and_what_is_missing_are_rendered(self, result, tmp_path):
         pytest.importorskip("matplotlib")
@@ -293,7 +304,7 @@ class TestReport:
             table = text.split(f"### `{case.name}`")[1].split("###")[0]
             line = next(line for line in table.splitlines() if line.startswith("| textbook |"))
             cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            forward, gemm = (of_case[name, "forward"]["median_s"] for name in ("textbook", kan.GEMM))
+            forward, gemm = (of_case[name, "forward"]["median_s"] for name in ("textbook", kan_layers.GEMM))
             assert cells[1:4] == [report.three_digits(1e3 * forward), f"{report.three_digits(forward / gemm)}x", ""]
             assert "Not measured (not installed, and no path given): efficient-kan, pykan" in table
         for case in KAN:
@@ -316,6 +327,11 @@ class TestCommandLine:
         run.main(["kan", "--list"])
         assert capsys.readouterr().out.split() == [case.name for case in KAN if not case.device]
 
-    def test_memory_of_a_layer_in_a_fresh_process(self, capsys):
-        run.main(["--peak", "kan-1024x64-64-g5", "reference", "training", "--threads", "1"])
-        assert json.loads(capsys.readouterr().out) >= 0
+    def test_memory_of_a_layer_in_a_fresh_process(self):
+        peak = run._peak_elsewhere(cases.QUICK[-3], layers(UNIFORM)["reference"], "training", options())
+        assert peak is not None and peak >= 1024 * 64 * 8 * 4  # its bases
+
+    def test_a_process_that_fails_has_no_memory(self, capsys):
+        absent = candidates.Candidate("nobody")
+        assert run._peak_elsewhere(UNIFORM, absent, "training", options()) is None
+        assert "nobody on kan-50x6-5-g5" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """The figures of docs/results.md are those of the recorded runs beside it."""
 
 import json
-import runpy
 from pathlib import Path
+
+from benchmarks.experiment_table import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -15,11 +16,10 @@ def recorded(folder: Path) -> list[dict]:
 
 
 def test_the_tables_are_those_of_the_recorded_results():
-    table = runpy.run_path(str(ROOT / "benchmarks" / "experiment_table.py"))["table"]
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for kind, side in (("experiments", "test"), ("recipe", "val"), ("ablation", "val")):
         for results in recorded(RESULTS / kind):
-            assert table(results) in text
+            assert tables(results) in text
             assert results["side"] == side
 
 

@@ -8,11 +8,9 @@ filled with NaN and lies between sentinels, and the sentinels are checked afterw
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,13 +28,10 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+from benchmarks.gpu.guards import BAND, between_nan, guarded
 from kan_mamba_layers.ops.kan_linear import triton as launcher
 from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, Job, Tiles
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "benchmarks"))
-
-from gpu.guards import BAND, between_nan, guarded
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,13 +30,10 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+from benchmarks.gpu.guards import between_nan, guarded
 from kan_mamba_layers.ops.selective_scan import triton as launcher
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import Plan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "benchmarks"))
-
-from gpu.guards import between_nan, guarded
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from candidates import Bound, Candidate, Mode, serving
-from cases import Case, make_kan
-from peers import PeerError, load
 from torch import Tensor, nn
 
+from benchmarks.candidates import Bound, Candidate, Mode, serving
+from benchmarks.cases import Case, make_kan
+from benchmarks.peers import load, made
 from kan_mamba_layers import KANLinear
 
 GEMM, EFFICIENT, FAST, PYKAN = "gemm", "efficient-kan", "fast-kan", "pykan"
@@ -160,13 +160,7 @@ def peers(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
     makers: dict[str, Callable[[Mapping[str, str]], list[Candidate]]] = {EFFICIENT: _efficient_kan, PYKAN: _pykan}
     if not case.sizes["adaptive"]:  # its grid is one for all features, and fixed
         makers[FAST] = _fast_kan
-    found: list[Candidate] = []
-    for name, make in makers.items():
-        try:
-            found += make(paths)
-        except PeerError as error:
-            found.append(Candidate(name, absent=str(error)))
-    return found
+    return [c for name, make in makers.items() for c in made(name, partial(make, paths))]
 
 
 def _efficient_kan(paths: Mapping[str, str]) -> list[Candidate]:

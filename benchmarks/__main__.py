@@ -1,0 +1,28 @@
+"""`python -m benchmarks COMMAND ...`; `COMMAND --help` tells more."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "profile": "time, memory and FLOPs of one layer or model on this machine, with every backend",
+    "run": "error, time and memory of ops, layers and models, beside textbook forms and peers, as JSON",
+    "report": "tables and plots of such files",
+    "gpu_day": "check, time, tune and train on a GPU that is available for minutes",
+    "gpu_report": "its results as JSON, a page and a plot",
+    "experiment_table": "the tables of docs/results.md",
+}
+
+
+def main() -> None:
+    """Hand the rest of the command line to a command."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name in COMMANDS:
+        raise SystemExit(importlib.import_module(f"benchmarks.{name}").main(arguments))
+    usage = "\n".join([str(__doc__), *(f"  {command:16} {what}" for command, what in COMMANDS.items())])
+    if name not in ("-h", "--help"):
+        raise SystemExit(usage if not name else f"no command {name!r}\n\n{usage}")
+    print(usage)
+
+
+if __name__ == "__main__":
+    main()
