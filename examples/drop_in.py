@@ -38,21 +38,13 @@ class Context(nn.Module):
         return tokens.mT.unflatten(2, x.shape[2:])
 
 
-class AttendedSkip(nn.Module):
-    """EMA on the skip that a decoder level of BasicUNet takes."""
-
+class AttendedSkip(nn.Module):  # a decoder level of BasicUNet with EMA on its skip
     def __init__(self, level: nn.Module, channels: int) -> None:
         super().__init__()
         self.level, self.ema = level, EMA(channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.level(x, self.ema(skip))
-
-
-def extend(network: BasicUNet) -> None:
-    network.down_4 = nn.Sequential(network.down_4, Context(FEATURES[4]))
-    for name, channels in zip(("upcat_2", "upcat_3", "upcat_4"), FEATURES[1:4], strict=True):
-        setattr(network, name, AttendedSkip(getattr(network, name), channels))
 
 
 images, masks = zip(*(draw("isic2017", 0, n, (64, 64)) for n in range(72)), strict=True)  # three of each subject
@@ -73,9 +65,10 @@ for kind in ("plain", "extended"):
     torch.manual_seed(0)
     model = BasicUNet(2, 3, 1, FEATURES)
     if kind == "extended":
-        extend(model)
-    print(f"{kind} BasicUNet, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"  before training: {score()}", flush=True)
+        model.down_4 = nn.Sequential(model.down_4, Context(FEATURES[4]))
+        for name, channels in zip(("upcat_2", "upcat_3", "upcat_4"), FEATURES[1:4], strict=True):
+            setattr(model, name, AttendedSkip(getattr(model, name), channels))
+    print(f"{kind} BasicUNet, {sum(p.numel() for p in model.parameters()):,} parameters: {score()}", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(STEPS):
         batch = torch.randperm(len(train_x))[:8]
@@ -83,4 +76,4 @@ for kind in ("plain", "extended"):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"  after {STEPS} steps:  {score()}", flush=True)
+    print(f"{kind} BasicUNet after {STEPS} steps: {score()}", flush=True)
