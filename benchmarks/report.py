@@ -103,7 +103,7 @@ def environment(result: dict[str, Any]) -> str:
     where = gpu["name"] if gpu and result["settings"]["device"] == "cuda" else _processor(machine)
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit")
     text = f"Measured on {result['date'][:10]}: {where}; {libraries}; commit {versions['commit'] or 'unknown'}; "
-    text += f"maps in {result['settings']['dtype']}."
+    text += f"inputs in {result['settings']['dtype']}."
     if rates["elements_per_second"] and any(row["suite"] != "kan" for row in result["rows"]):
         what = "exponentials" if result["settings"]["device"] == "cuda" else "elements of a scan on one core"
         text += f" Limit: {rates['elements_per_second'] / 1e9:.1f} G {what} per second;"
