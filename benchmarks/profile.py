@@ -10,7 +10,6 @@ python -m benchmarks profile models --size 256 256                    # paramete
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -77,7 +76,7 @@ def profile(case: cases.Case, options: run.Options, dry: bool = False) -> Iterat
 def _cells(row: report.Row) -> list[str]:
     if row["status"] != "ok":
         return [row["status"], "", ""]
-    low, middle, high = (report.three_digits(1e3 * s) for s in statistics.quantiles(row["wall_s"], method="inclusive"))
+    low, middle, high = (report.three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
     peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}"
     return [f"{middle} ({low} to {high})", peak, f"{max(row['errors'].values()):.0e}"]
 

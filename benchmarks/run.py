@@ -118,8 +118,14 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
                     print(line(row), flush=True)
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                out.write_text(to_text(result), encoding="utf-8")
     return result
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """The result as JSON, one row per line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    return json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
 
 
 def candidates_of(case: Case, options: Options) -> list[Candidate]:
@@ -169,8 +175,7 @@ def measure_case(
             row, timing = of_mode[candidate.name], timings[candidate.name]
             row |= {
                 "repeats": timing.repeats,
-                "wall_s": timing.wall,
-                "cpu_s": timing.cpu,
+                "quartiles_s": statistics.quantiles(timing.wall, method="inclusive"),
                 "median_s": statistics.median(timing.wall),
                 "min_s": min(timing.wall),
                 "median_cpu_s": statistics.median(timing.cpu),
