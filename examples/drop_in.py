@@ -22,9 +22,7 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40  # of training, for each n
 FEATURES = (16, 16, 32, 64, 64, 16)
 
 
-class Context(nn.Module):
-    """SS2D on the pixels, then KANLayer on them as tokens, each added to its input."""
-
+class Context(nn.Module):  # SS2D on the pixels, then KANLayer on them as tokens, each added to its input
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(channels), nn.LayerNorm(channels)])
@@ -47,6 +45,7 @@ class AttendedSkip(nn.Module):  # a decoder level of BasicUNet with EMA on its s
         return self.level(x, self.ema(skip))
 
 
+torch.set_num_threads(1)  # images this small gain little from more
 images, masks = zip(*(draw("isic2017", 0, n, (64, 64)) for n in range(72)), strict=True)  # three of each subject
 x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1  # b c h w
 y = torch.tensor(np.stack(masks))[:, None].float()  # b 1 h w
