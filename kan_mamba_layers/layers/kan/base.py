@@ -369,12 +369,13 @@ class SplineLayer(nn.Module):
             return old, bspline_basis(block, grid.double(), self.spline_order, uniform=uniform)
 
         matrices = transfer(map(bases, points.split(_REFIT_ROWS)), ridge)  # i g'+s g+s
-        weight = map_edges(matrices, self.spline_weight.double())  # o i ... g'+s
+        # Contiguous, as optimisers and file formats expect of parameters.
+        weight = map_edges(matrices, self.spline_weight.double()).contiguous()  # o i ... g'+s
         if weight.shape == self.spline_weight.shape:
             self.spline_weight.copy_(weight)  # in place: an optimiser may hold this parameter
         else:
             self.spline_weight = nn.Parameter(weight.to(self.spline_weight.dtype), self.spline_weight.requires_grad)
-        self.grid = grid
+        self.grid = grid.contiguous()
         self.has_uniform_grid = uniform
 
     def _check_parameters(self, *names: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from kan_layers import EXTRAPOLATIONS, HALF, MODES, best_fit_error, spline_only, with_large_splines
 
 from helpers import assert_close, relative_l2
-from kan_mamba_layers import KANLinear
+from kan_mamba_layers import KANConv2d, KANLinear
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -151,3 +152,34 @@ class TestExtendGrid:
         layer.extend_grid(10)
         assert layer.spline_weight.dtype == dtype
         assert relative_l2(spline_only(layer, x), before) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(lambda: KANLinear(4, 3), (30, 4)), (lambda: KANConv2d(3, 2, 3), (2, 3, 8, 9))],
+    ids=["linear", "conv"],
+)
+def test_parameters_stay_contiguous(build: Callable[[], KANLinear | KANConv2d], shape: tuple[int, ...]) -> None:
+    """Whatever moves the grid: flat copies, L-BFGS and safetensors refuse parameters in another order of memory."""
+    layer, x = build(), torch.randn(shape)
+    for change in (
+        lambda: layer.update_grid(x),
+        lambda: layer.extend_grid(10),
+        lambda: layer.extend_grid(13),
+        lambda: layer.prune_edges(0.01),
+    ):
+        change()
+        assert all(value.is_contiguous() for value in layer.state_dict().values())
+    flat = torch.nn.utils.parameters_to_vector(layer.parameters())
+    assert flat.numel() == sum(p.numel() for p in layer.parameters())
+    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=2)
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        error = layer(x).square().mean()
+        error.backward()
+        return error
+
+    before = loss().item()
+    optimiser.step(loss)
+    assert loss().item() < before
