@@ -5,7 +5,7 @@ from pathlib import Path
 
 import architecture
 import directions
-import edges
+import learned
 import speed
 from palette import use_style
 
@@ -13,7 +13,7 @@ FIGURES = {
     "km_unet": architecture.km_unet,
     "km_unet_pp": architecture.km_unet_pp,
     "directions": directions.directions,
-    "edges": edges.edges,
+    "edges": learned.edges,
     "speed_scans": speed.scans,
     "speed_kan": speed.layers,
     "memory": speed.memory,
