@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -316,6 +317,16 @@ def dice(logits: Tensor, mask: Tensor) -> float:
     """Dice of the thresholded prediction, pooled over all pixels."""
     prediction = (logits > 0).float()
     return float(2 * (prediction * mask).sum() / (prediction.sum() + mask.sum()))
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run ``work(i)`` on ``count`` threads at the same time, each of which must end within two minutes."""
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def fresh_process(code: str, **environment: str) -> str:

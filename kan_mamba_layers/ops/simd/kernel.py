@@ -6,7 +6,7 @@ switches and addresses of the call. Inside a kernel they are attributes: ``call.
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,15 +88,15 @@ def next_task(call):
 
 
 def run_kernel(
-    kernel: Callable[[int], None], layout: Layout, fields: Mapping[str, Any], tasks: int, scratch: int, dtype: Any
+    kernel: Callable[[int], None], layout: Layout, fields: Fields, tasks: int, scratch: int, dtype: torch.dtype
 ) -> None:
     """Fill the block of a call and let PyTorch's threads do its tasks, each with ``scratch`` elements of its own."""
     if tasks == 0:
         return
     threads = thread_count(tasks)
     memory = torch.empty(threads, scratch, dtype=dtype)
-    own = {"tasks": tasks, "scratch": memory, "scratch_bytes": memory.stride(0) * memory.element_size()}
-    values = own | dict(fields)
+    own: Fields = {"tasks": tasks, "scratch": memory, "scratch_bytes": memory.stride(0) * memory.element_size()}
+    values = own | fields
     names = (*_OWN, *layout.numbers, *layout.arrays)
     addresses = (values.pop(name, None) for name in names)
     block = np.array([x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in addresses], np.int64)

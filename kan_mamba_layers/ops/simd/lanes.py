@@ -1,6 +1,6 @@
 """LLVM instructions for vectors: arithmetic, memory, and the transcendental functions as polynomials.
 
-A vector is an LLVM vector of 16 floats or doubles, or of tuple_of times as many. LLVM splits it into the registers that
+A vector is an LLVM vector of 16 floats or doubles, or of several times as many. LLVM splits it into the registers that
 a machine has: 16 floats take one of AVX-512, two of AVX2, four of SSE or NEON. Numba's own vectoriser stops at ``exp``,
 since its wheel brings no vector mathematics library, so ``exp2`` and its kin are written here.
 """
@@ -22,7 +22,7 @@ _INT32 = ir.IntType(32)
 
 
 class Vector(types.Type):
-    """Numba's type of a vector of ``LANES`` elements, or of tuple_of times as many."""
+    """Numba's type of a vector of ``LANES`` elements, or of several times as many."""
 
     def __init__(self, element: types.Float, lanes: int = LANES) -> None:
         self.element = element

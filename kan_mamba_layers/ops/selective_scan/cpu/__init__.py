@@ -1,6 +1,6 @@
 """The scan on CPUs: lays out the arguments for the Numba kernels and calls them on PyTorch's threads.
 
-A few images are scanned at a time. The coefficients of a scan in four directions need tuple_of times the memory of the
+A few images are scanned at a time. The coefficients of a scan in four directions need several times the memory of the
 image, so they are made from it where they are used, in forward and again in backward, and never stay for a batch.
 
 The kernels see channels in whole tiles of 16: a group of channels that does not fill its last tile is padded with

@@ -134,12 +134,8 @@ def backward(
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
-        ready = (
-            launch.coeffs,
-            steps,
-            call.dt_proj_weight,
-            torch.zeros_like(call.dt_proj_bias),
-        )  # steps, not what makes them
+        # Ready-made steps in place of what makes them.
+        ready = (launch.coeffs, steps, call.dt_proj_weight, torch.zeros_like(call.dt_proj_bias))
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         partials = _empty(u, s.k, s.b, s.l, s.d)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import fresh_process, gradients, nan_filled_empty
+from helpers import fresh_process, gradients, in_threads, nan_filled_empty
 from kan_mamba_layers.ops.simd import threads as simd_threads
 from ops.kan_linear.calls import kan, kan_inputs
 
@@ -143,12 +143,7 @@ def test_calls_from_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) 
             names = ("x", "base_weight", "spline_weight")
             wrong.extend(f"d{k} of {i}" for k in names if not torch.equal(grads[k], expected[i][1][k]))
 
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads)
+    in_threads(work, 4)
     assert not wrong
 
 

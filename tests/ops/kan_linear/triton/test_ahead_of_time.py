@@ -1,15 +1,13 @@
 """The Triton kernels of kan_linear compiled for GPUs without having one: registers, spills, memory, instructions.
 
-After a change of the kernels `python tests/ops/kan_linear/triton/test_ahead_of_time.py` rewrites `resources.json`.
+After a change of the kernels this rewrites the record:
+`PYTHONPATH=tests python tests/ops/kan_linear/triton/test_ahead_of_time.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +26,7 @@ from triton.compiler import ASTSource
 from kan_mamba_layers.ops.kan_linear import triton as launcher
 from kan_mamba_layers.ops.kan_linear.call import KANCall
 from kan_mamba_layers.ops.kan_linear.triton import Gpu, backward_kernel, forward_kernel
+from ops.ahead_of_time import check_recorded, own_cache, resources, write_record  # noqa: F401  own_cache is autouse
 
 RECORDED = Path(__file__).with_name("resources.json")
 TARGETS = {
@@ -118,32 +117,10 @@ def compiled(kernel: str, model: str, target: str) -> Any:
     return triton.compile(source, target=TARGETS[target][0], options=options)
 
 
-def resources(kernel: str, model: str, target: str, folder: Path) -> list[int]:
-    """[registers per thread, spilled registers or bytes of stack per thread, bytes of shared memory per program]."""
-    binary = compiled(kernel, model, target)
-    if TARGETS[target][0].backend == "hip":
-        text = binary.asm["amdgcn"]
-        registers, spilled = (re.search(rf"\.vgpr_{key}count:\s*(\d+)", text).group(1) for key in ("", "spill_"))
-    else:
-        file = folder / "kernel.cubin"
-        file.write_bytes(binary.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-        registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return [int(registers), int(spilled), binary.metadata.shared]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 @pytest.mark.parametrize(("kernel", "model", "target"), CASES)
 def test_resources_and_code(kernel: str, model: str, target: str, tmp_path: Path) -> None:
-    registers, spilled, shared = resources(kernel, model, target, tmp_path)
     binary = compiled(kernel, model, target)
+    registers, spilled, shared = resources(binary, tmp_path)
     text = binary.asm.get("ptx") or binary.asm["amdgcn"]
     assert registers <= (512 if target == "gfx942" else 256)
     assert shared <= TARGETS[target][1].shared
@@ -155,10 +132,7 @@ def test_resources_and_code(kernel: str, model: str, target: str, tmp_path: Path
     on_tensor_cores = model != "64 fp32" or target == "gfx942"  # the only target that multiplies full float32
     assert bool(re.search(MMA, text)) == on_tensor_cores
     assert re.search(r"arith\.extsi .* i32 to i64", binary.asm["ttir"])  # rows are counted in 64 bits
-    recorded = json.loads(RECORDED.read_text())
-    if recorded["triton"] == triton.__version__:  # another compiler allocates otherwise
-        now, then = (registers, spilled, shared), recorded["resources"][f"{kernel} {model}"][target]
-        assert all(x <= y for x, y in zip(now, then, strict=True)), f"{now}, recorded {then}"
+    check_recorded(RECORDED, f"{kernel} {model}", target, [registers, spilled, shared])
 
 
 @pytest.mark.parametrize("model", ["64 bf16", "256 bf16", "64 linear"])
@@ -170,15 +144,13 @@ def test_bases_go_from_registers_to_the_tensor_cores(kernel: str, model: str) ->
 
 
 def main() -> None:
-    import tempfile
-
-    table: dict[str, dict[str, list[int]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
+    def table(folder: Path) -> dict[str, dict[str, list[int]]]:
+        rows: dict[str, dict[str, list[int]]] = {}
         for kernel, model, target in CASES:
-            table.setdefault(f"{kernel} {model}", {})[target] = resources(kernel, model, target, Path(folder))
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
-    RECORDED.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "resources": {{\n{lines}\n  }}\n}}\n')
+            rows.setdefault(f"{kernel} {model}", {})[target] = resources(compiled(kernel, model, target), folder)
+        return rows
+
+    write_record(RECORDED, table)
 
 
 if __name__ == "__main__":

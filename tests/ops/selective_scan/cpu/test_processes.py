@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from helpers import assert_close, fresh_process, gradients, says
+from helpers import assert_close, fresh_process, gradients, in_threads, says
 from kan_mamba_layers import SS2D, cross_selective_scan, resolve
 from kan_mamba_layers.ops import backend
 from kan_mamba_layers.ops.simd import threads as simd_threads
@@ -76,12 +76,7 @@ class TestThreads:
                     wrong.append(f"out of {i}")
                 wrong.extend(f"d{k} of {i}" for k, v in grads.items() if not torch.equal(v, expected[i][1][k]))
 
-        workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in workers:
-            thread.start()
-        for thread in workers:
-            thread.join(120)
-        assert not any(thread.is_alive() for thread in workers)
+        in_threads(work, 4)
         assert not wrong
 
 

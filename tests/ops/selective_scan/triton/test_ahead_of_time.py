@@ -1,15 +1,14 @@
 """The Triton kernels compiled for GPUs without having one: registers, spills, shared memory, instructions.
 
-After a change of the kernels `python tests/ops/selective_scan/triton/test_ahead_of_time.py` rewrites `resources.json`.
+After a change of the kernels this rewrites the record:
+`PYTHONPATH=tests python tests/ops/selective_scan/triton/test_ahead_of_time.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from triton.compiler import ASTSource
 from kan_mamba_layers.ops.selective_scan import triton as launcher
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
+from ops.ahead_of_time import check_recorded, own_cache, resources, write_record  # noqa: F401  own_cache is autouse
 
 RECORDED = Path(__file__).with_name("resources.json")
 TARGETS = {
@@ -138,42 +138,17 @@ def compiled(name: str, target: str) -> Any:
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def resources(name: str, target: str, folder: Path) -> list[int]:
-    """[registers per thread, spilled registers or bytes of stack per thread, bytes of shared memory per program]."""
-    binary = compiled(name, target)
-    if TARGETS[target].backend == "hip":
-        text = binary.asm["amdgcn"]
-        registers, spilled = (re.search(rf"\.vgpr_{key}count:\s*(\d+)", text).group(1) for key in ("", "spill_"))
-    else:
-        file = folder / "kernel.cubin"
-        file.write_bytes(binary.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-        registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return [int(registers), int(spilled), binary.metadata.shared]
-
-
 NAMES = list(variants())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_resources_do_not_rise(name: str, target: str, tmp_path: Path) -> None:
-    registers, spilled, shared = resources(name, target, tmp_path)
+    registers, spilled, shared = resources(compiled(name, target), tmp_path)
     assert registers <= (512 if target == "gfx942" else 256)
     if target == "sm_90":
         assert spilled == 0
-    recorded = json.loads(RECORDED.read_text())
-    if recorded["triton"] == triton.__version__:  # another compiler allocates otherwise
-        now, then = (registers, spilled, shared), recorded["resources"][name][target]
-        assert all(x <= y for x, y in zip(now, then, strict=True)), f"{now}, recorded {then}"
+    check_recorded(RECORDED, name, target, [registers, spilled, shared])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,13 +170,7 @@ def test_no_trap_anywhere(target: str) -> None:
 
 
 def main() -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        table = {name: {target: resources(name, target, Path(folder)) for target in TARGETS} for name in NAMES}
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
-    RECORDED.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "resources": {{\n{lines}\n  }}\n}}\n')
+    write_record(RECORDED, lambda folder: {n: {t: resources(compiled(n, t), folder) for t in TARGETS} for n in NAMES})
 
 
 if __name__ == "__main__":
