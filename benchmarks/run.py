@@ -175,7 +175,7 @@ def measure_case(
             row, timing = of_mode[candidate.name], timings[candidate.name]
             row |= {
                 "repeats": timing.repeats,
-                "quartiles_s": statistics.quantiles(timing.wall, method="inclusive"),
+                "quartiles_s": timing.quartiles,
                 "median_s": statistics.median(timing.wall),
                 "min_s": min(timing.wall),
                 "median_cpu_s": statistics.median(timing.cpu),

@@ -186,6 +186,13 @@ class TestMeasuring:
         assert all(len(t.wall) == 2 for t in timings.values())
         assert measure.time_in_rounds({}, "forward", "cpu", rounds=2, budget=1.0) == {}
 
+    @pytest.mark.parametrize(
+        ("samples", "expected"),
+        [([3.0], [3, 3, 3]), ([1.0, 3.0], [1.5, 2, 2.5]), ([5.0, 1.0, 2.0, 4.0, 3.0], [2, 3, 4])],
+    )
+    def test_quartiles(self, samples, expected):
+        assert measure.Timing(wall=samples).quartiles == expected
+
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
     def test_peak_memory_sees_a_large_tensor(self):
         def hungry(x: Tensor, **inputs: Tensor) -> Tensor:
