@@ -1,4 +1,4 @@
-"""Averaged weights, and what lets a run be continued exactly: seeds by epoch, curves in the checkpoint, whole files."""
+"""Averaged weights, and what lets a run be resumed exactly: seeds by epoch, curves in the checkpoint, whole files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from segmentation.runs import whole_file
+
 
 class EpochSeed(Callback):
     """Seeds Python, NumPy and PyTorch from (seed, epoch, process) at the start of every epoch (dropout, drop path)."""
@@ -29,7 +31,7 @@ class EpochSeed(Callback):
 
 
 class History(Callback):
-    """One row of metrics an epoch, kept in the checkpoint and written to `history.csv` after every epoch."""
+    """One row of metrics an epoch, kept in the checkpoint and written to `path` after every epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,17 +54,15 @@ class History(Callback):
             self.write()
 
     def write(self) -> None:
-        """Write the table beside its place and move it there, so a kill never leaves half a file."""
-        draft = self.path.with_suffix(".part")
-        with draft.open("w", newline="", encoding="utf-8") as stream:
+        """All rows so far as a CSV file."""
+        with whole_file(self.path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             table = csv.DictWriter(stream, fieldnames=list(self.rows[0]))
             table.writeheader()
             table.writerows(self.rows)
-        os.replace(draft, self.path)
 
 
 class Patience(EarlyStopping):
-    """Early stopping on val/dice that, when a run which had already stopped is resumed, trains no further epoch."""
+    """Stops after so many epochs without a better validation Dice; where it stopped, a resumed run stops at once."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__("val/dice", mode="max", patience=epochs)
@@ -72,12 +72,12 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-class Steps(Callback):
-    """Trains for the fewest whole epochs that have so many optimiser steps."""
+class WholeEpochs(Callback):
+    """Trains for the fewest whole epochs that have so many optimiser steps, so that the last step is validated."""
 
     def __init__(self, steps: int) -> None:
         if steps < 1:
-            raise ValueError(f"steps {steps} must be at least 1")
+            raise ValueError(f"trainer.max_steps {steps} must be at least 1; leave it out to train for max_epochs")
         self.steps = steps
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -95,7 +95,7 @@ class AveragedWeights(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"ema-decay {decay} must lie between 0 and 1, e.g. 0.99; leave it empty for no averaging")
+            raise ValueError(f"ema_decay {decay} must lie between 0 and 1, e.g. 0.99; null means no averaging")
 
         def average(mean: Tensor, value: Tensor, number: Tensor) -> Tensor:
             if not value.is_floating_point():  # counters
@@ -106,7 +106,7 @@ class AveragedWeights(WeightAveraging):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that a kill cannot cut off: written beside their place, flushed to the disk, then moved there.
+    """Checkpoints that a kill cannot cut off, flushed to the disk before they take their place.
 
     The last checkpoint but one stays as `previous.ckpt`, in case the disk damages the last.
     """
@@ -114,11 +114,10 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".part")
-        with draft.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.stem == "last" and path.exists():
-            os.replace(path, path.with_name("previous.ckpt"))
-        os.replace(draft, path)
+        with whole_file(path) as draft:
+            with draft.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if path.stem == "last" and path.exists():
+                os.replace(path, path.with_name("previous.ckpt"))

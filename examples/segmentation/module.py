@@ -1,18 +1,26 @@
-"""Training of one network on one task: loss, optimiser, schedule and what is logged."""
+"""One network on one task: its training, its validation, and how it is scored on and applied to images of any size."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kan_mamba_layers import SS2D, KANLinear
-from segmentation.metrics import SegmentationMetrics, confusion_counts, image_scores, predicted_classes
-from segmentation.tasks import Task
+from segmentation.callbacks import AveragedWeights
+from segmentation.data.item import Item, Pixels
+from segmentation.inference import flip_axes, probabilities, to_classes_map
+from segmentation.networks import build_network
+from segmentation.prediction import Prediction, predict_file
+from segmentation.scores import ValidationScores, predicted_classes, score_image
+from segmentation.tasks import get_task
 
 Batch = dict[str, Tensor]
 
@@ -25,30 +33,57 @@ GROUPS = {"spline_lr": KANLinear, "scan_lr": SS2D}
 class Segmentation(lightning.LightningModule):
     """AdamW, linear warm-up over the first part of the steps, then a cosine down to zero.
 
-    `spline_lr` and `scan_lr` multiply the learning rate of all parameters in KANLinear and in SS2D.
+    Args:
+        task: name of the task.
+        network: a model of kan_mamba_layers, or unet, unet_pp (MONAI).
+        model_args: arguments of the model, e.g. {"use_kan": false} for an ablation.
+        image_size: side of the squares that images are squashed to.
+        lr: peak learning rate; 4e-3 was measured with the tiny models.
+        spline_lr: multiplies the learning rate of all parameters in KANLinear.
+        scan_lr: multiplies the learning rate of all parameters in SS2D.
+        weight_decay: of matrices and kernels.
+        warmup: part of the steps in which the learning rate rises.
+        loss: Dice loss plus cross-entropy, or one of them.
+        ema_decay: of the averaged weights; null for none.
+        flips: in test and predict, average over the flips of the task's augmentation.
+        window: in test and predict, windows of the image at its own resolution, not the squashed image.
     """
 
     def __init__(
         self,
-        task: Task,
-        network: nn.Module,
+        task: str,
+        network: str = "km_unet_pp_tiny",
+        model_args: dict[str, Any] | None = None,
         *,
+        image_size: int = 128,
         lr: float = 4e-3,
-        weight_decay: float = 1e-2,
-        warmup: float = 0.05,
-        loss: str = "dice_ce",
         spline_lr: float = 1.0,
         scan_lr: float = 1.0,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+        loss: Literal["dice_ce", "dice", "ce"] = "dice_ce",
+        ema_decay: float | None = 0.99,
+        flips: bool = False,
+        window: bool = False,
     ) -> None:
         super().__init__()
-        self.task, self.network, self.lr, self.weight_decay, self.warmup = task, network, lr, weight_decay, warmup
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup {warmup} is a part of all steps: give a number from 0 to 1, e.g. 0.05")
+        if min(spline_lr, scan_lr) < 0:
+            raise ValueError(f"spline_lr {spline_lr} and scan_lr {scan_lr} must not be negative: 1 changes nothing")
+        self.task, self.image_size = get_task(task), image_size
+        self.network = build_network(network, self.task.in_channels, self.task.num_classes, **(model_args or {}))
+        self.lr, self.weight_decay, self.warmup, self.ema_decay = lr, weight_decay, warmup, ema_decay
         self.factors = {"spline_lr": spline_lr, "scan_lr": scan_lr}
-        binary = task.num_classes == 1
+        self.how = {"flips": flips, "window": window}
+        if flips:
+            flip_axes(self.task, image_size)
+        binary = self.task.num_classes == 1
         of_dice, of_ce = LOSSES[loss]
         self.loss = DeepSupervisionLoss(
             DiceCELoss(sigmoid=binary, softmax=not binary, to_onehot_y=not binary, lambda_dice=of_dice, lambda_ce=of_ce)
         )
-        self.metrics = SegmentationMetrics(task.class_names)
+        self.metrics = ValidationScores(self.task.class_names)
         self.scores: dict[str, Any] = {}  # of the latest whole validation set
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
@@ -60,9 +95,9 @@ class Segmentation(lightning.LightningModule):
         logits = outputs
         if isinstance(outputs, list):  # a mean over depths, comparable to val/loss
             loss, logits = loss / sum(self.loss.get_weights(len(outputs))), outputs[0]
-        with torch.no_grad():
-            counts = confusion_counts(predicted_classes(logits), batch["mask"], len(self.task.labels))
-            self._log("train/iou", image_scores(counts, "iou").mean(), batch)
+        found, wanted = predicted_classes(logits.detach()) > 0, batch["mask"] > 0  # b 1 h w
+        iou = (found & wanted).sum((1, 2, 3)) / (found | wanted).sum((1, 2, 3))  # b
+        self._log("train/iou", iou.nan_to_num(nan=1.0).mean(), batch)
         self._log("train/loss", loss, batch)
         return loss
 
@@ -74,19 +109,33 @@ class Segmentation(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.scores = self.metrics.compute()
         self.metrics.reset()
-        means = {f"val/{name}": self.scores["per_image"][name] for name in ("iou", "dice")}
+        means = {f"val/{name}": self.scores["per_image"][name]["mean"] for name in ("iou", "dice")}
         self.log_dict(means, prog_bar=True, sync_dist=True)  # already of all processes; their mean changes nothing
 
-    def _log(self, name: str, value: Tensor, batch: Batch) -> None:
-        self.log(
-            name,
-            value,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=name.endswith("loss"),
-            sync_dist=True,
-            batch_size=len(batch["image"]),
-        )
+    def test_step(self, item: Item) -> dict[str, Any]:
+        """The scores of one image at its own size and its predicted classes (h w), or why it cannot be read."""
+        try:
+            image, truth = item.read()
+        except (OSError, RuntimeError, ValueError) as error:
+            return {"reason": str(error)}
+        classes = self.classes_of(image)
+        return {"row": score_image(self.task, item, classes, truth), "classes": classes}
+
+    def predict_step(self, path: Path) -> Prediction:
+        return predict_file(path, self.task, self.classes_of)
+
+    def classes_of(self, image: Pixels) -> NDArray[np.uint8]:
+        """Class numbers (h w) of an image (h w c) of any size."""
+        return to_classes_map(probabilities(self.network, self.task, image, self.image_size, **self.how))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Items and paths stay as they are: they are read here, and only their pixels go to the device."""
+        if isinstance(batch, Item | Path):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return [] if self.ema_decay is None else [AveragedWeights(self.ema_decay)]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Weight decay for matrices and kernels only, not for biases, norms and the scan's A, D and delta bias."""
@@ -116,3 +165,7 @@ class Segmentation(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _log(self, name: str, value: Any, batch: Batch) -> None:
+        shown, images = name.endswith("loss"), len(batch["image"])
+        self.log(name, value, on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True, batch_size=images)

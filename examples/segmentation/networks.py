@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
 from monai.networks.nets import BasicUNet, BasicUNetPlusPlus
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kan_mamba_layers import create_model, list_models
 
@@ -44,3 +46,17 @@ def build_network(name: str, in_channels: int, num_classes: int, **overrides: An
     network = UNetPlusPlus if name == "unet_pp" else BasicUNet
     overrides = {"features": BASELINE_FEATURES, **overrides}
     return network(spatial_dims=2, in_channels=in_channels, out_channels=num_classes, **overrides)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def multiply_adds(network: nn.Module, in_channels: int, size: int) -> int:
+    """Half the floating-point operations of convolutions, matrix products, KAN layers and scans for one image."""
+    image = torch.zeros(1, in_channels, size, size, device=next(network.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(image)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,380 @@
+"""Train, score and apply segmentation networks, and compare what was trained.
+
+    python examples/lab.py fit --data.task fetal_head --data.folder DIR --run runs/heads
+    python examples/lab.py fit --run runs/heads --resume
+    python examples/lab.py test --run runs/heads
+    python examples/lab.py predict --run runs/heads --out masks IMAGE_OR_FOLDER_OR_VOLUME ...
+    python examples/lab.py compare runs/isic2017 --out runs/isic2017
+
+Every argument of the network, the data and Lightning's Trainer is a flag, or stands in a YAML file given by --config.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from segmentation.callbacks import EpochSeed, History, WholeEpochs, WholeFiles
+from segmentation.compare import compare
+from segmentation.console import console, say, scores_table
+from segmentation.data.module import SegmentationData
+from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
+from segmentation.figures import Case, draw_cases, draw_history
+from segmentation.module import Segmentation
+from segmentation.networks import count_parameters, multiply_adds
+from segmentation.prediction import read_pixel_sizes
+from segmentation.runs import (
+    device_name,
+    find_run,
+    latest_checkpoint,
+    provenance,
+    read_checkpoint,
+    read_config,
+    whole_file,
+    write_json,
+)
+from segmentation.writers import MaskWriter, ScoreWriter
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 40,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+# What every run has: validation after each epoch, with checkpoints.
+FIXED = {
+    "fast_dev_run": False,
+    "barebones": False,
+    "enable_checkpointing": None,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": None,
+    "limit_val_batches": None,
+    "overfit_batches": 0.0,
+}
+# What a resumed run may change: how long and where it trains, not what is trained on which images.
+FREE_ON_RESUME = ("trainer", "data.num_workers", "data.split", "data.side", "model.flips", "model.window")
+FREE_ON_RESUME += tuple(f"trainer.{name}" for name in TRAINER_DEFAULTS)
+# Remarks of Lightning that are answered here: images are in memory, and repeated images are counted once.
+REMARKS = (
+    "does not have many workers",
+    "Checkpoint directory .* is not empty",
+    "Using `DistributedSampler` with the dataloaders",
+    "LeafSpec",
+)
+SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+
+
+class Lab(LightningCLI):
+    """LightningCLI whose state is a run folder."""
+
+    def init_parser(self, verb: str = "", **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        add = parser.add_argument
+        if verb == "fit":
+            add("--run", type=Path | None, help="run folder (default: runs/TASK-NETWORK)")
+            add("--resume", action="store_true", help="go on from the last checkpoint of the run, if there is one")
+        elif verb:
+            add("--run", type=Path, required=True, help="run folder of fit, or one of its .ckpt files")
+        if verb == "test":
+            add("--out", type=Path | None, help="folder for the scores and masks (default: RUN/SIDE)")
+        if verb == "predict":
+            add("inputs", nargs="+", type=Path, help="images, volumes (.mha, .nii, .nii.gz), or folders of them")
+            add("--out", type=Path, required=True, help="folder for masks, overlays and predictions.csv")
+            add("--overwrite", action="store_true", help="write into --out although it holds files")
+            add("--pixel_size_csv", type=Path | None, help="columns filename, pixel size(mm), as in HC18")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.task", "model.task")
+        parser.link_arguments("data.image_size", "model.image_size")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        fixed = {"model", "datamodule", "ckpt_path", "weights_only", "verbose", "return_predictions"}
+        return dict.fromkeys(("fit", "test", "predict"), fixed | {"train_dataloaders", "val_dataloaders", "dataloaders"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
+        self.config = parser.parse_args(with_config_of_run(sys.argv[1:] if args is None else list(args)))
+
+    @property
+    def settings(self) -> jsonargparse.Namespace:
+        """What was asked for, defaults included."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        if self.subcommand == "fit":
+            self.run_folder = settings.run or Path("runs", f"{settings.data.task}-{settings.model.network}")
+            for name, value in FIXED.items():
+                if settings.trainer[name] != value:
+                    raise ValueError(f"trainer.{name} {settings.trainer[name]} would skip validations: leave it out")
+            own = self.run_folder / "split.json"
+            if settings.resume and settings.data.split is None and own.exists():
+                settings.data.split = own  # so that files added since cannot move a subject to another side
+            return
+        self.run_folder, self.checkpoint = find_run(settings.run)
+        for name, value in SINGLE.items():
+            settings.trainer[name] = value
+        if self.subcommand == "test":
+            follow_run(settings.data, self.run_folder)
+            own = Path(self.run_folder, *test_folder(settings, self.run_folder, self.checkpoint))
+            self.out = settings.out or own
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        trainer = self.config_init[self.subcommand].trainer
+        callbacks = list(trainer.callbacks or [])
+        if trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        kwargs |= {"callbacks": callbacks, "default_root_dir": self.run_folder}
+        if self.subcommand == "fit":
+            self.history = History(self.run_folder / "history.csv")
+            callbacks += [EpochSeed(self.settings.seed_everything), self.history]
+            keep = {"enable_version_counter": False, "auto_insert_metric_name": False}
+            keep["dirpath"] = self.run_folder / "checkpoints"
+            callbacks.append(ModelCheckpoint(filename="best", monitor="val/dice", mode="max", **keep))
+            callbacks.append(ModelCheckpoint(filename="last", **keep))  # after the best one, so that it knows of it
+            if trainer.max_steps != -1:
+                callbacks.append(WholeEpochs(trainer.max_steps))
+                kwargs["max_steps"] = -1
+            kwargs["plugins"] = [WholeFiles(), *(trainer.plugins or ())]
+            kwargs["logger"] = trainer.logger or TensorBoardLogger(self.run_folder, name="tensorboard", version="")
+        elif self.subcommand == "test":
+            self.writer = ScoreWriter(self.out, self.facts_of_test())
+            callbacks.append(self.writer)
+        else:
+            table = self.settings.pixel_size_csv
+            self.writer = MaskWriter(self.settings.out, read_pixel_sizes(table) if table else {})
+            callbacks.append(self.writer)
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: Segmentation, datamodule: SegmentationData) -> None:
+        """Train, score the best epoch on the validation subjects, and leave the run folder behind."""
+        run, trainer, resume = self.run_folder, self.trainer, self.settings.resume
+        datamodule.setup("fit")
+        self.prepare_folder()
+        continued, refused = latest_checkpoint(run / "checkpoints") if resume else (None, [])
+        for sentence in refused:
+            say(sentence, "yellow")
+        if continued is not None:
+            datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
+        if trainer.is_global_zero:
+            write_split(run / "split.json", datamodule.table)
+        sizes = [len(datamodule.train_set), len(datamodule.val_set), len(datamodule.test_items)]
+        say(
+            f"{model.task.title}: {self.settings.model.network}, {count_parameters(model) / 1e6:.2f} M parameters, "
+            "{} training, {} validation and {} test images, ".format(*sizes)
+            + (f"resuming from {continued}" if continued else f"run folder {run}")
+        )
+        try:
+            trainer.fit(model, datamodule=datamodule, ckpt_path=continued, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            if trainer.interrupted:
+                say(f"\nInterrupted. Go on with:\n    python examples/lab.py fit --run {run} --resume")
+                raise SystemExit(130) from None
+            raise
+        # Only the weights: `validate(ckpt_path=...)` would turn the callbacks, and so the curves, back to that epoch.
+        model.load_state_dict(read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"])
+        trainer.validate(model, datamodule=datamodule, verbose=False)
+        if trainer.is_global_zero:
+            self.finish(model, datamodule)
+            console.print(scores_table(f"{run}, validation", model.scores))
+            say(f"scores, curves and pictures are in {run}")
+
+    def test(self, model: Segmentation, datamodule: SegmentationData) -> None:
+        """Score the best epoch, or the checkpoint that was named, on images that its training never touched."""
+        self.load(model)
+        datamodule.setup("test")
+        if self.settings.data.split is None:
+            if remark := refuse_seen(datamodule.test_items, self.run_folder / "split.json"):
+                say(remark, "yellow")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.trainer.test(model, datamodule=datamodule, verbose=False)
+        scores = self.writer.scores
+        title = f"{scores['network']}, {scores['images']} images of {scores['data']}, {scores['side']}"
+        console.print(scores_table(title, scores))
+        for image in scores["unreadable_images"]:
+            say(f"left out: {image['id']}: {image['reason']}", "yellow")
+        say(f"scores, masks and cases are in {self.out}")
+
+    def predict(self, model: Segmentation, datamodule: SegmentationData) -> None:
+        """Write the masks of all inputs; what cannot be read is named and counted."""
+        out, table = self.settings.out, self.settings.pixel_size_csv
+        self.load(model)
+        if table and model.task.name != "fetal_head":
+            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {model.task.name}")
+        datamodule.inputs = self.settings.inputs
+        datamodule.setup("predict")
+        if out.exists() and any(out.iterdir()) and not self.settings.overwrite:
+            raise FileExistsError(f"out {str(out)!r} is not empty: add --overwrite, or give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+        rows, unreadable = self.writer.rows, self.writer.unreadable
+        say(f"{len(rows)} of {len(rows) + len(unreadable)} files predicted, in {out}")
+        for entry in unreadable:
+            say(f"skipped: {entry['reason']}", "yellow")
+        if not rows:
+            raise SystemExit(1)
+
+    def load(self, model: Segmentation) -> None:
+        """Give the network the weights of the run."""
+        try:
+            model.load_state_dict(read_checkpoint(self.checkpoint)["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"checkpoint {str(self.checkpoint)!r} does not fit the network of {self.run_folder / 'config.yaml'} "
+                f"({self.settings.model.network}, {self.settings.model.model_args}): keep both from one run"
+            ) from error
+
+    def facts_of_test(self) -> dict[str, Any]:
+        """What scores.json tells of where its numbers come from."""
+        data, model = self.settings.data, self.settings.model
+        return {
+            **{"task": data.task, "network": model.network, "image_size": data.image_size},
+            **{"run": self.run_folder.resolve().name, "checkpoint": self.checkpoint.name},
+            "data": "demo" if data.folder is None else data.folder.resolve().name,
+            "side": data.side,
+            "options": [name for name in ("window", "flips") if model[name]],
+            "split_sha256": None if data.split is None else split_hash(read_split(data.split)),
+        }
+
+    def prepare_folder(self) -> None:
+        """Create the run folder, refuse to mix two runs in one, and write the settings."""
+        run, path = self.run_folder, self.run_folder / "config.yaml"
+        text = self.parser.dump(self.config, skip_none=False)
+        now = {name: yaml.safe_load(text)["fit"][name] for name in ("seed_everything", "trainer", "model", "data")}
+        if run.exists() and any(run.iterdir()):
+            if not self.settings.resume:
+                raise FileExistsError(
+                    f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
+                )
+            before = flatten(read_config(run)) if path.exists() else {}
+            for name, value in flatten(now).items():
+                free = name.startswith("trainer.") or name in FREE_ON_RESUME
+                if not free and before.get(name, value) != value:
+                    raise ValueError(
+                        f"{name} is {value!r}, but the run in {str(run)!r} was started with {before[name]!r}: "
+                        "resume with the same settings, or give another --run"
+                    )
+        if self.trainer.is_global_zero:
+            run.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as draft:
+                draft.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+
+    def finish(self, model: Segmentation, data: SegmentationData) -> None:
+        """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours."""
+        run, settings, rows = self.run_folder, self.settings, self.history.rows
+        sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
+        write_json(
+            run / "metrics.json",
+            {
+                **{"task": settings.data.task, "network": settings.model.network},
+                **{"model_args": settings.model.model_args or {}, "image_size": settings.data.image_size},
+                "seed": settings.seed_everything,
+                "parameters": count_parameters(model.network),
+                "multiply_adds": multiply_adds(model.network, model.task.in_channels, settings.data.image_size),
+                "data": "demo" if settings.data.folder is None else settings.data.folder.resolve().name,
+                "images": {side: len(items) for side, items in sides.items()},
+                "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
+                "split_sha256": split_hash(data.table),
+                "epochs": len(rows),
+                "steps": model.trainer.fit_loop.epoch_loop.global_step,
+                "best_epoch": max(rows, key=lambda row: row["val/dice"])["epoch"],
+                "seconds": round(sum(row["seconds"] for row in rows), 1),
+                "metrics": model.scores,
+                "command": shlex.join(["python", *sys.argv]),
+                "device": device_name(model.trainer.strategy.root_device),
+                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                **provenance(),
+            },
+        )
+        draw_history(run / "curves.png", rows)
+        cases = []
+        for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
+            image, truth = item.read()
+            cases.append(Case(item.id, image, truth, model.classes_of(image)))
+        draw_cases(run / "cases.png", cases, model.task.class_names)
+        if hasattr(model.network, "save_pretrained"):
+            model.network.save_pretrained(run / "model")
+
+
+def with_config_of_run(args: list[str]) -> list[str]:
+    """The arguments with the settings of the run in front, where one is tested, applied or resumed."""
+    verb, rest = args[:1], args[1:]
+    names = [value for flag, value in zip(rest, rest[1:], strict=False) if flag == "--run"]
+    names += [arg.removeprefix("--run=") for arg in rest if arg.startswith("--run=")]
+    if not names or "--help" in rest:
+        return args
+    folder, _ = find_run(Path(names[-1]))
+    if verb == ["fit"] and not ("--resume" in rest and (folder / "config.yaml").is_file()):
+        return args
+    read_config(folder)  # names what is wrong with it
+    return [*verb, f"--config={folder / 'config.yaml'}", *rest]
+
+
+def follow_run(data: jsonargparse.Namespace, run: Path) -> None:
+    """On the data of its run, a test follows the run's split; on other data all images are scored."""
+    trained_on = read_config(run)["data"].get("folder")
+    places = [None if folder is None else Path(folder).resolve() for folder in (data.folder, trained_on)]
+    if data.split is None and places[0] == places[1]:
+        data.split = run / "split.json"
+    data.limit = None
+    data.side = data.side or ("all" if data.split is None else "test")
+
+
+def test_folder(settings: jsonargparse.Namespace, run: Path, checkpoint: Path) -> list[str]:
+    """The name of the folder for the scores: the side, and what is not as usual."""
+    own = settings.data.split == run / "split.json"
+    words = [] if own or settings.data.folder is None else [settings.data.folder.resolve().name]
+    words += [settings.data.side, *([checkpoint.stem] if checkpoint.stem != "best" else [])]
+    words += [name for name in ("window", "flips") if settings.model[name]]
+    return ["-".join(words)]
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names; a dictionary of arguments stays one value."""
+    flat = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict) and name != "model_args"
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
+    """Run one command."""
+    args = sys.argv[1:] if args is None else list(args)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for remark in REMARKS:
+        warnings.filterwarnings("ignore", f".*{remark}")
+    if args[:1] == ["compare"]:
+        return jsonargparse.auto_cli(compare, args=args[1:], prog="lab.py compare")
+    return Lab(
+        Segmentation,
+        SegmentationData,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"description": __doc__} | {verb: {"verb": verb} for verb in Lab.subcommands()},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What the commands print: remarks and tables of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from segmentation.scores import TOLERANCE
+
+TITLES = {"iou": "IoU", "dice": "Dice", "f1": "F1", "hd95": "HD95", "surface_dice": "surface Dice"}
+
+console = Console(quiet=rank_zero_only.rank != 0)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it is, of whatever length."""
+    console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+
+
+def scores_table(title: str, scores: Mapping[str, Any]) -> Table:
+    """score | mean per image (sd) | pooled over pixels."""
+    table = Table("", title=title)
+    for column in ("mean per image (sd)", "pooled over pixels"):
+        table.add_column(column, justify="right")
+    unit = scores.get("unit", "px")
+    units = {"hd95": f" ({unit})", "surface_dice": f" ({TOLERANCE:g} {unit})"}
+    for name, summary in scores["per_image"].items():
+        label, digits = TITLES[name] + units.get(name, ""), 2 if name == "hd95" else 3
+        table.add_row(label, _mean_sd(summary, digits), _number(scores["pooled"].get(name), 3))
+    for name, part in scores.get("classes", {}).items():
+        table.add_row(f"{name} Dice", *(_number(part[way]["dice"], 3) for way in ("per_image", "pooled")))
+    if "mean_of_classes" in scores:
+        table.add_row("mean Dice of the classes", _number(scores["mean_of_classes"]["dice"], 3), "")
+    errors = scores.get("circumference", {"images": 0})
+    if errors["images"]:
+        signed = {"mean": errors["mean_error_mm"], "sd": errors["sd_error_mm"]}
+        table.add_row("head circumference, absolute error (mm)", _number(errors["mean_absolute_error_mm"], 2), "")
+        table.add_row("head circumference, error (mm)", _mean_sd(signed, 2), "")
+        table.caption = f"circumference of {errors['images']} heads; {errors['no_ellipse']} without an ellipse"
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _mean_sd(summary: Mapping[str, float | None], digits: int) -> str:
+    sd = _number(summary["sd"], digits)
+    return _number(summary["mean"], digits) + (f" ({sd})" if sd else "")

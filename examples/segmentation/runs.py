@@ -1,0 +1,119 @@
+"""A run folder: files that are written whole, checkpoints that are read safely, and the facts of a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PACKAGES = ("torch", "lightning", "monai", "numpy", "kan_mamba_layers")
+RESUMABLE = ("last.ckpt", "previous.ckpt")  # newest first
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A draft beside `path` that takes its place once it is written, so that a kill never leaves half a file."""
+    draft = path.with_name(f".part-{path.name}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty where there is none."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def find_run(path: Path) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that `path` means: a run folder, or a .ckpt file inside one."""
+    if path.suffix != ".ckpt":
+        return path, path / "checkpoints" / "best.ckpt"
+    folders = [folder for folder in path.absolute().parents[:2] if (folder / "config.yaml").is_file()]
+    if not folders:
+        raise FileNotFoundError(f"checkpoint {str(path)!r} is in no run folder: config.yaml must be beside it or above")
+    return folders[0], path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings that a run was started with, from its config.yaml."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"run {str(folder)!r} has no config.yaml: give the folder that fit wrote (--run)")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({error}): restore it from the run") from error
+    for name in ("model", "data", "trainer"):
+        if not isinstance(config, dict) or not isinstance(config.get(name), dict):
+            raise ValueError(f"{path} lacks {name!r}: give the folder that fit wrote (--run)")
+    return config
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The whole content of a checkpoint on the CPU. Refused where it is cut off or any byte of it has changed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} is missing: train first, or give another .ckpt file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load leaves the checksums unread
+                raise ValueError(f"wrong checksum of {damaged}")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := [name for name in ("state_dict", "epoch") if name not in content]:
+            raise ValueError(f"no {missing[0]} in it")
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"checkpoint {str(path)!r} is truncated or damaged ({reason})") from error
+    return content
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint to resume from, None before the first, and a sentence for each damaged newer one."""
+    refused: list[str] = []
+    for path in (folder / name for name in RESUMABLE):
+        if not path.exists():
+            continue
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            return path, [f"{sentence}: using {path.name} instead" for sentence in refused]
+    if refused:
+        raise ValueError(f"{refused[0]}: no whole checkpoint is left in {str(folder)!r}; train anew in another --run")
+    return None, []
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers: the versions of Python and the packages, and the commit of this checkout, if it has one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"versions": versions, "commit": commit}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU by its name, or the CPU by its number of cores."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"

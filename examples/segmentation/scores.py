@@ -1,0 +1,182 @@
+"""Every score of a predicted mask: of one image as a row, and what the rows of many images come to.
+
+* `per_image`: the score of each image, then mean and sample standard deviation over the images.
+  `pooled`: one score of all pixels together.
+* Foreground is any label against the rest. An image with an empty truth and an empty prediction scores 1; if only one
+  of them is empty it scores 0, and its HD95 is the image's diagonal.
+* A class that is neither in the truth nor in the prediction of an image is left out of that class's mean.
+* Dice = 2 TP / (2 TP + FP + FN) is the F1 score of the pixels; both names are given because tables use both.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.item import Item
+from segmentation.tasks import Task
+
+Row = dict[str, Any]
+
+OVERLAP = ("iou", "dice", "f1")
+SURFACE = ("hd95", "surface_dice")
+# Distance that surface Dice forgives, in mm, or in pixels where their size is unknown: each of the two outlines is
+# known to one pixel, so two pixels apart is no disagreement yet. One number for all, with pixels of about 1 mm in mind.
+TOLERANCE = 2.0
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Class numbers (b 1 h w) of logits (b c h w): one channel is a sigmoid, several are a softmax."""
+    return (logits > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1, keepdim=True)
+
+
+def confusion_counts(prediction: Tensor, truth: Tensor, num_labels: int) -> Tensor:
+    """TP, FP, FN (b 1+num_labels 3) of class numbers (b 1 h w): foreground first, then every class by itself.
+
+    They are whole numbers, exact for images of any size.
+    """
+
+    def masks(classes: Tensor) -> Tensor:
+        one_hot = F.one_hot(classes[:, 0].long(), 1 + num_labels).movedim(-1, 1) > 0  # b 1+num_labels h w
+        return torch.cat([classes > 0, one_hot[:, 1:]], dim=1)
+
+    p, t = masks(prediction), masks(truth)
+    return torch.stack([(p & t).sum((2, 3)), (p & ~t).sum((2, 3)), (~p & t).sum((2, 3))], dim=-1)
+
+
+def overlap(tp: int, fp: int, fn: int, empty: float | None = 1.0) -> dict[str, float | None]:
+    """IoU, Dice and F1 of pixel counts; `empty` where there is neither truth nor prediction."""
+    if tp + fp + fn == 0:
+        return dict.fromkeys(OVERLAP, empty)
+    dice = 2 * tp / (2 * tp + fp + fn)
+    return {"iou": tp / (tp + fp + fn), "dice": dice, "f1": dice}
+
+
+def surface_scores(
+    prediction: NDArray[np.bool_], truth: NDArray[np.bool_], pixel_size: tuple[float, float] | None
+) -> dict[str, float]:
+    """HD95 and surface Dice of two masks (h w), in millimetres where the size of a pixel is known."""
+    spacing = (1.0, 1.0) if pixel_size is None else pixel_size
+    if not (prediction.any() and truth.any()):
+        if prediction.any() or truth.any():
+            return {"hd95": math.hypot(*(np.array(truth.shape) * spacing)), "surface_dice": 0.0}
+        return {"hd95": 0.0, "surface_dice": 1.0}
+    pair = {"y_pred": torch.from_numpy(prediction)[None, None], "y": torch.from_numpy(truth)[None, None]}  # 1 1 h w
+    options = {"include_background": True, "spacing": spacing}
+    with warnings.catch_warnings():  # MONAI 1.6 calls a function of its own in a way that it deprecates
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+        hd95 = compute_hausdorff_distance(**pair, **options, percentile=95)
+        surface_dice = compute_surface_dice(**pair, **options, class_thresholds=[TOLERANCE])
+    return {"hd95": hd95.item(), "surface_dice": surface_dice.item()}
+
+
+def overlap_row(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Row:
+    """Counts (1+classes 3) and overlap of one image: of the foreground, and of the classes where there are several."""
+    row: Row = {**overlap(*counts[0]), **dict(zip(("tp", "fp", "fn"), counts[0], strict=True))}
+    if len(class_names) > 1:
+        for name, (tp, fp, fn) in zip(class_names, counts[1:], strict=True):
+            scores = overlap(tp, fp, fn, empty=None)
+            found = {"dice": scores["dice"], "iou": scores["iou"], "tp": tp, "fp": fp, "fn": fn}
+            row |= {f"{key}_{name}": value for key, value in found.items()}
+    return row
+
+
+def score_image(task: Task, item: Item, prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> Row:
+    """All scores of one image from class numbers (h w) at its own size; None where something is not known."""
+    pair = (torch.from_numpy(classes)[None, None] for classes in (prediction, truth))  # 1 1 h w
+    counts = confusion_counts(*pair, len(task.labels))[0].tolist()
+    row: Row = {"id": item.id, "group": item.group, "unit": "px" if item.pixel_size is None else "mm"}
+    row |= overlap_row(counts, task.class_names) | surface_scores(prediction > 0, truth > 0, item.pixel_size)
+    if task.name == "fetal_head":
+        size, true = item.pixel_size, item.circumference
+        found = None if size is None else head_circumference(prediction == 1, size)
+        error = None if found is None or true is None else found - true
+        row |= {"hc_mm": found, "hc_true_mm": true, "hc_error_mm": error}
+    return row
+
+
+def summarise(rows: Sequence[Row], class_names: Sequence[str]) -> dict[str, Any]:
+    """What the rows of all images come to. HD95 and surface Dice have no mean where mm and pixels are mixed."""
+    frame = pd.DataFrame(rows)
+    known = [name for name in OVERLAP + SURFACE if name in frame]
+    scores: dict[str, Any] = {
+        "per_image": {name: _mean_sd(frame[name]) for name in known},
+        "pooled": _pooled(frame, "", 1.0),
+    }
+    if "unit" in frame:
+        units = frame["unit"].unique()
+        scores["unit"] = units[0] if len(units) == 1 else "mixed"
+        if len(units) > 1:
+            scores["per_image"] |= {name: _mean_sd(pd.Series(dtype=float)) for name in SURFACE}
+    if len(class_names) > 1:
+        scores["classes"] = {
+            name: {
+                "per_image": {score: _mean_sd(frame[f"{score}_{name}"])["mean"] for score in ("iou", "dice")},
+                "pooled": _pooled(frame, f"_{name}", None),
+            }
+            for name in class_names
+        }
+        means = pd.Series([part["per_image"]["dice"] for part in scores["classes"].values()])
+        scores["mean_of_classes"] = {"dice": _mean_sd(means)["mean"]}
+    if "hc_mm" in frame:
+        scores["circumference"] = _circumference(frame)
+    return scores
+
+
+def _mean_sd(values: pd.Series) -> dict[str, float | None]:
+    known = values.dropna().astype(float)
+    return {
+        "mean": float(known.mean()) if len(known) else None,
+        "sd": float(known.std(ddof=1)) if len(known) > 1 else None,
+    }
+
+
+def _pooled(frame: pd.DataFrame, suffix: str, empty: float | None) -> dict[str, float | None]:
+    return overlap(*(int(frame[f"{name}{suffix}"].sum()) for name in ("tp", "fp", "fn")), empty)
+
+
+def _circumference(frame: pd.DataFrame) -> dict[str, float | int | None]:
+    errors = frame["hc_error_mm"].dropna().astype(float)
+    missed = (frame["unit"] == "mm") & frame["hc_true_mm"].notna() & frame["hc_mm"].isna()
+    return {
+        "mean_absolute_error_mm": _mean_sd(errors.abs())["mean"],
+        "mean_error_mm": _mean_sd(errors)["mean"],
+        "sd_error_mm": _mean_sd(errors)["sd"],
+        "images": len(errors),
+        "no_ellipse": int(missed.sum()),
+    }
+
+
+class ValidationScores(Metric):
+    """Collects the counts of a validation set, over processes too; `compute` summarises them."""
+
+    full_state_update = False
+
+    def __init__(self, class_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.class_names = class_names
+        self.add_state("indices", default=[], dist_reduce_fx="cat")
+        self.add_state("counts", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, truth: Tensor, indices: Tensor) -> None:
+        """Class numbers (b 1 h w) of prediction and truth; `indices` (b) tell the images of the set apart."""
+        self.indices.append(indices)
+        self.counts.append(confusion_counts(prediction, truth, len(self.class_names)))
+
+    def compute(self) -> dict[str, Any]:
+        """The scores of every image once: several processes repeat some to make their shares equal."""
+        counts = dict(zip(dim_zero_cat(self.indices).tolist(), dim_zero_cat(self.counts).tolist(), strict=True))
+        return summarise([overlap_row(counts[index], self.class_names) for index in sorted(counts)], self.class_names)
