@@ -16,7 +16,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from kan_mamba_layers import EMA, SS2D, KANLayer
-from segmentation.demo import draw
+from segmentation.data.demo import draw
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40  # of training, for each network
 FEATURES = (16, 16, 32, 64, 64, 16)

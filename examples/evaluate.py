@@ -25,12 +25,12 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from segmentation import splits
 from segmentation.checkpoints import find_run, load_run, read_settings
-from segmentation.data import demo_items
+from segmentation.data import split as splits
+from segmentation.data.demo import demo_items
+from segmentation.data.formats import find_items
+from segmentation.data.item import Item, Pixels
 from segmentation.evaluation import Evaluation, evaluate, whole_file, write_csv
-from segmentation.items import Item, Pixels
-from segmentation.sources import find_items
 from segmentation.surface import TOLERANCE
 
 TITLES = {"iou": "IoU", "dice": "Dice", "f1": "F1", "hd95": "HD95", "surface_dice": "surface Dice"}

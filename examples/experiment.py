@@ -28,7 +28,8 @@ from rich.table import Table
 import train
 from segmentation.checkpoints import load_run
 from segmentation.comparison import compare
-from segmentation.data import SegmentationData
+from segmentation.data.module import SegmentationData
+from segmentation.data.split import write_split
 from segmentation.experiment import (
     Finished,
     Plan,
@@ -44,7 +45,6 @@ from segmentation.inference import flip_axes
 from segmentation.networks import build_network
 from segmentation.page import write_page
 from segmentation.prose import experiment_text
-from segmentation.splits import write_split
 from segmentation.tasks import TASKS, get_task
 from segmentation.wording import plus_minus
 

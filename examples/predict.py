@@ -25,15 +25,15 @@ from rich.markup import escape
 from rich.progress import track
 from skimage.segmentation import find_boundaries
 
-from segmentation import sitk
 from segmentation.checkpoints import Trained, load_run
-from segmentation.ellipse import head_circumference
+from segmentation.data import simpleitk as sitk
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.formats.files import IMAGES, VOLUMES, files_in, positive, read_rows, stem
+from segmentation.data.formats.voxels import read_volume, sagittal, to_pixels
+from segmentation.data.item import Pixels, read_image
 from segmentation.evaluation import whole_file, write_csv
 from segmentation.figures import picture
 from segmentation.inference import flip_axes, probabilities, to_classes_map
-from segmentation.items import Pixels, read_image
-from segmentation.sources.files import IMAGES, VOLUMES, files_in, positive, read_rows, stem
-from segmentation.sources.voxels import read_volume, sagittal, to_pixels
 
 COLOURS = np.array([[0, 194, 168], [255, 176, 0], [254, 97, 0], [220, 38, 127], [120, 94, 240]], np.uint8)
 Predict = Callable[[Pixels], NDArray[np.uint8]]

@@ -16,8 +16,8 @@ from jsonargparse import auto_cli
 import train
 from kan_mamba_layers import from_pretrained
 from segmentation import report
-from segmentation.data import SegmentationData
-from segmentation.demo import DEMOS
+from segmentation.data.demo import DEMOS
+from segmentation.data.module import SegmentationData
 from segmentation.tasks import get_task
 
 MODELS = ["km_unet_pp_tiny", "km_unet_tiny", "unet"]

@@ -25,10 +25,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from segmentation import report, splits
+from segmentation import report
 from segmentation.callbacks import AveragedWeights, EpochSeed, History, Patience, Steps, WholeFiles
 from segmentation.checkpoints import latest_checkpoint, read_checkpoint
-from segmentation.data import SegmentationData
+from segmentation.data import split as splits
+from segmentation.data.module import SegmentationData
 from segmentation.module import LOSSES, Segmentation
 from segmentation.networks import build_network
 from segmentation.tasks import TASKS, get_task

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
+from segmentation.data.split import SIDES, read_split, split_hash
 from segmentation.evaluation import OVERLAP, SURFACE, overlap
 from segmentation.experiment import Finished, Plan, Row, Variant
 from segmentation.networks import build_network
-from segmentation.splits import SIDES, read_split, split_hash
 from segmentation.surface import TOLERANCE
 
 SAMPLES = 10_000  # of the bootstrap

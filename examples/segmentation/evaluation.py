@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segmentation.checkpoints import Trained
-from segmentation.ellipse import head_circumference
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.item import Item
 from segmentation.inference import probabilities, to_classes_map
-from segmentation.items import Item
 from segmentation.surface import surface_scores
 
 Row = dict[str, Any]

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 
 from segmentation.checkpoints import load_run
-from segmentation.data import demo_items
+from segmentation.data.demo import demo_items
+from segmentation.data.formats import find_items
+from segmentation.data.item import Item
+from segmentation.data.split import check_unchanged, file_hash, follow_split, read_split, split_hash
 from segmentation.evaluation import Progress, evaluate, whole_file, write_csv
-from segmentation.items import Item
-from segmentation.sources import find_items
-from segmentation.splits import check_unchanged, file_hash, follow_split, read_split, split_hash
 from segmentation.tasks import Task
 
 Row = dict[str, Any]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segmentation.checkpoints import Trained
+from segmentation.data.item import Item, Pixels
 from segmentation.experiment import Finished
 from segmentation.inference import probabilities, to_classes_map
-from segmentation.items import Item, Pixels
 from segmentation.report import COLOURS, Shown, draw_row, title_row
 from segmentation.tasks import Task
 

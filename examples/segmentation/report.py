@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import nn
 
 import kan_mamba_layers
-from segmentation.data import ImageSet, SegmentationData
+from segmentation.data.module import ImageSet, SegmentationData
+from segmentation.data.split import SIDES, split_hash
 from segmentation.metrics import predicted_classes
 from segmentation.module import Segmentation
-from segmentation.splits import SIDES, split_hash
 from segmentation.tasks import Task
 
 COLOURS = ("#00c2a8", "#ffb000", "#fe6100", "#dc267f", "#785ef0")

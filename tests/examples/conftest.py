@@ -13,7 +13,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from segmentation.demo import draw, subject_of  # noqa: E402
+from segmentation.data.demo import draw, subject_of  # noqa: E402
 from segmentation.tasks import get_task  # noqa: E402
 
 Folder = Callable[..., Path]

@@ -18,7 +18,7 @@ from layouts import LAYOUTS, save, save_volume, spine, write_folders
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from segmentation.sources import find_items
+from segmentation.data.formats import find_items
 from segmentation.tasks import get_task
 
 Damage = Callable[[Path], None]

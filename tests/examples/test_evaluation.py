@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import evaluate as script
 from segmentation.checkpoints import Trained
-from segmentation.data import demo_items
+from segmentation.data.demo import demo_items
+from segmentation.data.formats import find_items
+from segmentation.data.item import Item
+from segmentation.data.split import file_hash, read_split, split_items, split_table, write_split
 from segmentation.evaluation import Evaluation, count, evaluate, whole_file
-from segmentation.items import Item
-from segmentation.sources import find_items
-from segmentation.splits import file_hash, read_split, split_items, split_table, write_split
 from segmentation.surface import TOLERANCE, surface_scores
 from segmentation.tasks import Task, get_task
 

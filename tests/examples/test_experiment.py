@@ -15,10 +15,10 @@ import ablate
 import experiment
 from kan_mamba_layers import from_pretrained
 from segmentation.checkpoints import Trained, load_run
-from segmentation.data import SegmentationData
+from segmentation.data.module import SegmentationData
+from segmentation.data.split import read_split, split_hash
 from segmentation.evaluation import evaluate
 from segmentation.experiment import read_rows
-from segmentation.splits import read_split, split_hash
 from segmentation.tasks import get_task
 
 TRAIN = {

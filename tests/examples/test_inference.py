@@ -11,7 +11,8 @@ import yaml
 from torch import Tensor, nn
 
 from segmentation.checkpoints import RESUMABLE, latest_checkpoint, load_run, read_checkpoint
-from segmentation.data import ImageSet, demo_items, to_input, to_target
+from segmentation.data.demo import demo_items
+from segmentation.data.module import ImageSet, to_input, to_target
 from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.networks import build_network
 from segmentation.tasks import get_task

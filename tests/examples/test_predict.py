@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 import predict
-from segmentation.demo import draw
-from segmentation.ellipse import head_circumference
+from segmentation.data.demo import draw
+from segmentation.data.ellipse import head_circumference
 from segmentation.networks import build_network
 from segmentation.tasks import get_task
 

@@ -15,9 +15,9 @@ from PIL import Image
 import quickstart
 import train
 from kan_mamba_layers import from_pretrained
+from segmentation.data.split import read_split, split_hash
 from segmentation.module import LOSSES, Segmentation
 from segmentation.networks import build_network
-from segmentation.splits import read_split, split_hash
 from segmentation.tasks import get_task
 
 QUIET = ["--image-size=32", "--limit=30", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]

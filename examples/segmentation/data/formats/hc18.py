@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.ellipse import fit_ellipse
-from segmentation.items import Item, Pixels, check_sizes, read_image, read_values
-from segmentation.sources.files import (
+from segmentation.data.ellipse import fit_ellipse
+from segmentation.data.formats.files import (
     IMAGES,
     by_stem,
     files_in,
@@ -22,6 +21,7 @@ from segmentation.sources.files import (
     stem,
     subfolder,
 )
+from segmentation.data.item import Item, Pixels, check_sizes, read_image, read_values
 from segmentation.tasks import Task
 
 DESCRIPTION = "HC18: training_set/ with *_Annotation.png, and training_set_pixel_size_and_HC.csv"

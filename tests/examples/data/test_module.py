@@ -10,11 +10,11 @@ import SimpleITK
 import torch
 from PIL import Image
 
-from segmentation.data import EpochSampler, ImageSet, Loaded, SegmentationData, demo_items, to_input, to_target
-from segmentation.demo import DEMOS
-from segmentation.items import read_image, read_values, to_classes
-from segmentation.sources import find_items
-from segmentation.splits import read_split, split_hash, write_split
+from segmentation.data.demo import DEMOS
+from segmentation.data.formats import find_items
+from segmentation.data.item import read_image, read_values, to_classes
+from segmentation.data.module import EpochSampler, ImageSet, Loaded, SegmentationData, demo_items, to_input, to_target
+from segmentation.data.split import read_split, split_hash, write_split
 from segmentation.tasks import Task, get_task
 
 SPINE = get_task("lumbar_spine")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.items import Item, Pixels
+from segmentation.data.item import Item, Pixels
 
 SIDES = ("train", "val", "test")
 Table = dict[str, dict[str, str]]

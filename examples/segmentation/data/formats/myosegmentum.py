@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from segmentation.items import Item, Pixels
-from segmentation.sources.files import by_stem, files_in
-from segmentation.sources.voxels import Voxels, number, presets, slice_items, to_pixels, to_values
+from segmentation.data.formats.files import by_stem, files_in
+from segmentation.data.formats.voxels import Voxels, number, presets, slice_items, to_pixels, to_values
+from segmentation.data.item import Item, Pixels
 from segmentation.tasks import Task
 
 DESCRIPTION = "MyoSegmenTUM: a folder of NN.mat with I and GT"

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation import sitk
-from segmentation.items import Item, Pixels
-from segmentation.sources.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
-from segmentation.sources.voxels import (
+from segmentation.data import simpleitk as sitk
+from segmentation.data.formats.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
+from segmentation.data.formats.voxels import (
     Voxels,
     check_same_size,
     is_silent,
@@ -26,6 +25,7 @@ from segmentation.sources.voxels import (
     to_pixels,
     to_values,
 )
+from segmentation.data.item import Item, Pixels
 from segmentation.tasks import Task
 
 DESCRIPTION = "SPIDER: images/ and masks/ with volumes (.mha, .nii, .nii.gz) of the same names"

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation import sitk
-from segmentation.items import Item, Pixels, check_sizes, read_image, read_values, to_classes
-from segmentation.sources.files import IMAGES, VOLUMES, by_stem, files_in, pair_up, stem, subfolder
-from segmentation.sources.voxels import (
+from segmentation.data import simpleitk as sitk
+from segmentation.data.formats.files import IMAGES, VOLUMES, by_stem, files_in, pair_up, stem, subfolder
+from segmentation.data.formats.voxels import (
     as_stored,
     check_same_size,
     read_header,
@@ -24,6 +23,7 @@ from segmentation.sources.voxels import (
     to_pixels,
     to_values,
 )
+from segmentation.data.item import Item, Pixels, check_sizes, read_image, read_values, to_classes
 from segmentation.tasks import Task
 
 DESCRIPTION = "nnU-Net: imagesTr/NAME_0000.png (or .tif, .nii.gz, .mha), labelsTr/NAME.png, dataset.json"

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from segmentation.items import Item, read_pair
-from segmentation.sources.files import IMAGES, by_stem, files_in, masks_by_stem, pair_up, stem, subfolder
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, masks_by_stem, pair_up, stem, subfolder
+from segmentation.data.item import Item, read_pair
 from segmentation.tasks import Task
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segmentation.demo import DEMOS, IMAGES_PER_SUBJECT, draw, subject_of
+from segmentation.data.demo import DEMOS, IMAGES_PER_SUBJECT, draw, subject_of
 from segmentation.tasks import get_task
 
 tasks = pytest.mark.parametrize("task", [get_task(name) for name in DEMOS], ids=DEMOS)

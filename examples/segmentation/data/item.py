@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation import sitk
+from segmentation.data import simpleitk as sitk
 from segmentation.tasks import Task
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from segmentation.items import Item
-from segmentation.sources import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
-from segmentation.sources.files import subfolders
+from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
+from segmentation.data.formats.files import subfolders
+from segmentation.data.item import Item
 from segmentation.tasks import Task
 
 # A module has `fits(folder)`, `items(task, folder)` and a DESCRIPTION. The first that fits is taken.

@@ -15,10 +15,10 @@ import SimpleITK
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from segmentation.data import SegmentationData
-from segmentation.ellipse import head_circumference
-from segmentation.items import Item
-from segmentation.sources import find_items, myosegmentum, spider, voxels
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.formats import find_items, myosegmentum, spider, voxels
+from segmentation.data.item import Item
+from segmentation.data.module import SegmentationData
 from segmentation.tasks import TASKS, get_task
 
 every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.items import Item, Pixels, check_sizes, read_image, read_pair, read_values, to_classes
-from segmentation.sources.files import IMAGES, by_stem, files_in, masks_by_stem, pair_up, subfolder, subfolders
-from segmentation.splits import SIDES
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, masks_by_stem, pair_up, subfolder, subfolders
+from segmentation.data.item import Item, Pixels, check_sizes, read_image, read_pair, read_values, to_classes
+from segmentation.data.split import SIDES
 from segmentation.tasks import Task
 
 DESCRIPTION = (

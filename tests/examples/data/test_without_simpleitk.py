@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from segmentation.items import read_image
-from segmentation.sources import find_items
+from segmentation.data.formats import find_items
+from segmentation.data.item import read_image
 from segmentation.tasks import get_task
 
 SCRIPT = """

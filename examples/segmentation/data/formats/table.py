@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from segmentation.items import Item, read_pair
-from segmentation.sources.files import positive, read_rows
+from segmentation.data.formats.files import positive, read_rows
+from segmentation.data.item import Item, read_pair
 from segmentation.tasks import Task
 
 DESCRIPTION = "images/, masks/<id>.png and items.csv with the columns id, file, group (and split, pixel_size_mm, hc_mm)"

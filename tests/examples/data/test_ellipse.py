@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.special import ellipe
 
-from segmentation.ellipse import Ellipse, fit_ellipse, head_circumference
+from segmentation.data.ellipse import Ellipse, fit_ellipse, head_circumference
 
 HC18 = Path("data", "native", "hc18")
 

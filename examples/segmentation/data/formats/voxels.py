@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation import sitk
-from segmentation.items import Item, Pixels
+from segmentation.data import simpleitk as sitk
+from segmentation.data.item import Item, Pixels
 from segmentation.tasks import Task
 
 CHUNK = 1 << 22  # bytes

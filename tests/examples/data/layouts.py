@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from segmentation.ellipse import Ellipse
+from segmentation.data.ellipse import Ellipse
 
 SIZE = (30, 40)  # h w
 

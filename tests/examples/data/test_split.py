@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from segmentation.items import Item
-from segmentation.splits import (
+from segmentation.data.item import Item
+from segmentation.data.split import (
     check_no_leak,
     check_unchanged,
     difference_hash,

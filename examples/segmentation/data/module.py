@@ -19,22 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from segmentation import demo, splits
-from segmentation.items import Item, Pixels
-from segmentation.sources import find_items
+from segmentation.data import split as splits
+from segmentation.data.demo import demo_items
+from segmentation.data.formats import find_items
+from segmentation.data.item import Item, Pixels
 from segmentation.tasks import Task
-
-DEMO_IMAGES = 120
-
-
-def demo_items(task: Task, size: int, number: int = DEMO_IMAGES, seed: int = 0) -> list[Item]:
-    """The synthetic demo of `task`: `number` square images of `size` pixels."""
-    return [Item(f"demo_{k:04d}", demo.subject_of(k), partial(_drawn, task, seed, k, size)) for k in range(number)]
-
-
-def _drawn(task: Task, seed: int, index: int, size: int) -> tuple[Pixels, NDArray[np.uint8]]:
-    image, mask = demo.draw(task.name, seed, index, (size, size))
-    return np.atleast_3d(np.asarray(image)), mask  # h w c, h w
 
 
 def to_input(image: Pixels, size: int) -> Tensor:

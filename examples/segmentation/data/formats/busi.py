@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.items import Item, Pixels, check_sizes, read_image, read_values, to_classes
-from segmentation.sources.files import IMAGES, by_stem, files_in, stem, subfolder
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, stem, subfolder
+from segmentation.data.item import Item, Pixels, check_sizes, read_image, read_values, to_classes
 from segmentation.tasks import Task
 
 DESCRIPTION = "BUSI: benign/, malignant/, normal/ with 'benign (1).png', 'benign (1)_mask.png', 'benign (1)_mask_1.png'"

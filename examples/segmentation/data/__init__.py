@@ -1,0 +1,1 @@
+"""Images and masks: found, checked, split by subject and loaded."""
