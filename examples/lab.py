@@ -255,7 +255,7 @@ class Lab(LightningCLI):
     def prepare_folder(self) -> None:
         """Create the run folder, refuse to mix two runs in one, and write the settings."""
         run, path = self.run_folder, self.run_folder / "config.yaml"
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         now = {name: yaml.safe_load(text)["fit"][name] for name in ("seed_everything", "trainer", "model", "data")}
         if run.exists() and any(run.iterdir()):
             if not self.settings.resume:

@@ -45,9 +45,10 @@ WEIGHTS_BYTES = 16_000_000  # all tiny networks, and no more than one file may h
 
 # Trains and scores in one process, for its imports take long.
 RUN = """
-import importlib, json, sys
-for script, flags in json.loads(sys.argv[1]):
-    importlib.import_module(script).main(flags)
+import json, sys
+import lab
+for arguments in json.loads(sys.argv[1]):
+    lab.main(arguments)
 """
 
 
@@ -95,33 +96,30 @@ def train_and_score(case: Case, setting: Setting) -> dict[str, Any]:
         if curves := read_curves(run):
             journal.append(event="progress", task=case.name, curves=curves)
 
-    script = [("train", training_flags(case, setting, run, workers)), ("evaluate", scoring_flags(run))]
-    execute(script, run.with_suffix(".log"), environment(setting), note_progress)
+    commands = [training_flags(case, setting, run, workers), ["test", f"--run={run}"]]
+    execute(commands, run.with_suffix(".log"), environment(setting), note_progress)
     name = f"{case.task}-{case.model}"
     kept = "tiny" in case.model and keep(run / "model", name, str(case.steps), setting.out / "weights.tar")
     return {**read_record(run), "data_workers": workers, "weights_kept": kept}
 
 
 def training_flags(case: Case, setting: Setting, run: Path, workers: int) -> list[str]:
-    """What train.py is given. Numbers are float32, with PyTorch's defaults: TF32 in convolutions, not in products.
+    """The arguments of lab.py. Numbers are float32, with PyTorch's defaults: TF32 in convolutions, not in products.
 
     The networks are small, so that launches and memory set the pace more than products do, and their scores stay
     comparable with those measured on CPUs.
     """
-    flags = [f"--task={case.task}", f"--model={case.model}", f"--model-args={json.dumps(case.model_args)}"]
-    flags += [f"--steps={case.steps}", f"--out={run}", "--resume", f"--num-workers={workers}"]
-    flags += ["--trainer.enable_progress_bar=false"]
+    flags = ["fit", f"--run={run}", "--resume", f"--data.task={case.task}", f"--model.network={case.model}"]
+    flags += [f"--model.model_args={json.dumps(case.model_args)}"] if case.model_args else []
+    flags += [f"--trainer.max_steps={case.steps}", "--trainer.enable_progress_bar=false"]
+    flags += [f"--data.num_workers={workers}"]
     if setting.rehearsal:
-        return [*flags, f"--image-size={REHEARSAL_SIZE}", f"--limit={REHEARSAL_IMAGES}", "--trainer.accelerator=cpu"]
+        flags += [f"--data.image_size={REHEARSAL_SIZE}", f"--data.limit={REHEARSAL_IMAGES}"]
+        return [*flags, "--trainer.accelerator=cpu"]
     if setting.data is None:
         raise Skip(f"data is not given: add --data DIR, a folder that holds {', '.join(FOLDERS.values())}")
-    flags += [f"--image-size={IMAGE_SIZE}", "--trainer.accelerator=gpu", "--trainer.devices=1"]
-    return [*flags, f"--data-dir={setting.data.resolve() / FOLDERS[case.task]}"]
-
-
-def scoring_flags(run: Path) -> list[str]:
-    """What evaluate.py is given."""
-    return [f"--run={run}", f"--out={run / 'test'}", "--side=test"]
+    flags += [f"--data.image_size={IMAGE_SIZE}", "--trainer.accelerator=gpu", "--trainer.devices=1"]
+    return [*flags, f"--data.folder={setting.data.resolve() / FOLDERS[case.task]}"]
 
 
 def data_workers(setting: Setting) -> int:
@@ -140,11 +138,11 @@ def environment(setting: Setting) -> dict[str, str]:
 
 
 def execute(
-    script: Sequence[tuple[str, list[str]]], log: Path, variables: dict[str, str], meanwhile: Callable[[], None]
+    commands: Sequence[list[str]], log: Path, variables: dict[str, str], meanwhile: Callable[[], None]
 ) -> None:
-    """Run scripts of the examples one after the other, in a process that ends with this one."""
+    """Run commands of lab.py one after the other, in a process that ends with this one."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", RUN, json.dumps(script)]
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=ROOT, preexec_fn=end_with_parent
@@ -166,7 +164,7 @@ def execute(
 def read_record(run: Path) -> dict[str, Any]:
     """What a finished run came to; seconds are those of its epochs, validation included, of all sessions."""
     facts, scores = (_read_json(run / name) for name in ("metrics.json", "test/scores.json"))
-    known = ("model", "model_args", "image_size", "seed", "parameters", "data", "images", "subjects")
+    known = ("network", "model_args", "image_size", "seed", "parameters", "data", "images", "subjects")
     known += ("split_sha256", "epochs", "best_epoch", "steps", "device", "versions")
     scored = ("images", "unreadable", "unit", "per_image", "pooled", "classes", "mean_of_classes", "circumference")
     return {

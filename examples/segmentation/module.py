@@ -128,12 +128,6 @@ class Segmentation(lightning.LightningModule):
         """Class numbers (h w) of an image (h w c) of any size."""
         return to_classes_map(probabilities(self.network, self.task, image, self.image_size, **self.how))
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Items and paths stay as they are: they are read here, and only their pixels go to the device."""
-        if isinstance(batch, Item | Path):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def configure_callbacks(self) -> list[lightning.Callback]:
         return [] if self.ema_decay is None else [AveragedWeights(self.ema_decay)]
 

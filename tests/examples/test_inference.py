@@ -1,20 +1,15 @@
-"""From images of any size to probabilities at that size, against plain loops; and checkpoints, whole and damaged."""
+"""From images of any size to probabilities at that size, against plain loops."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
-from segmentation.checkpoints import RESUMABLE, latest_checkpoint, load_run, read_checkpoint
 from segmentation.data.demo import demo_items
 from segmentation.data.module import ImageSet, to_input, to_target
 from segmentation.inference import flip_axes, probabilities, to_classes_map
-from segmentation.networks import build_network
 from segmentation.tasks import get_task
 
 ODD = (37, 53)
@@ -175,108 +170,3 @@ def test_misuse_is_explained():
         probabilities(pointwise(1, 1), GREY, picture(channels=3), 32)
     with pytest.raises(ValueError, match=r"training mode: call network.eval\(\) first"):
         probabilities(pointwise(1, 1).train(), GREY, picture(), 32)
-
-
-def write_run(out: Path, task: str = "isic2017", model: str = "km_unet_tiny", **settings: object) -> nn.Module:
-    """A run folder as train.py leaves it, with the weights of a fresh network."""
-    (out / "checkpoints").mkdir(parents=True)
-    config = {"task": task, "model": model, "model_args": {}, "image_size": 32, "data_dir": None, **settings}
-    (out / "config.yaml").write_text(yaml.safe_dump(config))
-    network = build_network(model, get_task(task).in_channels, get_task(task).num_classes, **config["model_args"])
-    save(out / "checkpoints" / "best.ckpt", network)
-    return network.eval()
-
-
-def save(path: Path, network: nn.Module, epoch: int = 0) -> None:
-    torch.save({"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}, "epoch": epoch}, path)
-
-
-@pytest.mark.parametrize(
-    ("model", "arguments"), [("km_unet_tiny", {"use_kan": False}), ("km_unet_pp_tiny", {}), ("unet", {})]
-)
-def test_a_run_is_loaded_as_it_was_saved(tmp_path, model, arguments):
-    network = write_run(tmp_path / "run", "lumbar_spine", model, model_args=arguments)
-    trained = load_run(tmp_path / "run")
-    assert (trained.task.name, trained.image_size, trained.name) == ("lumbar_spine", 32, model)
-    assert not trained.network.training
-    image = picture()
-    found, expected = (probabilities(net, SPINE, image, 32) for net in (trained.network, network))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_a_run_is_loaded_by_its_own_path(tmp_path):
-    write_run(tmp_path)
-    other = build_network("km_unet_tiny", 3, 1)
-    save(tmp_path / "checkpoints" / "last.ckpt", other)
-    weights = load_run(tmp_path / "checkpoints" / "last.ckpt").network.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in other.state_dict().items())
-
-
-@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(tmp_path, part):
-    write_run(tmp_path)
-    path = tmp_path / "checkpoints" / "best.ckpt"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(ValueError, match=r"best\.ckpt' is truncated or damaged \("):
-        load_run(tmp_path)
-
-
-def test_one_changed_byte_of_a_weight_is_refused(tmp_path):
-    write_run(tmp_path)
-    path = tmp_path / "checkpoints" / "best.ckpt"
-    content = bytearray(path.read_bytes())
-    name, weight = next((k, v) for k, v in read_checkpoint(path)["state_dict"].items() if v.numel() > 100)
-    place = content.find(weight.numpy().tobytes())
-    assert place > 0, name
-    content[place + 40] ^= 1
-    path.write_bytes(content)
-    torch.load(path, weights_only=True)  # which notices nothing
-    with pytest.raises(ValueError, match=r"best\.ckpt' is truncated or damaged \(wrong checksum of "):
-        load_run(tmp_path)
-
-
-def test_what_is_no_run_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml: give the folder that train\.py wrote"):
-        load_run(tmp_path)
-    write_run(tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("task: isic2017")
-    with pytest.raises(ValueError, match=r"config\.yaml lacks 'model'"):
-        load_run(tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.yaml is no YAML"):
-        load_run(tmp_path / "run")
-    write_run(tmp_path / "other", model_args={"use_kan": False})
-    save(tmp_path / "other" / "checkpoints" / "best.ckpt", build_network("unet", 3, 1))
-    with pytest.raises(ValueError, match=r"best\.ckpt' does not fit the model .*km_unet_tiny, {'use_kan': False}"):
-        load_run(tmp_path / "other")
-    torch.save({"weights": 1}, tmp_path / "other" / "checkpoints" / "best.ckpt")
-    with pytest.raises(ValueError, match=r"truncated or damaged \(no state_dict in it"):
-        load_run(tmp_path / "other")
-    (tmp_path / "other" / "checkpoints" / "best.ckpt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"best\.ckpt' is missing"):
-        load_run(tmp_path / "other")
-    save(tmp_path / "alone.ckpt", build_network("unet", 3, 1))
-    with pytest.raises(FileNotFoundError, match=r"alone\.ckpt' is in no run folder"):
-        load_run(tmp_path / "alone.ckpt")
-
-
-def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
-    assert latest_checkpoint(tmp_path) == (None, [])
-    last, previous = (tmp_path / name for name in RESUMABLE)
-    network = nn.Linear(50, 50)
-    save(last, network, epoch=2)
-    assert latest_checkpoint(tmp_path) == (last, [])
-    save(previous, network, epoch=1)
-    assert latest_checkpoint(tmp_path) == (last, [])
-
-    last.write_bytes(last.read_bytes()[:-100])
-    found, (sentence,) = latest_checkpoint(tmp_path)
-    assert found == previous
-    assert "last.ckpt' is truncated or damaged (" in sentence
-    assert sentence.endswith("): using previous.ckpt instead")
-
-    torch.save({"state_dict": {}}, previous)
-    found, sentences = latest_checkpoint(tmp_path)
-    assert found is None
-    assert ["last.ckpt" in sentences[0], "no epoch in it" in sentences[1]] == [True, True]
