@@ -8,10 +8,14 @@ picture.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from segmentation.data.item import Item, Pixels
+from segmentation.tasks import Task
 
 Array = NDArray[np.floating]
 Rng = np.random.Generator
@@ -30,6 +34,16 @@ def draw(task: str, seed: int, index: int, size: tuple[int, int]) -> tuple[Image
     picture = np.random.default_rng([seed, kind, 1, index])
     image, mask = _PAINTERS[task](subject, picture, size)
     return Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)), mask.astype(np.uint8)
+
+
+def demo_items(task: Task, size: int, number: int = 120, seed: int = 0) -> list[Item]:
+    """The demo of `task`: `number` square images of `size` pixels."""
+    return [Item(f"demo_{k:04d}", subject_of(k), partial(_read, task, seed, k, size)) for k in range(number)]
+
+
+def _read(task: Task, seed: int, index: int, size: int) -> tuple[Pixels, NDArray[np.uint8]]:
+    image, mask = draw(task.name, seed, index, (size, size))
+    return np.atleast_3d(np.asarray(image)), mask  # h w c, h w
 
 
 def subject_of(index: int) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.data import simpleitk as sitk
+from segmentation.data import simpleitk
 from segmentation.tasks import Task
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
@@ -31,21 +34,42 @@ class Item:
     pixel_size: tuple[float, float] | None = None  # mm from row to row and from column to column
     circumference: float | None = None  # mm, the head's, as the data set gives it
 
+    @classmethod
+    def of_files(cls, read: Callable, task: Task, id: str, *files: Path, group: str = "", **facts: Any) -> Item:
+        """The item that `read(task, *files)` reads; without a `group` it is a subject of its own."""
+        return cls(id, group or id, partial(read, task, *files), files=files, **facts)
+
 
 def read_pair(task: Task, image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.uint8]]:
     """An image (h w c) with the task's channels, and its mask (h w), pixel values turned into classes 1, 2, ..."""
-    image, values = read_image(image_path, task.in_channels), read_values(mask_path)
-    check_sizes(image, image_path, values, mask_path)
+    image, values = read_raw(task.in_channels, image_path, mask_path)
     return image, to_classes(values, task.labels, mask_path)
 
 
-def check_sizes(image: Pixels, image_path: Path, mask: NDArray, mask_path: Path) -> None:
-    """Refuse a mask (h w) of another size than its image (h w c)."""
-    if mask.shape != image.shape[:2]:
-        (h, w), (height, width) = mask.shape, image.shape[:2]
-        raise ValueError(
-            f"{mask_path} is {w}x{h} but its image {image_path} is {width}x{height}: save both in the same size"
-        )
+def read_layers(
+    numbers: Sequence[int], task: Task, image_path: Path, *mask_paths: Path
+) -> tuple[Pixels, NDArray[np.uint8]]:
+    """An image (h w c) and class numbers (h w): `numbers[k]` where mask k is not 0; later masks lie over earlier."""
+    image, *masks = read_raw(task.in_channels, image_path, *mask_paths)
+    classes = np.zeros(image.shape[:2], np.uint8)
+    for number, values, path in zip(numbers, masks, mask_paths, strict=True):
+        classes[to_classes(values, {255: task.class_names[number - 1]}, path) > 0] = number
+    return image, classes
+
+
+def read_raw(channels: int, image_path: Path, *mask_paths: Path) -> tuple[Any, ...]:
+    """An image (h w c), and the values (h w) of its masks, all of one size."""
+    image, masks = read_image(image_path, channels), [read_values(path) for path in mask_paths]
+    for values, path in zip(masks, mask_paths, strict=True):
+        check_sizes(image.shape[1::-1], image_path, values.shape[::-1], path)
+    return image, *masks
+
+
+def check_sizes(size: Sequence[int], image_path: Path, mask_size: Sequence[int], mask_path: Path) -> None:
+    """Refuse a mask of another size, (width, height) or (width, height, depth), than its image."""
+    if tuple(size) != tuple(mask_size):
+        found, wanted = ("x".join(map(str, sides)) for sides in (mask_size, size))
+        raise ValueError(f"{mask_path} is {found} but its image {image_path} is {wanted}: save both in the same size")
 
 
 def read_image(path: Path, channels: int) -> Pixels:
@@ -53,15 +77,11 @@ def read_image(path: Path, channels: int) -> Pixels:
 
     Grey files give three equal channels where colour is wanted, and colour files their luma where grey is wanted.
     """
-    image = _open(path)
-    if image.mode.startswith("I"):
-        pixels = _sixteen_bits(np.asarray(image), path)
-    elif any(DEEP_COLOURS.search(str(tile[3])) for tile in _raw_modes(path)):
+    image, is_deep = _open(path)
+    if is_deep:
         pixels = _sixteen_bit_colours(path)
-    elif image.mode == "F":
-        pixels = np.asarray(image)
-        if not np.isfinite(pixels).all():
-            raise ValueError(f"{path} holds values that are not finite: replace or remove it")
+    elif image.mode.startswith(("I", "F")):
+        pixels = to_pixels(np.asarray(image), path)
     else:
         pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     pixels = np.atleast_3d(pixels)  # h w c
@@ -74,12 +94,9 @@ def read_image(path: Path, channels: int) -> Pixels:
 
 def read_values(path: Path) -> NDArray[np.integer]:
     """Pixel values (h w) of a mask: of a palette the indices, not the colours; of a grey picture in RGB its grey."""
-    image = _open(path)
+    image, _ = _open(path)
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if not (values == values.round()).all():
-            raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one a class")
-        return values.astype(np.int64)
+        return to_values(np.asarray(image), path)
     if image.mode in ("1", "L", "P"):
         return np.asarray(image.convert("L") if image.mode == "1" else image)
     colours = np.asarray(image.convert("RGB"))  # h w 3
@@ -88,50 +105,68 @@ def read_values(path: Path) -> NDArray[np.integer]:
     return colours[..., 0]
 
 
+def to_pixels(values: NDArray, path: Path) -> Pixels:
+    """Values of an image in their own depth: 8 or 16 bits where they allow it, else float32."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind in "ui" and values.min() >= 0 and values.max() <= 65535:
+        return values.astype(np.uint16)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} holds values that are not finite: replace or remove it")
+    return values.astype(np.float32)
+
+
+def to_values(values: NDArray, path: Path) -> NDArray[np.integer]:
+    """Values of a mask; whole numbers may be stored as fractions."""
+    if values.dtype.kind in "ui":
+        return values
+    if not (values == values.round()).all():
+        raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one a class")
+    return values.astype(np.int64)
+
+
 def to_classes(values: NDArray[np.integer], labels: dict[int, str], path: Path) -> NDArray[np.uint8]:
     """Class numbers 0, 1, 2, ... of mask values. A mask of one class may use 1 or 255 for it."""
-    known = [0, *labels]
-    present = np.unique(values).tolist()
-    if len(labels) == 1 and set(present) <= {0, 1}:
+    if len(labels) == 1 and np.isin(values, (0, 1)).all():
         return values.astype(np.uint8)
-    if odd := [value for value in present if value not in known]:
-        allowed = ", ".join(f"{value} ({name})" for value, name in labels.items())
-        raise ValueError(f"{path} holds the value {odd[0]}, which is no label: allowed are 0 (background), {allowed}")
+    allowed = ", ".join(f"{value} ({name})" for value, name in labels.items())
+    check_values(values, [0, *labels], path, f", which is no label: allowed are 0 (background), {allowed}")
     classes = np.zeros(values.shape, np.uint8)
     for number, value in enumerate(labels, start=1):
         classes[values == value] = number
     return classes
 
 
-def _open(path: Path) -> Image.Image:
+def check_values(values: NDArray, known: Sequence[int], path: Path, remark: str) -> None:
+    """Refuse a mask that holds a value which is not among the `known`."""
+    if odd := sorted(set(np.unique(values).tolist()) - set(known)):
+        raise ValueError(f"{path} holds the value {odd[0]}{remark}")
+
+
+@contextmanager
+def named(path: Path, trouble: str, *errors: type[Exception], fix: str = "replace or remove it") -> Iterator[None]:
+    """Errors of a reader as one that names the file, what could not be done with it, and how to mend that."""
     try:
+        yield
+    except errors as error:
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        raise ValueError(f"{path} cannot be {trouble} ({reason}): {fix}") from error
+
+
+def _open(path: Path) -> tuple[Image.Image, bool]:
+    """An image, and whether the file has colours of 16 bits, which Pillow forgets once it is loaded."""
+    with named(path, "read as an image", OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError):
         image = Image.open(path)
+        is_deep = any(DEEP_COLOURS.search(str(tile[3])) for tile in image.tile)
         pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         image.load()
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
     if pages > 1:
         raise ValueError(f"{path} holds {pages} images: save each in a file of its own")
-    return image
-
-
-def _raw_modes(path: Path) -> list[tuple]:
-    """How the file itself stores its pixels; Pillow forgets it once the image is loaded."""
-    with Image.open(path) as image:
-        return list(image.tile)
-
-
-def _sixteen_bits(values: NDArray[np.integer], path: Path) -> NDArray[np.uint16]:
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{path} holds values outside 0 ... 65535: save it with 16 bits a pixel")
-    return values.astype(np.uint16)
+    return image, is_deep
 
 
 def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
     """Pixels (h w c) of which Pillow would keep 8 bits: colours, or grey with alpha, which is dropped."""
-    try:
-        pixels = np.atleast_3d(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} cannot be read as an image ({reason}): save it without alpha") from error
+    with named(path, "read as an image", RuntimeError, fix="save it without alpha"):
+        pixels = np.atleast_3d(simpleitk.GetArrayFromImage(simpleitk.ReadImage(str(path))))
     return pixels[..., : 3 if pixels.shape[2] > 2 else 1]

@@ -1,7 +1,7 @@
 """Images in memory, split by subject, as a LightningDataModule.
 
-Everything is read, checked and resized once, before training starts; epochs then run from memory. Which folders are
-understood is said in `sources`.
+What training uses is read, checked and resized once, before it starts; epochs then run from memory. Which folders are
+understood is said in `formats`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -22,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import find_items
+from segmentation.data.formats.files import list_files
 from segmentation.data.item import Item, Pixels
-from segmentation.tasks import Task
+from segmentation.tasks import Task, get_task
 
 
 def to_input(image: Pixels, size: int) -> Tensor:
@@ -32,11 +34,8 @@ def to_input(image: Pixels, size: int) -> Tensor:
     values = image.astype(np.float32)
     low, high = (0.0, 255.0) if image.dtype == np.uint8 else (values.min(), values.max())
     values = (values - low) / max(high - low, np.finfo(np.float32).tiny)
-    channels = [
-        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
-        for plane in np.moveaxis(values, 2, 0)
-    ]
-    return torch.from_numpy(np.stack(channels))
+    planes = (Image.fromarray(plane) for plane in np.moveaxis(values, 2, 0))
+    return torch.from_numpy(np.stack([plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]))
 
 
 def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
@@ -44,36 +43,24 @@ def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
     return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]
 
 
-class Loaded:
-    """All items in memory at the size of training, with what tells near-duplicates and changed files.
+def load(items: Sequence[Item], size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+    """Images (n c size size), masks (n 1 size size) and `splits.difference_hash` (n 256) of all items.
 
-    Attributes:
-        images: n c size size, half precision, which keeps 8 and 11 bits exactly.
-        masks: n 1 size size, class numbers.
-        hashes: n 256, see `splits.difference_hash`.
-        digests: SHA-256 of every item.
+    Images are kept in half precision, which holds 8 and 11 bits exactly.
     """
-
-    def __init__(self, items: Sequence[Item], size: int) -> None:
-        with ThreadPoolExecutor() as pool:
-            read = list(pool.map(partial(_load, size=size), items))
-        if broken := [str(result) for result in read if isinstance(result, Exception)]:
-            shown = "".join(f"\n  {message}" for message in broken[:20])
-            raise ValueError(f"{len(broken)} of {len(items)} images or masks cannot be used:{shown}")
-        images, masks, hashes, digests = zip(*read, strict=True)
-        self.images, self.masks = torch.stack(images), torch.stack(masks)
-        self.hashes, self.digests = np.stack(hashes), list(digests)
+    with ThreadPoolExecutor() as pool:
+        read = list(pool.map(partial(_load, size=size), items))
+    if broken := [str(result) for result in read if isinstance(result, Exception)]:
+        shown = "".join(f"\n  {message}" for message in broken[:20])
+        raise ValueError(f"{len(broken)} of {len(items)} images or masks cannot be used:{shown}")
+    images, masks, hashes = zip(*read, strict=True)
+    return torch.stack(images), torch.stack(masks), np.stack(hashes)
 
 
-def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], str] | Exception:
+def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_]] | Exception:
     try:
         image, mask = item.read()
-        return (
-            to_input(image, size).half(),
-            to_target(mask, size),
-            splits.difference_hash(image),
-            splits.file_hash(item),
-        )
+        return to_input(image, size).half(), to_target(mask, size), splits.difference_hash(image)
     except (ValueError, OSError) as error:
         return error
 
@@ -82,15 +69,9 @@ class ImageSet(Dataset):
     """One side of the split; augmentation is a pure function of (seed, epoch, index)."""
 
     def __init__(
-        self,
-        task: Task,
-        items: Sequence[Item],
-        images: Tensor,
-        masks: Tensor,
-        training: bool,
-        seed: int = 0,
+        self, task: Task, items: Sequence[Item], images: Tensor, masks: Tensor, training: bool, seed: int = 0,
         augment: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.items, self.images, self.masks = list(items), images, masks
         self.training, self.seed = training, seed
         self.transform = task.transform(images.shape[-1], training and augment)
@@ -98,16 +79,11 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
-    def num_subjects(self) -> int:
-        return len({item.group for item in self.items})
-
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
         epoch, index = key if self.training else (0, key)
         if self.training:
-            self.transform.set_random_state(
-                seed=int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
-            )
+            (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)
+            self.transform.set_random_state(seed=int(seed))
         pair = self.transform({"image": self.images[index].float(), "mask": self.masks[index].float()})
         return {**pair, "index": index}
 
@@ -120,19 +96,36 @@ class EpochSampler(DistributedSampler):
 
 
 class SegmentationData(lightning.LightningDataModule):
-    """The data of one run. No `data_dir`: the synthetic demo of the task.
+    """The data of one run.
 
-    Attributes:
-        items: every item with its side; `test_items` are those that training never touches.
-        train_set, val_set: the two sides that training uses, in memory.
-        split: the table that `splits.write_split` writes.
-        first_epoch: the one that training begins with, more than 0 where it is continued.
+    Args:
+        task: name of the task.
+        folder: images and masks, as `formats` understands them; without it, the synthetic demo of the task.
+        image_size: sides of the squares that images are squashed to.
+        batch_size: images in one batch.
+        val_fraction: share of the subjects to validate on, where the data set does not say.
+        test_fraction: share of the subjects that training never touches, where the data set does not say.
+        limit: at most that many images, as whole subjects.
+        split: a split.json to follow, which then decides on the sides.
+        split_seed: seed of the split and of the choice under `limit`.
+        seed: seed of order and augmentation.
+        augment: whether training images are augmented.
+        num_workers: processes that augment images.
+        side: the images of `test`: one side of the split, or all.
+        inputs: images, volumes and folders of them, for `predict`.
     """
+
+    items: list[Item]  # all with their sides, after setup("fit")
+    train_set: ImageSet  # the two sides that training uses, in memory
+    val_set: ImageSet
+    test_items: list[Item]  # those that training never touches; after setup("test") those of `side`
+    table: splits.Table  # what `splits.write_split` writes
+    first_epoch = 0  # the one that training begins with, more than 0 where it is continued
 
     def __init__(
         self,
-        task: Task,
-        data_dir: Path | None = None,
+        task: str,
+        folder: Path | None = None,
         *,
         image_size: int = 128,
         batch_size: int = 8,
@@ -141,39 +134,71 @@ class SegmentationData(lightning.LightningDataModule):
         limit: int | None = None,
         split: Path | None = None,
         split_seed: int = 0,
-        duplicate_bits: int = 8,
         seed: int = 0,
         augment: bool = True,
         num_workers: int = 0,
+        side: Literal["test", "val", "train", "all"] = "test",
+        inputs: list[Path] | None = None,
     ) -> None:
         super().__init__()
         if image_size < 32:
-            raise ValueError(f"image-size {image_size} is too small: the networks halve it five times, use 32 or more")
+            raise ValueError(f"data.image_size {image_size} is too small: networks halve it five times, use 32 or more")
         if batch_size < 1:
-            raise ValueError(f"batch-size {batch_size} must be at least 1")
+            raise ValueError(f"data.batch_size {batch_size} must be at least 1")
         splits.check_fractions(val_fraction, test_fraction)
-        self.task, self.seed, self.augment = task, seed, augment
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.first_epoch = 0
-        found = demo_items(task, image_size) if data_dir is None else find_items(task, data_dir)
-        if len({item.id for item in found}) < len(found):
-            raise ValueError(f"data-dir {str(data_dir)!r} holds two images of one id: rename one of them")
-        if limit is not None:
-            found = splits.limit_items(found, limit, split_seed)
-        table = None if split is None else splits.read_split(split)
-        if table is not None:
-            found = splits.follow_split(found, table)
-        loaded = Loaded(found, image_size)
-        if table is None:
-            grouped = splits.join_duplicates(found, loaded.hashes, duplicate_bits)
-            self.items = splits.split_items(grouped, val_fraction, test_fraction, split_seed)
-            table = splits.split_table(self.items, loaded.digests)
+        self.task, self.folder, self.image_size, self.batch_size = get_task(task), folder, image_size, batch_size
+        self.fractions, self.limit, self.split, self.split_seed = (
+            (val_fraction, test_fraction),
+            limit,
+            split,
+            split_seed,
+        )
+        self.seed, self.augment, self.num_workers = seed, augment, num_workers
+        self.side, self.inputs, self._done = side, inputs, set[str]()
+
+    def setup(self, stage: str) -> None:
+        """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
+        stage = "fit" if stage == "validate" else stage
+        if stage not in self._done:
+            {"fit": self._setup_fit, "test": self._setup_test, "predict": self._setup_predict}[stage]()
+            self._done.add(stage)
+
+    def _setup_fit(self) -> None:
+        items = self._find()
+        images, masks, hashes = load(items, self.image_size)
+        if self.split is None:
+            items = splits.split_items(splits.join_duplicates(items, hashes), *self.fractions, self.split_seed)
+            with ThreadPoolExecutor() as pool:
+                self.table = splits.split_table(items, list(pool.map(splits.file_hash, items)))
         else:
-            self.items = found
-            splits.check_unchanged(found, loaded.digests, table)
-        self.split = table
-        self.train_set, self.val_set = (self._side(loaded, side) for side in ("train", "val"))
-        self.test_items = [item for item in self.items if item.split == "test"]
+            self.table = splits.read_split(self.split)
+        self.items, self.test_items = items, [item for item in items if item.split == "test"]
+        for side in ("train", "val"):
+            chosen = [index for index, item in enumerate(items) if item.split == side]
+            pairs = [items[index] for index in chosen], images[chosen], masks[chosen]
+            setattr(self, f"{side}_set", ImageSet(self.task, *pairs, side == "train", self.seed, self.augment))
+
+    def _setup_test(self) -> None:
+        if self.split is None and self.side != "all":
+            self.setup("fit")  # near-duplicates share a side, so images must be seen to draw one
+            items = self.items
+        else:
+            items = self._find()
+        self.test_items = [item for item in items if self.side in ("all", item.split)]
+        if not self.test_items:
+            raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")
+
+    def _setup_predict(self) -> None:
+        self._files = list_files(self.inputs or ())
+
+    def _find(self) -> list[Item]:
+        """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
+        items = demo_items(self.task, self.image_size) if self.folder is None else find_items(self.task, self.folder)
+        if len({item.id for item in items}) < len(items):
+            raise ValueError(f"data.folder {str(self.folder)!r} holds two images of one id: rename one of them")
+        if self.limit is not None:
+            items = splits.limit_items(items, self.limit, self.split_seed)
+        return items if self.split is None else splits.follow_split(items, splits.read_split(self.split))
 
     def train_dataloader(self) -> DataLoader:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -185,18 +210,19 @@ class SegmentationData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set)
 
-    def _side(self, loaded: Loaded, side: str) -> ImageSet:
-        chosen = [index for index, item in enumerate(self.items) if item.split == side]
-        images, masks = loaded.images[chosen], loaded.masks[chosen]
-        items = [self.items[k] for k in chosen]
-        return ImageSet(self.task, items, images, masks, side == "train", self.seed, self.augment)
+    def test_dataloader(self) -> DataLoader:
+        """The items of `side` one by one, to be read by whoever gets them."""
+        return DataLoader(self.test_items, batch_size=None, collate_fn=_itself, generator=torch.Generator())
 
-    def _loader(self, dataset: ImageSet, **kwargs: object) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # leaves the global random state alone
-            **kwargs,
-        )
+    def predict_dataloader(self) -> DataLoader:
+        """The paths of all images and volumes of `inputs`, one by one."""
+        return DataLoader(self._files, batch_size=None, collate_fn=_itself, generator=torch.Generator())
+
+    def _loader(self, dataset: ImageSet, **options: Any) -> DataLoader:
+        options |= {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        options |= {"persistent_workers": self.num_workers > 0}
+        return DataLoader(dataset, generator=torch.Generator(), **options)  # leaves the global random state alone
+
+
+def _itself(batch: Any) -> Any:
+    return batch

@@ -11,10 +11,9 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):  # what Python asks any module for
         raise AttributeError(name)
     try:
-        package = importlib.import_module("SimpleITK")
+        return getattr(importlib.import_module("SimpleITK"), name)
     except ImportError as error:
         raise ImportError(
             "volumes and images with 16 bits a colour are read with SimpleITK, which is not installed: "
             "python -m pip install SimpleITK"
         ) from error
-    return getattr(package, name)

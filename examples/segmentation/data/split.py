@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from segmentation.data.item import Item, Pixels
+from segmentation.runs import whole_file
 
 SIDES = ("train", "val", "test")
 Table = dict[str, dict[str, str]]
 
 HASH_SIDE = 16  # pixels: 16 x 16 differences, 256 bits
+DUPLICATE_BITS = 8  # images that differ in no more bits of their hashes are near-duplicates
 
 
 def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     """At most `limit` images, as whole subjects."""
     if limit < 3:
-        raise ValueError(f"limit {limit} leaves nothing to split: give at least 3 images")
-    sizes = Counter(item.group for item in items)
-    chosen: set[str] = set()
+        raise ValueError(f"data.limit {limit} leaves nothing to split: give at least 3 images")
+    sizes, chosen = Counter(item.group for item in items), set()
     for group in ranked_groups(items, seed):
-        if sum(sizes[known] for known in chosen) + sizes[group] <= limit:
+        if sizes[group] <= limit:
             chosen.add(group)
+            limit -= sizes[group]
     return [item for item in items if item.group in chosen]
 
 
@@ -59,27 +62,25 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
     sides: dict[str, str] = {}
     for side, fraction in (("test", test_fraction), ("val", val_fraction)):
         if side not in given:
-            number = max(1, round(fraction * len(free)))
-            chosen = [group for group in free if group not in sides][:number]
-            sides |= dict.fromkeys(chosen, side)
+            left = [group for group in free if group not in sides]
+            sides |= dict.fromkeys(left[: max(1, round(fraction * len(free)))], side)
     done = [
         item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items
     ]
-    for side in SIDES:
-        if not any(item.split == side for item in done):
-            groups = len({item.group for item in items})
-            raise ValueError(
-                f"no {side} subject: {len(items)} images of {groups} subject(s) need three or more subjects"
-            )
+    if missing := [side for side in SIDES if side not in {item.split for item in done}]:
+        groups = len({item.group for item in items})
+        raise ValueError(
+            f"no {missing[0]} subject: {len(items)} images of {groups} subject(s) need three or more subjects"
+        )
     return done
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """Refuse fractions that leave a side empty."""
-    for name, fraction in (("val-fraction", val_fraction), ("test-fraction", test_fraction)):
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
             raise ValueError(
-                f"{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
+                f"data.{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
             )
 
 
@@ -102,22 +103,23 @@ def difference_hash(image: Pixels) -> NDArray[np.bool_]:
     return np.diff(np.asarray(thumbnail), axis=1).ravel() > 0
 
 
-def join_duplicates(items: Sequence[Item], hashes: NDArray[np.bool_], bits: int) -> list[Item]:
-    """The items with one group wherever images of two groups differ in at most `bits` of their hashes (n 256)."""
+def join_duplicates(items: Sequence[Item], hashes: NDArray[np.bool_], bits: int = DUPLICATE_BITS) -> list[Item]:
+    """The items with one group wherever images of two groups differ in at most `bits` of their hashes (n 256).
+
+    Of the groups that come together the alphabetically first one gives its name.
+    """
+    names, group = np.unique([item.group for item in items], return_inverse=True)
     signs = np.where(hashes, np.float32(1), np.float32(-1))
-    leader = {item.group: item.group for item in items}
-
-    def find(group: str) -> str:
-        while leader[group] != group:
-            group = leader[group]
-        return group
-
+    edges = [np.empty((2, 0), int)]
     for start in range(0, len(items), 1024):
         distance = (signs.shape[1] - signs[start : start + 1024] @ signs.T) / 2
-        for i, j in np.argwhere(distance <= bits):
-            first, second = sorted((find(items[start + i].group), find(items[j].group)))
-            leader[second] = first
-    return [replace(item, group=find(item.group)) for item in items]
+        i, j = np.nonzero(distance <= bits)
+        edges.append(group[np.stack([i + start, j])])
+    rows, columns = np.concatenate(edges, axis=1)
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names)))
+    _, part = connected_components(graph, directed=False)
+    _, first = np.unique(part, return_index=True)
+    return [replace(item, group=str(name)) for item, name in zip(items, names[first][part][group], strict=True)]
 
 
 def file_hash(item: Item) -> str:
@@ -136,6 +138,10 @@ def _bytes_hash(path: Path, size: int, changed: int) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
 
 
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
 def split_table(items: Sequence[Item], digests: Sequence[str]) -> Table:
     """What a split file holds: group, side and SHA-256 of every id."""
     rows = sorted(zip(items, digests, strict=True), key=lambda row: row[0].id)
@@ -148,10 +154,9 @@ def split_hash(table: Table) -> str:
 
 
 def write_split(path: Path, table: Table) -> None:
-    """Write a split as JSON, beside its place first, so that a kill never leaves half a file."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps({"sha256": split_hash(table), "items": table}, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    """Write a split as JSON."""
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps({"sha256": split_hash(table), "items": table}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_split(path: Path) -> Table:
@@ -160,33 +165,50 @@ def read_split(path: Path) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         table, intact = content["items"], content["sha256"] == split_hash(content["items"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"split {str(path)!r} cannot be read ({error!r}): give the split.json of a run") from error
+        raise ValueError(
+            f"data.split {str(path)!r} cannot be read ({error!r}): give the split.json of a run"
+        ) from error
     if not intact:
-        raise ValueError(f"split {str(path)!r} was changed after it was written: its hash is not that of its items")
+        raise ValueError(
+            f"data.split {str(path)!r} was changed after it was written: its hash is not that of its items"
+        )
     return table
 
 
 def follow_split(items: Sequence[Item], table: Table) -> list[Item]:
-    """The items that a split lists, on its sides and in its groups."""
+    """The items that a split lists, on its sides and in its groups; reading one that changed since is refused."""
     if missing := sorted(table.keys() - {item.id for item in items}):
-        raise ValueError(f"the split lists {missing[0]!r} ({len(missing)} such), which the data folder lacks")
+        raise ValueError(f"data.split lists {missing[0]!r} ({len(missing)} such), which data.folder lacks")
+    rows = [(item, table[item.id]) for item in items if item.id in table]
     chosen = [
-        replace(item, group=table[item.id]["group"], split=table[item.id]["split"])
-        for item in items
-        if item.id in table
+        replace(item, group=row["group"], split=row["split"], read=partial(read_unchanged, item, row["sha256"]))
+        for item, row in rows
     ]
     check_no_leak(chosen)
     return chosen
 
 
-def check_unchanged(items: Sequence[Item], digests: Sequence[str], table: Table) -> None:
-    """Refuse images or masks that are not those a split was made with."""
-    if changed := [item.id for item, digest in zip(items, digests, strict=True) if table[item.id]["sha256"] != digest]:
-        raise ValueError(f"image or mask of {changed[0]!r} ({len(changed)} such) changed since the split was written")
+def read_unchanged(item: Item, digest: str) -> tuple[Pixels, NDArray[np.uint8]]:
+    """Image and mask of an item, refused where they are not those that a split was made with."""
+    pair = item.read()
+    if file_hash(item) != digest:
+        raise ValueError(f"image or mask of {item.id!r} changed since the split was written")
+    return pair
 
 
-def _digest(*parts: bytes) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
-    return total.hexdigest()
+def refuse_seen(items: Sequence[Item], own_split: Path) -> str | None:
+    """Refuse items that a run was trained on or chosen by; a warning where only their ids are those of such items."""
+    table = {name: row for name, row in read_split(own_split).items() if row["split"] != "test"}
+    seen = {row["sha256"] for row in table.values()}
+    readable = [item for item in items if all(path.is_file() for path in item.files)]
+    if known := [item.id for item in readable if file_hash(item) in seen]:
+        raise ValueError(
+            f"{len(known)} of {len(items)} images, such as {known[0]!r}, are among those that the run was trained or "
+            f"validated on: add --data.split {own_split} to score those that it has not seen"
+        )
+    if alike := [item.id for item in items if item.id in table]:
+        return (
+            f"{len(alike)} of {len(items)} images, such as {alike[0]!r}, have the same ids as training or validation "
+            "images of the run: if they show the same subjects, these scores are too good"
+        )
+    return None

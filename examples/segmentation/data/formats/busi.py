@@ -1,4 +1,4 @@
-"""BUSI as it is handed out: `Dataset_BUSI_with_GT/` with a folder a finding, images and masks together."""
+"""BUSI as it is handed out: `Dataset_BUSI_with_GT/` with one folder per finding, images and masks together."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from segmentation.data.formats.files import IMAGES, by_stem, files_in, stem, subfolder
-from segmentation.data.item import Item, Pixels, check_sizes, read_image, read_values, to_classes
+from segmentation.data.formats.files import IMAGES, by_stem, check_alone, files_in, stem, subfolder
+from segmentation.data.item import Item, read_layers
 from segmentation.tasks import Task
 
 DESCRIPTION = "BUSI: benign/, malignant/, normal/ with 'benign (1).png', 'benign (1)_mask.png', 'benign (1)_mask_1.png'"
-FINDINGS = ("benign", "malignant", "normal")
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 def fits(folder: Path) -> bool:
-    return any(MASK.fullmatch(stem(path)) for name in FINDINGS for path in files_in(subfolder(folder, name), IMAGES))
+    return any(MASK.fullmatch(stem(path)) for path in _files(folder))
 
 
 def items(task: Task, folder: Path) -> list[Item]:
@@ -29,33 +25,19 @@ def items(task: Task, folder: Path) -> list[Item]:
     """
     if len(task.labels) > 1:
         raise ValueError(f"{folder} holds masks of lesions, one class: task {task.name!r} has {len(task.labels)}")
-    found = []
-    for place in filter(None, (subfolder(folder, name) for name in FINDINGS)):
-        files = files_in(place, IMAGES)
-        images = by_stem(path for path in files if not MASK.fullmatch(stem(path)))
-        masks: dict[str, list[Path]] = {name: [] for name in images}
-        for path in files:
-            if match := MASK.fullmatch(stem(path)):
-                if match[1] not in images:
-                    raise FileNotFoundError(f"{path} has no image: add the image or remove the mask")
-                masks[match[1]].append(path)
-        if alone := [name for name in images if not masks[name]]:
-            raise FileNotFoundError(
-                f"{images[alone[0]]} has no mask ({len(alone)} such): add '{alone[0]}_mask.png', or remove the image"
-            )
-        found += [
-            Item(name, name, partial(read_united, task, image, *masks[name]), files=(image, *masks[name]))
-            for name, image in images.items()
-        ]
-    return found
+    images = by_stem(path for path in _files(folder) if not MASK.fullmatch(stem(path)))
+    masks: dict[str, list[Path]] = {}
+    for path in _files(folder):
+        if match := MASK.fullmatch(stem(path)):
+            masks.setdefault(match[1], []).append(path)
+    firsts = {name: paths[0] for name, paths in masks.items()}
+    check_alone(firsts, images, "has no image", "add the image or remove the mask")
+    check_alone(images, masks, "has no mask", "add 'NAME_mask.png', or remove the image")
+    return [
+        Item.of_files(partial(read_layers, [1] * len(masks[name])), task, name, image, *masks[name])
+        for name, image in images.items()
+    ]
 
 
-def read_united(task: Task, image_path: Path, *mask_paths: Path) -> tuple[Pixels, NDArray[np.uint8]]:
-    """An image (h w c), and what any of its masks holds (h w)."""
-    image = read_image(image_path, task.in_channels)
-    united = np.zeros(image.shape[:2], np.uint8)
-    for path in mask_paths:
-        values = read_values(path)
-        check_sizes(image, image_path, values, path)
-        united |= to_classes(values, task.labels, path)
-    return image, united
+def _files(folder: Path) -> list[Path]:
+    return [path for name in ("benign", "malignant", "normal") for path in files_in(subfolder(folder, name), IMAGES)]

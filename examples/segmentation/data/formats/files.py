@@ -1,4 +1,4 @@
-"""Finding files: what every layout needs to know of folders, names and tables."""
+"""Finding files: what every format needs to know of folders, names and tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from segmentation.data.item import named
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 VOLUMES = (".mha", ".nii", ".nii.gz")
@@ -18,21 +20,29 @@ def subfolders(folder: Path) -> list[Path]:
 
 def subfolder(folder: Path, name: str) -> Path | None:
     """The folder `name` in a folder, upper or lower case; of a doubled one (`name/name/`) the inner."""
-    for path in subfolders(folder):
-        if path.name.lower() == name.lower():
-            return subfolder(path, name) or path
-    return None
+    path = next((path for path in subfolders(folder) if path.name.lower() == name.lower()), None)
+    return path and (subfolder(path, name) or path)
 
 
 def files_in(folder: Path | None, endings: Sequence[str]) -> list[Path]:
     """The files in a folder that end in one of `endings`, upper or lower case, sorted, without hidden ones."""
-    if folder is None:
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(tuple(endings)) and not path.name.startswith(".") and path.is_file()
-    )
+    files = folder.iterdir() if folder else ()
+    wanted = (path for path in files if path.name.lower().endswith(tuple(endings)) and path.name[0] != ".")
+    return sorted(path for path in wanted if path.is_file())
+
+
+def list_files(inputs: Sequence[Path]) -> list[Path]:
+    """The images and volumes given, and those in the folders given; two that would have one name are refused."""
+    if missing := [str(path) for path in inputs if not path.exists()]:
+        raise FileNotFoundError(f"input {missing[0]!r} does not exist: give an image, a volume or a folder of them")
+    files = [file for path in inputs for file in (files_in(path, IMAGES + VOLUMES) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(IMAGES + VOLUMES)}")
+    named_alike: dict[str, Path] = {}
+    for path in files:
+        if (first := named_alike.setdefault(stem(path), path)) is not path:
+            raise ValueError(f"{first} and {path} would both be written as {stem(path)!r}: rename one of them")
+    return files
 
 
 def stem(path: Path) -> str:
@@ -40,58 +50,54 @@ def stem(path: Path) -> str:
     return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
 
 
-def leading_number(path: Path) -> str:
-    """The number that a file's name begins with, or all of the name where it begins with none."""
-    name = stem(path)
-    number = re.match(r"\d+", name)
-    return number[0] if number else name
+def leading_number(name: str) -> str:
+    """The number that a name begins with, or all of the name where it begins with none."""
+    return re.match(r"\d+|.*", name)[0]
 
 
 def by_stem(paths: Iterable[Path], name: Callable[[Path], str] = stem) -> dict[str, Path]:
     """Files by their stem, or by what `name` makes of them. Two of one name are refused."""
     found: dict[str, Path] = {}
     for path in paths:
-        key = name(path)
-        if key in found:
-            raise ValueError(f"{path} and {found[key].name} both belong to {key!r}: keep one of the two")
-        found[key] = path
+        if (first := found.setdefault(name(path), path)) is not path:
+            raise ValueError(f"{path} and {first.name} both belong to {name(path)!r}: keep one of the two")
     return found
 
 
-def masks_by_stem(paths: Iterable[Path], images: dict[str, Path], *suffixes: str) -> dict[str, Path]:
-    """Mask files by the stem of their image: the same, or the same with one of `suffixes` added, in any case."""
+def pair_up(
+    images: dict[str, Path], masks: Iterable[Path], place: Path, *suffixes: str
+) -> list[tuple[str, Path, Path]]:
+    """(name, image, mask) of all files, sorted. A mask (in `place`) is called as its image, or so with a suffix added.
+
+    An image without mask, or a mask without image, is an error.
+    """
 
     def image_stem(path: Path) -> str:
         name = stem(path)
         ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
         return name if name in images else name[: len(name) - len(ending)]
 
-    return by_stem(paths, image_stem)
+    targets = by_stem(masks, image_stem)
+    check_alone(images, targets, f"has no mask in {place}", "add the masks or remove the images")
+    check_alone(targets, images, "has no image", "add the images or remove the masks")
+    return [(name, images[name], targets[name]) for name in sorted(images)]
 
 
-def pair_up(images: dict[str, Path], masks: dict[str, Path], place: Path) -> list[tuple[str, Path, Path]]:
-    """(stem, image, mask) of all files; an image without mask, or a mask (in `place`) without image, is an error."""
-    if alone := sorted(images.keys() - masks.keys()):
-        raise FileNotFoundError(
-            f"{images[alone[0]]} has no mask in {place} ({len(alone)} such): add the masks or remove the images"
-        )
-    if alone := sorted(masks.keys() - images.keys()):
-        raise FileNotFoundError(
-            f"{masks[alone[0]]} has no image ({len(alone)} such): add the images or remove the masks"
-        )
-    return [(name, images[name], masks[name]) for name in sorted(images)]
+def check_alone(files: dict[str, Path], others: Iterable[str], trouble: str, fix: str) -> None:
+    """Refuse files whose names are not among the `others`."""
+    if alone := sorted(files.keys() - set(others)):
+        raise FileNotFoundError(f"{files[alone[0]]} {trouble} ({len(alone)} such): {fix}")
 
 
 def read_rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a csv file, blanks around names and values removed."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(stream, strict=True)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} cannot be read as a table ({error}): save it as CSV in UTF-8") from error
-    lines = [line for line in lines if any(line)]
-    columns = lines[0] if lines else []
-    return columns, [dict(zip(columns, line, strict=False)) for line in lines[1:]]
+    with (
+        named(table, "read as a table", UnicodeDecodeError, csv.Error, fix="save it as CSV in UTF-8"),
+        table.open(newline="", encoding="utf-8-sig") as stream,
+    ):
+        lines = [[cell.strip() for cell in line] for line in csv.reader(stream, strict=True)]
+    columns, *lines = [line for line in lines if any(line)] or [[]]
+    return columns, [dict(zip(columns, line, strict=False)) for line in lines]
 
 
 def positive(text: str, column: str, place: str) -> float:

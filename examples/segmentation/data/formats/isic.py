@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from segmentation.data.formats.files import IMAGES, by_stem, files_in, masks_by_stem, pair_up, stem, subfolder
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, stem, subfolder
 from segmentation.data.item import Item, read_pair
 from segmentation.tasks import Task
 
-
-class Year(NamedTuple):
-    """How a challenge named its folders, with {} for the name of a set, and the side that each set is for."""
-
-    images: str
-    masks: str
-    sides: dict[str, str]
-
-
-YEARS = {
-    2016: Year(
-        "ISBI2016_ISIC_Part1_{}_Data",
-        "ISBI2016_ISIC_Part1_{}_GroundTruth",
-        {"Training": "train", "Test": "test"},
-    ),
-    2017: Year(
-        "ISIC-2017_{}_Data",
-        "ISIC-2017_{}_Part1_GroundTruth",
-        {"Training": "train", "Validation": "val", "Test_v2": "test"},
-    ),
-    2018: Year(
-        "ISIC2018_Task1-2_{}_Input",
-        "ISIC2018_Task1_{}_GroundTruth",
-        {"Training": "train", "Validation": "val", "Test": "test"},
-    ),
+YEARS = {  # the folders of images and of masks, with {} for the name of a set
+    2016: ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth"),
+    2017: ("ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth"),
+    2018: ("ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth"),
 }
+SIDES = {"Training": "train", "Validation": "val", "Test": "test", "Test_v2": "test"}  # by the sets' names of all years
 DESCRIPTION = "ISIC 2016, 2017 or 2018, task 1: the official folders, e.g. " + " and ".join(
-    name.format("Training") for name in YEARS[2017][:2]
+    name.format("Training") for name in YEARS[2017]
 )
 
 
@@ -56,32 +34,26 @@ def items(task: Task, folder: Path) -> list[Item]:
             f"{folder} holds the folders of ISIC {' and '.join(map(str, years))}, which share images: "
             "give a folder with those of one year"
         )
-    year = YEARS[years[0]]
-    divided = subfolder(folder, year.images.format("Training")) is not None
+    [(year, sets)] = years.items()
     found = []
-    for name, side in year.sides.items():
-        images = subfolder(folder, year.images.format(name))
-        if images is None:
-            continue
-        masks = subfolder(folder, year.masks.format(name))
+    for name, images in sets.items():
+        masks = subfolder(folder, YEARS[year][1].format(name))
         if masks is None:
             raise FileNotFoundError(
-                f"{images} has no {year.masks.format(name)} beside it: add the masks or remove the images"
+                f"{images} has no {YEARS[year][1].format(name)} beside it: add the masks or remove the images"
             )
         files = files_in(images, IMAGES)
         pictures = by_stem(path for path in files if not stem(path).lower().endswith("_superpixels"))
-        pairs = pair_up(pictures, masks_by_stem(files_in(masks, IMAGES), pictures, "_segmentation"), masks)
-        found += [
-            Item(key, key, partial(read_pair, task, *pair), split=side if divided else "", files=tuple(pair))
-            for key, *pair in pairs
-        ]
+        side = SIDES[name] if "Training" in sets else ""
+        pairs = pair_up(pictures, files_in(masks, IMAGES), masks, "_segmentation")
+        found += [Item.of_files(read_pair, task, *pair, split=side) for pair in pairs]
     return found
 
 
-def _years(folder: Path) -> list[int]:
-    """The challenges that a folder has images of."""
-    return [
-        number
-        for number, year in YEARS.items()
-        if any(subfolder(folder, year.images.format(name)) for name in year.sides)
-    ]
+def _years(folder: Path) -> dict[int, dict[str, Path]]:
+    """The challenges that a folder has images of: the folder of each set, by its name."""
+    found = {
+        year: {name: place for name in SIDES if (place := subfolder(folder, images.format(name)))}
+        for year, (images, _) in YEARS.items()
+    }
+    return {year: sets for year, sets in found.items() if sets}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,11 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from segmentation.data.formats.files import by_stem, files_in
-from segmentation.data.formats.voxels import Voxels, number, presets, slice_items, to_pixels, to_values
-from segmentation.data.item import Item, Pixels
+from segmentation.data.formats.voxels import Voxels, classes_of, slice_items
+from segmentation.data.item import Item, Pixels, check_values, named, to_pixels, to_values
 from segmentation.tasks import Task
 
 DESCRIPTION = "MyoSegmenTUM: a folder of NN.mat with I and GT"
-KNOWN = range(6)
 
 # Its labels count from the top: 1 is L1.
 CLASSES: dict[str, Voxels] = {
@@ -33,30 +31,23 @@ def items(task: Task, folder: Path) -> list[Item]:
 
     Every file is a subject. The files do not say how large their pixels are.
     """
-    classes = partial(number, ranges=presets(task, CLASSES, folder))
+    classes = classes_of(task, CLASSES, folder)
     found = []
     for name, path in by_stem(files_in(folder, (".mat",))).items():
-        found += slice_items(task, name, name, (path,), read_matlab(path)[1], classes, read_matlab)
+        found += slice_items(task, name, (path,), read_matlab, read_matlab(path)[1], classes, group=name)
     return found
 
 
 def read_matlab(path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w 1) and mask values (s h w). Some files have one more slice in GT than in I; it is left out."""
-    try:
+    with named(path, "read as a MATLAB file", Exception):  # SciPy raises whatever its parser meets in a damaged file
         content = loadmat(path, variable_names=["I", "GT"])
-    except Exception as error:  # of a damaged file SciPy raises whatever its parser meets
-        raise ValueError(f"{path} cannot be read as a MATLAB file ({error}): replace or remove it") from error
     if missing := {"I", "GT"} - content.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it needs the image I and the mask GT")
     image, mask = content["I"], content["GT"]
-    if (
-        image.ndim != 3
-        or mask.ndim != 3
-        or mask.shape[:2] != image.shape[:2]
-        or len(mask.T) - len(image.T) not in (0, 1)
-    ):
+    same = image.ndim == mask.ndim == 3 and mask.shape[:2] == image.shape[:2]
+    if not same or mask.shape[2] - image.shape[2] not in (0, 1):
         raise ValueError(f"{path} holds GT of the shape {mask.shape} for I of {image.shape}: both must be of one shape")
     values = np.moveaxis(to_values(mask, path), 2, 0)[: image.shape[2]]  # s h w
-    if odd := [value for value in np.unique(values).tolist() if value not in KNOWN]:
-        raise ValueError(f"{path} holds the value {odd[0]} in GT: 1 to 5 are L1 to L5, 0 is background")
+    check_values(values, range(6), path, " in GT: 1 to 5 are L1 to L5, 0 is background")
     return to_pixels(np.moveaxis(image, 2, 0), path)[..., None], values

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data import simpleitk as sitk
+from segmentation.data.formats import voxels
 from segmentation.data.formats.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
-from segmentation.data.formats.voxels import (
-    Voxels,
-    check_same_size,
-    is_silent,
-    number,
-    orientation,
-    presets,
-    read_header,
-    read_volume,
-    sagittal,
-    slice_items,
-    to_pixels,
-    to_values,
-)
-from segmentation.data.item import Item, Pixels
+from segmentation.data.item import Item, Pixels, check_values
 from segmentation.tasks import Task
 
 DESCRIPTION = "SPIDER: images/ and masks/ with volumes (.mha, .nii, .nii.gz) of the same names"
 WHOLE, CUT = range(1, 26), range(101, 126)  # vertebrae, and those partly outside the volume
-KNOWN = (range(1), WHOLE, range(100, 126), range(201, 226))  # background; vertebrae; canal, cut vertebrae; discs
+CANAL, DISCS = range(100, 101), range(201, 226)
 
 # Its labels count from the bottom: 1 is the lowest lumbar vertebra.
-CLASSES: dict[str, Voxels] = {
+CLASSES: dict[str, voxels.Voxels] = {
     "lumbar_spine": {f"L{6 - k}": (range(k, k + 1),) for k in (5, 4, 3, 2, 1)},
     "spine_vertebrae": {"vertebra": (WHOLE, CUT)},
-    "spine_structures": {"vertebra": (WHOLE, CUT), "canal": (range(100, 101),), "disc": (range(201, 226),)},
+    "spine_structures": {"vertebra": (WHOLE, CUT), "canal": (CANAL,), "disc": (DISCS,)},
 }
 
 
 def fits(folder: Path) -> bool:
-    return bool(files_in(subfolder(folder, "images"), VOLUMES) and files_in(subfolder(folder, "masks"), VOLUMES))
+    return all(files_in(subfolder(folder, part), VOLUMES) for part in ("images", "masks"))
 
 
 def items(task: Task, folder: Path) -> list[Item]:
@@ -50,14 +35,13 @@ def items(task: Task, folder: Path) -> list[Item]:
     The group is the patient, the number that file names begin with. Nothing is resampled: pixels are as large as the
     scanner made them, and `pixel_size` says how large.
     """
-    classes = partial(number, ranges=presets(task, CLASSES, folder))
-    masks = subfolder(folder, "masks")
-    images = by_stem(files_in(subfolder(folder, "images"), VOLUMES))
+    classes = voxels.classes_of(task, CLASSES, folder)
+    images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     found = []
-    for name, *pair in pair_up(images, by_stem(files_in(masks, VOLUMES)), masks):
-        mask = read_mask(*pair)
-        group = leading_number(pair[0])
-        found += slice_items(task, name, group, tuple(pair), mask.values, classes, read_sagittal, mask.pixel_size)
+    for name, *pair in pair_up(by_stem(files_in(images, VOLUMES)), files_in(masks, VOLUMES), masks):
+        mask, group = read_mask(*pair), leading_number(name)
+        facts = {"group": group, "pixel_size": mask.pixel_size}
+        found += voxels.slice_items(task, name, tuple(pair), read_sagittal, mask.values, classes, **facts)
     return found
 
 
@@ -72,9 +56,8 @@ class Mask(NamedTuple):
 def read_sagittal(image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w 1) and mask values (s h w) as in `Mask`."""
     mask = read_mask(image_path, mask_path)
-    voxels = sitk.GetArrayFromImage(sagittal(read_volume(image_path)))  # s h w
-    pixels = to_pixels(voxels[:, ::-1] if mask.turned else voxels, image_path)
-    return pixels[..., None], mask.values
+    pixels = voxels.read_pixels(image_path, voxels.sagittal)  # s h w
+    return (pixels[:, ::-1] if mask.turned else pixels)[..., None], mask.values
 
 
 def read_mask(image_path: Path, mask_path: Path) -> Mask:
@@ -82,37 +65,23 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
 
     Where that header is silent, up is where the numbers of the vertebrae say it is: they count from the bottom.
     """
-    header, mask = read_header(image_path), read_volume(mask_path)
-    check_same_size(header, image_path, mask, mask_path)
-    if not (is_silent(mask) or is_silent(header) or orientation(mask) == orientation(header)):
+    mask, (header,) = voxels.read_mask(mask_path, image_path)
+    ways, is_silent = [voxels.orientation(volume) for volume in (mask, header)], voxels.is_silent(header)
+    if ways[0] != ways[1] and not (voxels.is_silent(mask) or is_silent):
         raise ValueError(
-            f"{mask_path} is laid {orientation(mask)} but its image {image_path} {orientation(header)}: "
-            "store both with the same axes"
+            f"{mask_path} is laid {ways[0]} but its image {image_path} {ways[1]}: store both with the same axes"
         )
     mask.SetDirection(header.GetDirection())
     mask.SetOrigin(header.GetOrigin())
-    mask.SetSpacing(header.GetSpacing())
-    laid = sagittal(mask)
-    values = to_values(sitk.GetArrayFromImage(laid), mask_path)  # s h w
-    numbers = np.unique(values)
-    if odd := [value for value in numbers.tolist() if not any(value in part for part in KNOWN)]:
-        raise ValueError(
-            f"{mask_path} holds the value {odd[0]}, which SPIDER does not use: "
-            "1 to 25 and 101 to 125 are vertebrae, 100 the canal, 201 to 225 discs"
-        )
-    turned = _counts_downwards(values, [value for value in numbers if value in WHOLE])
-    if turned and not is_silent(header):
+    values, pixel_size = voxels.to_arrays(voxels.sagittal(mask), mask_path)
+    legend = ", which SPIDER does not use: 1 to 25 and 101 to 125 are vertebrae, 100 the canal, 201 to 225 discs"
+    check_values(values, [0, *WHOLE, *CANAL, *CUT, *DISCS], mask_path, legend)
+    numbers = [number for number in np.unique(values).tolist() if number in WHOLE]
+    rows = [np.nonzero(values == number)[1].mean() for number in numbers[:1] + numbers[-1:]]
+    turned = bool(rows and rows[0] < rows[1])  # the lowest vertebra stands above the highest
+    if turned and not is_silent:
         raise ValueError(
             f"{mask_path} counts its vertebrae from the top, if the header of {image_path} is right: "
             "SPIDER counts from the bottom"
         )
-    width, height, _ = laid.GetSpacing()
-    return Mask(values[:, ::-1] if turned else values, (height, width), turned)
-
-
-def _counts_downwards(values: NDArray[np.integer], numbers: list[int]) -> bool:
-    """Whether the lowest of the `numbers` of mask values (s h w) stands above the highest."""
-    if len(numbers) < 2:
-        return False
-    lowest, highest = (np.nonzero(values == value)[1].mean() for value in (numbers[0], numbers[-1]))
-    return bool(lowest < highest)
+    return Mask(values[:, ::-1] if turned else values, pixel_size, turned)

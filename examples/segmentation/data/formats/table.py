@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from segmentation.data.formats.files import positive, read_rows
@@ -11,6 +10,7 @@ from segmentation.tasks import Task
 
 DESCRIPTION = "images/, masks/<id>.png and items.csv with the columns id, file, group (and split, pixel_size_mm, hc_mm)"
 COLUMNS = ("id", "file", "group")
+LENGTHS = ("pixel_size_mm", "resized_pixel_size_mm", "hc_mm")
 
 
 def fits(folder: Path) -> bool:
@@ -35,22 +35,12 @@ def items(task: Task, folder: Path) -> list[Item]:
 def _item(task: Task, folder: Path, row: dict[str, str], place: str) -> Item:
     if empty := [column for column in COLUMNS if not row.get(column)]:
         raise ValueError(f"{place}: {empty[0]} is empty; every image needs an id, a file and a group")
-    image, mask = folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"
-    for path in (image, mask):
-        if not path.is_file():
-            raise FileNotFoundError(f"{place}: {path} does not exist; add the file or remove the line")
-    lengths = {
-        column: positive(row[column], column, place)
-        for column in ("pixel_size_mm", "resized_pixel_size_mm", "hc_mm")
-        if row.get(column)
-    }
+    files = folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"
+    if missing := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"{place}: {missing[0]} does not exist; add the file or remove the line")
+    lengths = {column: positive(row[column], column, place) for column in LENGTHS if row.get(column)}
     pixel = lengths.get("resized_pixel_size_mm", lengths.get("pixel_size_mm"))
-    return Item(
-        row["id"],
-        row["group"],
-        partial(read_pair, task, image, mask),
-        split=row.get("split", ""),
-        files=(image, mask),
-        pixel_size=None if pixel is None else (pixel, pixel),
-        circumference=lengths.get("hc_mm"),
+    facts = {"split": row.get("split", ""), "circumference": lengths.get("hc_mm")}
+    return Item.of_files(
+        read_pair, task, row["id"], *files, group=row["group"], pixel_size=pixel and (pixel, pixel), **facts
     )

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data import simpleitk as sitk
-from segmentation.data.item import Item, Pixels
+from segmentation.data import simpleitk
+from segmentation.data.item import Item, Pixels, check_sizes, named, to_pixels, to_values
 from segmentation.tasks import Task
 
 CHUNK = 1 << 22  # bytes
@@ -26,55 +25,26 @@ _reading = Lock()
 
 
 def slice_items(
-    task: Task,
-    name: str,
-    group: str,
-    files: tuple[Path, ...],
-    values: NDArray[np.integer],
-    classes: Classes,
-    loader: Loader,
-    pixel_size: tuple[float, float] | None = None,
+    task: Task, name: str, files: tuple[Path, ...], loader: Loader, values: NDArray, classes: Classes, **facts: object
 ) -> list[Item]:
     """An item `<name>_<slice>` for each slice of mask values (s h w) that holds a class; `loader` reads it later."""
     return [
-        Item(
-            f"{name}_{index:03d}",
-            group,
-            partial(read_slice, task.in_channels, loader, files, index, classes),
-            files=files,
-            pixel_size=pixel_size,
-        )
+        Item.of_files(partial(read_slice, loader, classes, index), task, f"{name}_{index:03d}", *files, **facts)
         for index in np.flatnonzero(classes(values).any(axis=(1, 2))).tolist()
     ]
 
 
-def presets(task: Task, known: dict[str, Voxels], folder: Path) -> Voxels:
-    """The voxel values of the task's classes."""
-    if task.name not in known:
-        raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
-    return known[task.name]
-
-
-def number(values: NDArray[np.integer], ranges: Voxels) -> NDArray[np.uint8]:
-    """Class numbers 1, 2, ... of voxel values; what belongs to no class is background."""
-    classes = np.zeros(values.shape, np.uint8)
-    for k, parts in enumerate(ranges.values(), start=1):
-        for part in parts:
-            classes[(values >= part.start) & (values < part.stop)] = k
-    return classes
-
-
 def read_slice(
-    channels: int, loader: Loader, files: tuple[Path, ...], index: int, classes: Classes
+    loader: Loader, classes: Classes, index: int, task: Task, *files: Path
 ) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Slice `index` of what `loader(*files)` gives: image (h w channels), and class numbers (h w) of its mask values.
+    """Slice `index` of what `loader(*files)` gives: image (h w c), and class numbers (h w) of its mask values.
 
-    A grey volume gives equal channels.
+    A grey volume gives as many equal channels as the task has.
     """
     with _reading:  # threads that want slices of one volume wait for it, instead of each reading it
         image, values = _load(loader, files)
     image = image[index]  # h w c
-    return image.repeat(channels // image.shape[2], axis=2), classes(values[index])
+    return image.repeat(task.in_channels // image.shape[2], axis=2), classes(values[index])
 
 
 @lru_cache(maxsize=4)
@@ -82,12 +52,27 @@ def _load(loader: Loader, files: tuple[Path, ...]) -> tuple[Pixels, NDArray[np.i
     return loader(*files)
 
 
-def read_header(path: Path) -> sitk.ImageFileReader:
+def classes_of(task: Task, known: dict[str, Voxels], folder: Path) -> Classes:
+    """What turns voxel values into the task's classes 1, 2, ...; what belongs to no class is background."""
+    if task.name not in known:
+        raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
+    return partial(_number, tuple(known[task.name].values()))
+
+
+def _number(ranges: tuple[tuple[range, ...], ...], values: NDArray[np.integer]) -> NDArray[np.uint8]:
+    classes = np.zeros(values.shape, np.uint8)
+    for number, part in ((k, part) for k, parts in enumerate(ranges, start=1) for part in parts):
+        classes[(values >= part.start) & (values < part.stop)] = number
+    return classes
+
+
+def read_header(path: Path) -> simpleitk.ImageFileReader:
     """Size, spacing and direction of a volume of three dimensions, without its voxels."""
-    reader = sitk.ImageFileReader()
+    reader = simpleitk.ImageFileReader()
     reader.SetFileName(str(path))
-    _attempt(path, reader.ReadImageInformation)
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+    with named(path, "read as a volume", RuntimeError):
+        reader.ReadImageInformation()
+    if (reader.GetDimension(), reader.GetNumberOfComponents()) != (3, 1):
         raise ValueError(
             f"{path} has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} value(s) a voxel: "
             "save it as a volume of three dimensions with one value a voxel"
@@ -98,96 +83,76 @@ def read_header(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
-def read_volume(path: Path) -> sitk.Image:
+def read_volume(path: Path) -> simpleitk.Image:
     """A volume, all of it: SimpleITK itself fills what a damaged or half-copied file lacks with zeros."""
-    reader = read_header(path)
-    if path.name.lower().endswith(".mha"):
-        image = _attempt(path, reader.Execute)
-        _check_mha(path, sitk.GetArrayViewFromImage(image).nbytes)
-        return image
-    _check_nifti(path, reader)
-    return _attempt(path, reader.Execute)
+    reader, is_mha = read_header(path), path.name.lower().endswith(".mha")
+    if not is_mha:
+        _check_nifti(path, reader)
+    with named(path, "read as a volume", RuntimeError):
+        image = reader.Execute()
+    if is_mha:
+        _check_mha(path, simpleitk.GetArrayViewFromImage(image).nbytes)
+    return image
 
 
-def check_same_size(image: sitk.ImageFileReader, image_path: Path, mask: sitk.Image, mask_path: Path) -> None:
-    """Refuse a mask of another size than its image."""
-    if image.GetSize() != mask.GetSize():
-        sizes = ["x".join(map(str, volume.GetSize())) for volume in (mask, image)]
-        raise ValueError(
-            f"{mask_path} is {sizes[0]} but its image {image_path} is {sizes[1]}: both must be of one size"
-        )
+def read_mask(path: Path, *image_paths: Path) -> tuple[simpleitk.Image, list[simpleitk.ImageFileReader]]:
+    """A mask with the spacing of its images, and their headers; it must be of their size."""
+    mask, headers = read_volume(path), [read_header(image) for image in image_paths]
+    for header, image in zip(headers, image_paths, strict=True):
+        check_sizes(header.GetSize(), image, mask.GetSize(), path)
+        mask.SetSpacing(header.GetSpacing())
+    return mask, headers
 
 
-def slice_axis(size: tuple[int, ...], spacing: tuple[float, ...]) -> int:
-    """The axis from slice to slice: one that is flat, else that of the largest spacing, else the shortest."""
-    return max(range(3), key=lambda axis: (size[axis] == 1, round(spacing[axis], 3), -size[axis], axis))
+def to_arrays(laid: simpleitk.Image, path: Path) -> tuple[NDArray[np.integer], tuple[float, float]]:
+    """Mask values (s h w) of a volume laid in slices, and the size of a pixel in mm, (row to row, column to column)."""
+    return to_values(simpleitk.GetArrayFromImage(laid), path), laid.GetSpacing()[1::-1]
 
 
-def as_stored(image: sitk.Image) -> sitk.Image:
-    """The volume with its slices along the last axis, its rows and columns as the file has them."""
-    across = slice_axis(image.GetSize(), image.GetSpacing())
-    return sitk.PermuteAxes(image, [*(axis for axis in range(3) if axis != across), across])
+def as_stored(image: simpleitk.Image) -> simpleitk.Image:
+    """The volume with its slices along the last axis, its rows and columns as the file has them.
+
+    The axis from slice to slice is one that is flat, else that of the largest spacing, else the shortest.
+    """
+    size, spacing = image.GetSize(), image.GetSpacing()
+    across = max(range(3), key=lambda axis: (size[axis] == 1, round(spacing[axis], 3), -size[axis], axis))
+    return simpleitk.PermuteAxes(image, [*(axis for axis in range(3) if axis != across), across])
 
 
-def is_silent(volume: sitk.Image | sitk.ImageFileReader) -> bool:
+def is_silent(volume: simpleitk.Image | simpleitk.ImageFileReader) -> bool:
     """Whether a header has the direction and origin that programs write when they know of none."""
     return tuple(volume.GetDirection()) == (1, 0, 0, 0, 1, 0, 0, 0, 1) and not any(volume.GetOrigin())
 
 
-def orientation(volume: sitk.Image | sitk.ImageFileReader) -> str:
+def orientation(volume: simpleitk.Image | simpleitk.ImageFileReader) -> str:
     """Where the three axes of a volume point, e.g. "LPS": to the left, the back and the head."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
+    return simpleitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
 
 
-def sagittal(volume: sitk.Image) -> sitk.Image:
+def sagittal(volume: simpleitk.Image) -> simpleitk.Image:
     """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
     if is_silent(volume):
         return as_stored(volume)
     side = next(letter for letter in orientation(volume) if letter in "LR")
-    return sitk.DICOMOrient(volume, f"PI{side}")
+    return simpleitk.DICOMOrient(volume, f"PI{side}")
 
 
-def to_pixels(values: NDArray, path: Path) -> Pixels:
-    """Voxels in their own depth: 8 or 16 bits where their values allow it, else float32."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind in "ui" and values.min() >= 0 and values.max() <= 65535:
-        return values.astype(np.uint16)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path} holds values that are not finite: replace or remove it")
-    return values.astype(np.float32)
+def read_pixels(path: Path, lay: Callable[[simpleitk.Image], simpleitk.Image]) -> Pixels:
+    """The voxels of a volume (s h w), laid in slices by `sagittal` or `as_stored`."""
+    return to_pixels(simpleitk.GetArrayFromImage(lay(read_volume(path))), path)
 
 
-def to_values(values: NDArray, path: Path) -> NDArray[np.integer]:
-    """Mask values of voxels; whole numbers may be stored as fractions."""
-    if values.dtype.kind in "ui":
-        return values
-    if not (values == values.round()).all():
-        raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one a class")
-    return values.astype(np.int32)
-
-
-def _attempt(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read()` gives, with an error that names the file."""
-    try:
-        return read()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} cannot be read as a volume ({reason}): replace or remove it") from error
-
-
-def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
+def _check_nifti(path: Path, reader: simpleitk.ImageFileReader) -> None:
     """Refuse a file that ends before its last voxel, or that does not unpack as it was packed."""
     voxels = int(np.prod(reader.GetSize())) * int(reader.GetMetaData("bitpix")) // 8
-    start = int(float(reader.GetMetaData("vox_offset")))
-    packed = path.name.lower().endswith(".gz")
-    try:
-        with gzip.open(path) if packed else path.open("rb") as stream:
-            length = sum(map(len, iter(partial(stream.read, CHUNK), b"")))
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}): replace or remove it") from error
-    if length < start + voxels:
-        raise ValueError(f"{path} ends after {length} of {start + voxels} bytes: replace or remove it")
+    needed = int(float(reader.GetMetaData("vox_offset"))) + voxels
+    with (
+        named(path, "unpacked", OSError, EOFError, zlib.error),
+        gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream,
+    ):
+        length = sum(map(len, iter(partial(stream.read, CHUNK), b"")))
+    if length < needed:
+        raise ValueError(f"{path} ends after {length} of {needed} bytes: replace or remove it")
 
 
 def _check_mha(path: Path, voxels: int) -> None:
@@ -201,9 +166,7 @@ def _check_mha(path: Path, voxels: int) -> None:
         stream.seek(start.end())
         packed = stream.read(int(size[1]) if size else -1)
     unpack = zlib.decompressobj()
-    try:
+    with named(path, "unpacked", zlib.error):
         length = len(unpack.decompress(packed))
-    except zlib.error as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}): replace or remove it") from error
     if not unpack.eof or length < voxels:
         raise ValueError(f"{path} unpacks to {length} of {voxels} bytes: replace or remove it")
