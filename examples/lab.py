@@ -22,6 +22,7 @@ from typing import Any
 
 import jsonargparse
 import lightning
+import pandas as pd
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -66,8 +67,7 @@ FIXED = {
     "overfit_batches": 0.0,
 }
 # What a resumed run may change: how long and where it trains, not what is trained on which images.
-FREE_ON_RESUME = ("trainer", "data.num_workers", "data.split", "data.side", "model.flips", "model.window")
-FREE_ON_RESUME += tuple(f"trainer.{name}" for name in TRAINER_DEFAULTS)
+FREE_ON_RESUME = {"data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
 # Remarks of Lightning that are answered here: images are in memory, and repeated images are counted once.
 REMARKS = (
     "does not have many workers",
@@ -302,7 +302,7 @@ class Lab(LightningCLI):
                 **provenance(),
             },
         )
-        draw_history(run / "curves.png", rows)
+        draw_history(run / "curves.png", pd.DataFrame(rows))
         cases = []
         for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
             image, truth = item.read()
@@ -361,8 +361,19 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
         logging.getLogger(name).setLevel(logging.WARNING)
     for remark in REMARKS:
         warnings.filterwarnings("ignore", f".*{remark}")
+    if args in ([], ["-h"], ["--help"]):
+        say(str(__doc__).strip())
+        return {}
     if args[:1] == ["compare"]:
-        return jsonargparse.auto_cli(compare, args=args[1:], prog="lab.py compare")
+        parser = jsonargparse.ArgumentParser(prog="lab.py compare", description="Compare the scores of runs.")
+        parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
+        parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+        parser.add_argument("--on", default="test", help="the folder inside each run that its scores are in")
+        parser.add_argument("--baseline", type=str | None, help="what the others are set against (default: unet)")
+        settings = parser.parse_args(args[1:])
+        results = compare(**settings.as_dict())
+        say(f"report in {settings.out / 'report.html'}")
+        return results
     return Lab(
         Segmentation,
         SegmentationData,

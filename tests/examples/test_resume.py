@@ -13,14 +13,15 @@ import pytest
 import torch
 
 FLAGS = [
-    "--task=isic2017", "--model=km_unet_tiny", '--model-args={"drop_path": 0.2}', "--epochs=4", "--image-size=32",
-    "--batch-size=6", "--limit=30", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    "--data.task=isic2017", "--model.network=km_unet_tiny", "--model.model_args={drop_path: 0.2}",
+    "--trainer.max_epochs=4", "--data.image_size=32", "--data.batch_size=6", "--data.limit=30",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
 # Ends the process right after a row of history.csv is written: that epoch's checkpoint is not there yet.
 DRIVER = """
 import os, signal, sys
-import torch, train
+import lab, torch
 from segmentation.callbacks import History
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
@@ -31,12 +32,12 @@ def write_and_stop(self):
     if len(self.rows) == int(epoch):
         os.kill(os.getpid(), int(sign))
 History.write = write_and_stop
-train.main(argv)
+lab.main(["fit", *argv])
 """
 
 
 def start(examples: Path, out: Path, *flags: str, stop_after: int = 0, by: int = 0) -> subprocess.CompletedProcess:
-    return python(examples, DRIVER, str(stop_after), str(int(by)), f"--out={out}", *FLAGS, *flags)
+    return python(examples, DRIVER, str(stop_after), str(int(by)), f"--run={out}", *FLAGS, *flags)
 
 
 def python(examples: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -54,8 +55,7 @@ def test_stopped_killed_and_damaged_equals_uninterrupted(examples, tmp_path):
     interrupted = start(examples, broken, stop_after=2, by=signal.SIGINT)
     assert interrupted.returncode == 130, interrupted.stderr
     assert "Go on with:" in interrupted.stdout
-    assert f"--out={broken}" in interrupted.stdout
-    assert interrupted.stdout.rstrip().endswith("--resume")
+    assert interrupted.stdout.rstrip().endswith(f"lab.py fit --run {broken} --resume")
 
     killed = start(examples, broken, "--resume", stop_after=4, by=signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -81,8 +81,8 @@ def test_stopped_killed_and_damaged_equals_uninterrupted(examples, tmp_path):
 def test_worker_processes_go_on_with_the_epoch_that_was_reached(examples, tmp_path):
     """They draw their first batches before Lightning tells them the epoch."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert start(examples, unbroken, "--epochs=2").returncode == 0
-    flags = ["--epochs=2", "--num-workers=1", "--resume"]
+    assert start(examples, unbroken, "--trainer.max_epochs=2").returncode == 0
+    flags = ["--trainer.max_epochs=2", "--data.num_workers=1", "--resume"]
     assert start(examples, broken, *flags, stop_after=2, by=signal.SIGKILL).returncode == -signal.SIGKILL
     assert start(examples, broken, *flags).returncode == 0
     assert_same_run(unbroken, broken)
@@ -91,7 +91,7 @@ def test_worker_processes_go_on_with_the_epoch_that_was_reached(examples, tmp_pa
 # One process imports everything; its children train, and are killed at moments drawn at random.
 KILLER = """
 import os, random, signal, sys, time
-import torch, train
+import lab, torch
 torch.set_num_threads(1)
 kills, history, *argv = sys.argv[1:]
 draw = random.Random(0)
@@ -103,7 +103,7 @@ def start():
         return child
     status = 1
     try:
-        train.main(argv)
+        lab.main(["fit", *argv])
         status = 0
     finally:
         os._exit(status)
@@ -124,11 +124,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 def test_killed_ten_times_at_random_moments(examples, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for out, kills in ((unbroken, 0), (broken, 10)):
-        flags = [f"--out={out}", *FLAGS, "--epochs=40", "--limit=9", "--batch-size=3", "--resume"]
+        flags = [f"--run={out}", *FLAGS, "--trainer.max_epochs=40", "--data.limit=9", "--data.batch_size=3", "--resume"]
         done = python(examples, KILLER, str(kills), str(out / "history.csv"), *flags)
         assert done.returncode == 0, done.stderr
     assert_same_run(unbroken, broken)
-    assert not list(broken.rglob("*.part"))
+    assert not list(broken.rglob(".part-*"))
 
 
 def assert_same_run(unbroken: Path, broken: Path) -> None:

@@ -111,8 +111,7 @@ class SegmentationData(lightning.LightningDataModule):
         seed: seed of order and augmentation.
         augment: whether training images are augmented.
         num_workers: processes that augment images.
-        side: the images of `test`: one side of the split, or all.
-        inputs: images, volumes and folders of them, for `predict`.
+        side: the images of a test: one side of the split, or all (default: test, or all of other data without a split).
     """
 
     items: list[Item]  # all with their sides, after setup("fit")
@@ -120,7 +119,8 @@ class SegmentationData(lightning.LightningDataModule):
     val_set: ImageSet
     test_items: list[Item]  # those that training never touches; after setup("test") those of `side`
     table: splits.Table  # what `splits.write_split` writes
-    first_epoch = 0  # the one that training begins with, more than 0 where it is continued
+    first_epoch = 0  # the one that training begins with, more than 0 where it is resumed
+    inputs: Sequence[Path] = ()  # images, volumes and folders of them, to predict
 
     def __init__(
         self,
@@ -137,8 +137,7 @@ class SegmentationData(lightning.LightningDataModule):
         seed: int = 0,
         augment: bool = True,
         num_workers: int = 0,
-        side: Literal["test", "val", "train", "all"] = "test",
-        inputs: list[Path] | None = None,
+        side: Literal["test", "val", "train", "all"] | None = None,
     ) -> None:
         super().__init__()
         if image_size < 32:
@@ -147,14 +146,9 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.batch_size {batch_size} must be at least 1")
         splits.check_fractions(val_fraction, test_fraction)
         self.task, self.folder, self.image_size, self.batch_size = get_task(task), folder, image_size, batch_size
-        self.fractions, self.limit, self.split, self.split_seed = (
-            (val_fraction, test_fraction),
-            limit,
-            split,
-            split_seed,
-        )
-        self.seed, self.augment, self.num_workers = seed, augment, num_workers
-        self.side, self.inputs, self._done = side, inputs, set[str]()
+        self.fractions, self.limit, self.split, self.split_seed = (val_fraction, test_fraction), limit, split, split_seed
+        self.seed, self.augment, self.num_workers, self.side = seed, augment, num_workers, side or "test"
+        self._done: set[str] = set()
 
     def setup(self, stage: str) -> None:
         """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
@@ -189,7 +183,7 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")
 
     def _setup_predict(self) -> None:
-        self._files = list_files(self.inputs or ())
+        self._files = list_files(self.inputs)
 
     def _find(self) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
@@ -209,6 +203,12 @@ class SegmentationData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Items and paths stay as they are: only what is read from them goes to the device."""
+        if isinstance(batch, Item | Path):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def test_dataloader(self) -> DataLoader:
         """The items of `side` one by one, to be read by whoever gets them."""

@@ -1,0 +1,322 @@
+"""The lab's commands end to end, on the demo and on folders: every file, the same scores by every way, every refusal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from PIL import Image
+
+import lab
+import quickstart
+from kan_mamba_layers import from_pretrained
+from segmentation.data.demo import draw
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.formats import find_items
+from segmentation.data.item import read_values, to_classes
+from segmentation.data.split import read_split, split_hash
+from segmentation.module import Segmentation
+from segmentation.runs import read_config
+from segmentation.scores import score_image
+from segmentation.tasks import get_task
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+SMALL = ["--data.image_size=32", "--data.limit=30", "--trainer.max_epochs=1"]
+
+
+def fit(run: Path, task: str = "isic2017", network: str = "unet", *more: str) -> dict:
+    """What metrics.json says of a training."""
+    lab.main(["fit", f"--run={run}", f"--data.task={task}", f"--model.network={network}", *SMALL, *QUIET, *more])
+    return json.loads((run / "metrics.json").read_text())
+
+
+def score(run: Path, *more: str) -> dict:
+    return lab.main(["test", f"--run={run}", *QUIET, *more]).writer.scores
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(newline="")))
+
+
+def flat(printed: str) -> str:
+    return printed.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run on the demo of the spine."""
+    run = tmp_path_factory.mktemp("trained") / "spine"
+    fit(run, "lumbar_spine", "km_unet_pp_tiny", "--model.model_args.use_kan=false", "--trainer.max_epochs=3")
+    return run
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_fit_leaves_every_file(trained):
+    facts = json.loads((trained / "metrics.json").read_text())
+    assert facts["model_args"] == read_config(trained)["model"]["model_args"] == {"use_kan": False}
+    assert (facts["epochs"], facts["steps"], facts["seed"]) == (3, 6, 0)
+    assert facts["images"] == {"train": 18, "val": 6, "test": 6}
+    assert facts["subjects"] == {"train": 6, "val": 2, "test": 2}
+    assert facts["split_sha256"] == split_hash(read_split(trained / "split.json"))
+    assert list(facts["metrics"]["classes"]) == ["L1", "L2", "L3", "L4", "L5"]
+    assert facts["versions"]["torch"] == torch.__version__
+    rows = rows_of(trained / "history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    for column in ("train/loss", "train/iou", "val/loss", "val/iou", "val/dice"):
+        assert all(math.isfinite(float(row[column])) for row in rows)
+    best = max(rows, key=lambda row: float(row["val/dice"]))
+    assert facts["best_epoch"] == int(best["epoch"])
+    for name in ("iou", "dice"):
+        assert facts["metrics"]["per_image"][name]["mean"] == pytest.approx(float(best[f"val/{name}"]), abs=1e-6)
+    assert all(min(Image.open(trained / picture).size) > 200 for picture in ("curves.png", "cases.png"))
+    assert any((trained / "tensorboard").glob("events.out.tfevents.*"))
+    weights = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    network = from_pretrained(trained / "model")
+    assert all(torch.equal(value, weights[f"network.{name}"]) for name, value in network.state_dict().items())
+
+
+def test_fit_test_and_the_written_masks_agree(copied, capsys):
+    """The demo's images are as large as the network's, so validation sees what a test sees."""
+    scores = score(copied, "--data.side=val")
+    facts = json.loads((copied / "metrics.json").read_text())
+    for part in ("iou", "dice", "f1"):
+        assert scores["per_image"][part] == pytest.approx(facts["metrics"]["per_image"][part], abs=1e-6)
+    assert scores["classes"] == facts["metrics"]["classes"]
+    printed = capsys.readouterr().out
+    for text in ("mean per image (sd)", "pooled over pixels", "HD95 (px)", "surface Dice (2 px)", "L5 Dice"):
+        assert text in flat(printed), text
+    assert json.loads((copied / "val" / "scores.json").read_text()) == scores
+    assert (scores["data"], scores["side"], scores["checkpoint"], scores["images"]) == ("demo", "val", "best.ckpt", 6)
+    task, table = get_task("lumbar_spine"), read_split(copied / "split.json")
+    rows = rows_of(copied / "val" / "images.csv")
+    assert [row["id"] for row in rows] == [name for name, row in table.items() if row["split"] == "val"]
+    items = {item.id: item for item in lab.SegmentationData("lumbar_spine", image_size=32)._find()}
+    for row in rows:
+        path = copied / "val" / "masks" / f"{row['id']}.png"
+        found = to_classes(read_values(path), task.labels, path)
+        again = score_image(task, items[row["id"]], found, items[row["id"]].read()[1])
+        for name, value in again.items():
+            if isinstance(value, float):
+                assert float(row[name]) == pytest.approx(value, abs=1e-6), name
+    assert min(Image.open(copied / "val" / "cases.png").size) > 200
+
+
+def test_sides_windows_and_checkpoints_have_folders_of_their_own(copied):
+    scores = score(copied)
+    assert score(copied, "--data.side=all", "--model.window=true")["images"] == 30
+    assert (copied / "all-window" / "scores.json").is_file()
+    shutil.copy(copied / "checkpoints" / "best.ckpt", copied / "checkpoints" / "last.ckpt")
+    last = score(copied / "checkpoints" / "last.ckpt")
+    assert last == {**scores, "checkpoint": "last.ckpt"}
+    assert json.loads((copied / "test-last" / "scores.json").read_text()) == last
+    with pytest.raises(ValueError, match="flips cannot be averaged for lumbar_spine"):
+        score(copied, "--model.flips=true")
+    best = copied / "checkpoints" / "best.ckpt"
+    torch.save({"state_dict": Segmentation("lumbar_spine", "unet").state_dict(), "epoch": 0}, best)
+    with pytest.raises(ValueError, match=r"best\.ckpt' does not fit the network of .*km_unet_pp_tiny, {'use_kan': F"):
+        score(copied)
+
+
+def test_a_config_file_repeats_a_run(tmp_path):
+    first = fit(tmp_path / "first", "isic2017", "unet", "--model.ema_decay=null", "--seed_everything=3")
+    config = tmp_path / "first" / "config.yaml"
+    lab.main(["fit", f"--config={config}", f"--run={tmp_path / 'again'}"])
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["metrics"] == first["metrics"]
+    other = fit(tmp_path / "other", "isic2017", "unet", "--model.ema_decay=null", "--data.num_workers=2")
+    assert other["metrics"] != first["metrics"]  # another seed
+    same = fit(tmp_path / "same", "isic2017", "unet", "--model.ema_decay=null")
+    assert same["metrics"] == other["metrics"]  # whatever number of workers
+
+
+def test_what_a_resumed_run_may_change(copied, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: add --resume to continue that run, or give another --run"):
+        fit(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.lr is 0\.1, but the run in .* was started with 0\.004: resume with"):
+        lab.main(["fit", f"--run={copied}", "--resume", "--model.lr=0.1"])
+    shutil.rmtree(copied / "checkpoints")
+    before = json.loads((copied / "metrics.json").read_text())
+    capsys.readouterr()
+    lab.main(["fit", f"--run={copied}", "--resume"])
+    assert "resuming from" not in capsys.readouterr().out  # but started afresh
+    again = json.loads((copied / "metrics.json").read_text())
+    for name in ("metrics", "split_sha256", "epochs"):
+        assert again[name] == before[name]
+    lab.main(["fit", f"--run={copied}", "--resume", "--trainer.max_epochs=4"])
+    assert json.loads((copied / "metrics.json").read_text())["epochs"] == 4
+
+
+def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
+    flags = ["--trainer.callbacks=segmentation.callbacks.Patience", "--trainer.callbacks.epochs=1", "--model.lr=1e-12"]
+    first = fit(tmp_path / "run", "isic2017", "unet", *flags, "--trainer.max_epochs=9")
+    assert first["epochs"] < 9
+    lab.main(["fit", f"--run={tmp_path / 'run'}", "--resume"])
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {**again, "command": ""} == {**first, "command": ""}
+
+
+@pytest.mark.parametrize(("steps", "more", "expected"), [(4, [], 6), (3, ["--trainer.accumulate_grad_batches=2"], 4)])
+def test_steps_come_in_whole_epochs_and_the_learning_rate_falls_to_the_last(tmp_path, steps, more, expected):
+    facts = fit(tmp_path, "isic2017", "unet", "--data.batch_size=6", f"--trainer.max_steps={steps}", *more)
+    assert (facts["steps"], facts["epochs"]) == (expected, 2)  # an epoch has three batches
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_would_skip_validations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.limit_val_batches 3.* would skip validations: leave it out"):
+        fit(tmp_path, "isic2017", "unet", "--trainer.limit_val_batches=3")
+
+
+def test_bfloat16_and_worker_processes(tmp_path):
+    facts = fit(tmp_path, "fetal_head", "unet_pp", "--trainer.precision=bf16-mixed", "--data.num_workers=1")
+    assert math.isfinite(facts["metrics"]["per_image"]["iou"]["mean"])
+
+
+def test_images_of_ones_own(tmp_path, folder, capsys):
+    """Train, score, find damaged and changed files, and score other folders, moved, enlarged or unknown."""
+    data, run = folder("fetal_head", number=15, size=(40, 56)), tmp_path / "run"
+    facts = fit(run, "fetal_head", "unet", f"--data.folder={data}", "--data.val_fraction=0.2", "--data.test_fraction=0.4")
+    assert (facts["data"], facts["images"]) == ("data", {"train": 6, "val": 3, "test": 6})
+    scores = score(run, "--model.flips=true")
+    assert (scores["images"], scores["unreadable"], scores["options"]) == (6, 0, ["flips"])
+    moved, enlarged = (Path(shutil.copytree(data, tmp_path / name)) for name in ("moved", "enlarged"))
+    for path in enlarged.glob("*/*.png"):
+        Image.open(path).resize((60, 70), Image.Resampling.NEAREST).save(path)
+
+    table = read_split(run / "split.json")
+    first, second, *others = [one for one in find_items(get_task("fetal_head"), data) if table[one.id]["split"] == "test"]
+    first.files[0].write_bytes(first.files[0].read_bytes()[:-60])
+    image = Image.open(second.files[0])
+    image.putpixel((0, 0), 255 - image.getpixel((0, 0)))
+    image.save(second.files[0])
+    capsys.readouterr()
+    scores = score(run)
+    assert (scores["images"], scores["unreadable"]) == (len(others), 2)
+    printed = flat(capsys.readouterr().out)
+    assert f"left out: {first.id}: {first.files[0]} cannot be read as an image" in printed
+    assert f"left out: {second.id}: image or mask of {second.id!r} changed since the split was written" in printed
+
+    with pytest.raises(ValueError, match=r"9 of 15 images, such as .* trained or validated on: add --data\.split .*split"):
+        score(run, f"--data.folder={moved}")
+    assert score(run, f"--data.folder={moved}", f"--data.split={run / 'split.json'}")["images"] == 6
+    scores = score(run, f"--data.folder={enlarged}")
+    assert (scores["images"], scores["side"], scores["split_sha256"]) == (15, "all", None)
+    assert (run / "enlarged-all" / "images.csv").is_file()
+    assert "9 of 15 images, such as" in flat(capsys.readouterr().out)  # by their names
+    with pytest.raises(ValueError, match="data.side 'test' holds no image: choose another"):
+        score(run, f"--data.folder={enlarged}", "--data.side=test")
+
+
+def predict(run: Path, out: Path, *inputs: object) -> lab.MaskWriter:
+    return lab.main(["predict", f"--run={run}", f"--out={out}", *QUIET, *map(str, inputs)]).writer
+
+
+@pytest.fixture(scope="module")
+def skin(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("skin") / "run"
+    fit(run)
+    return run
+
+
+def test_a_folder_of_odd_images_with_a_broken_one(skin, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    draw("isic2017", 0, 0, (61, 47))[0].save(images / "colour.jpg")
+    draw("fetal_head", 0, 0, (40, 33))[0].save(images / "grey.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 4000, (35, 51)).astype(np.uint16)).save(images / "deep.png")
+    (images / "broken.png").write_bytes(b"nothing")
+    found = predict(skin, out, images)
+    assert [row["file"] for row in found.rows] == ["colour.jpg", "deep.png", "grey.png"]
+    assert "broken.png cannot be read as an image" in found.unreadable[0]["reason"]
+    assert "3 of 4 files predicted" in capsys.readouterr().out
+    for name, size in (("colour", (47, 61)), ("grey", (33, 40)), ("deep", (51, 35))):
+        mask = Image.open(out / f"{name}.png")
+        assert (mask.mode, mask.size) == ("L", size)
+        assert set(np.unique(mask)) <= {0, 255}
+        assert Image.open(out / f"{name}-overlay.png").size == size
+    rows = {row["file"]: int(row["foreground"]) for row in rows_of(out / "predictions.csv")}
+    assert rows["grey.png"] == (np.asarray(Image.open(out / "grey.png")) > 0).sum()
+    with pytest.raises(FileExistsError, match="is not empty: add --overwrite"):
+        predict(skin, out, images)
+    assert predict(skin, out, "--overwrite", "--model.flips=true", "--model.window=true", images).rows
+
+
+def test_head_circumferences_are_those_of_the_written_masks(tmp_path):
+    fit(tmp_path / "run", "fetal_head")
+    for index in range(2):
+        draw("fetal_head", 0, index, (54, 80))[0].save(tmp_path / f"{index}_HC.png")
+    table = tmp_path / "sizes.csv"
+    table.write_text("filename,pixel size(mm) \n0_HC.png,0.5\n")
+    images = [tmp_path / f"{index}_HC.png" for index in range(2)]
+    found = predict(tmp_path / "run", tmp_path / "out", f"--pixel_size_csv={table}", *images)
+    mask = np.asarray(Image.open(tmp_path / "out" / "0_HC.png")) > 0
+    assert [row["hc_mm"] for row in found.rows] == [head_circumference(mask, (0.5, 0.5)), None]
+
+
+@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, -1, 1, 0, 0, 0, -1, 0)])
+def test_volumes_keep_their_geometry(trained, tmp_path, direction):
+    volume = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 900, (5, 40, 36)).astype(np.int16))
+    volume.SetSpacing((0.8, 0.9, 4.0))
+    volume.SetOrigin((3.0, -2.0, 7.0))
+    volume.SetDirection(direction)
+    SimpleITK.WriteImage(volume, str(tmp_path / "volume.mha"))
+    (row,) = predict(trained, tmp_path / "out", tmp_path / "volume.mha").rows
+    labels = SimpleITK.ReadImage(str(tmp_path / "out" / "volume.mha"))
+    for name in ("Size", "Spacing", "Origin", "Direction"):
+        assert getattr(labels, f"Get{name}")() == pytest.approx(getattr(volume, f"Get{name}")())
+    values = SimpleITK.GetArrayFromImage(labels)
+    assert (values > 0).sum() == row["foreground"]
+    assert values.max() <= 5
+
+
+def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
+    broken = tmp_path / "broken.mha"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="1"):
+        predict(skin, tmp_path / "out", broken)
+    assert "skipped: " in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist: give an image"):
+        predict(skin, tmp_path / "out", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="pixel_size_csv measures heads"):
+        predict(skin, tmp_path / "out", f"--pixel_size_csv={broken}", broken)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml: give the folder that fit wrote"):
+        score(tmp_path)
+
+
+def test_help_names_every_command(capsys):
+    lab.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"lab.py {verb} " in printed for verb in ("fit", "test", "predict", "compare"))
+
+
+def test_quickstart_compares_all_tasks(tmp_path, capsys):
+    found = quickstart.quickstart(out=tmp_path, networks=("km_unet_tiny", "unet"), epochs=1, size=32, images=12)
+    tasks = ("isic2017", "fetal_head", "lumbar_spine")
+    assert [(s["task"], s["network"]) for s in found] == [(t, n) for t in tasks for n in ("km_unet_tiny", "unet")]
+    assert min(Image.open(tmp_path / "overview.png").size) > 300
+    assert "test subjects, mean per image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("isic2017", "isic2017"), ("fetal_head", "hc18"), ("lumbar_spine", "lumbar_spine")]
+)
+def test_real_images(shared, tmp_path, task, name):
+    if not (shared / "data" / name).is_dir():
+        pytest.skip(f"no real images at {shared / 'data' / name}")
+    facts = fit(tmp_path / "run", task, "unet", f"--data.folder={shared / 'data' / name}")
+    assert facts["data"] == name
+    assert 0 <= facts["metrics"]["per_image"]["iou"]["mean"] <= facts["metrics"]["per_image"]["dice"]["mean"] <= 1

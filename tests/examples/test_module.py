@@ -1,0 +1,70 @@
+"""The recipe of a training: its loss, and which parameters learn how."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segmentation.callbacks import AveragedWeights, WholeEpochs
+from segmentation.module import LOSSES, Segmentation
+
+
+def optimiser(module: Segmentation) -> dict:
+    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 40})()
+    return module.configure_optimizers()
+
+
+def test_no_weight_decay_for_vectors_and_marked_parameters():
+    module = Segmentation("isic2017", "km_unet_tiny")
+    groups = optimiser(module)["optimizer"].param_groups
+    decayed, plain = ({id(p) for p in group["params"]} for group in groups)
+    for name, parameter in module.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(("A_logs", "Ds", "dt_projs_bias"))
+        assert (id(parameter) in plain) == exempt
+        assert (id(parameter) in decayed) != exempt
+    assert [group["weight_decay"] > 0 for group in groups] == [True, False]
+
+
+def test_splines_and_scans_may_learn_at_a_pace_of_their_own():
+    module = Segmentation("isic2017", "km_unet_tiny", lr=0.01, spline_lr=0.5, scan_lr=0.1)
+    groups = optimiser(module)["optimizer"].param_groups
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    expected = {"spline_weight": 0.005, "base_weight": 0.005, "A_logs": 0.001, "in_proj.weight": 0.001}
+    for ending, rate in {**expected, "dwconv.weight": 0.01}.items():
+        found = {rates[id(p)] for name, p in module.network.named_parameters() if name.endswith(ending)}
+        assert sorted(found) == pytest.approx([rate]), ending
+    assert len(rates) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_the_sums_they_are_called(loss):
+    module = Segmentation("isic2017", "unet", loss=loss)
+    logits, mask = torch.randn(2, 1, 8, 8), torch.randint(0, 2, (2, 1, 8, 8)).float()
+    p = logits.sigmoid()
+    dice = (1 - 2 * (p * mask).sum((2, 3)) / (p + mask).sum((2, 3))).mean()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, mask)
+    expected = {"dice": dice, "ce": entropy, "dice_ce": dice + entropy}[loss]
+    assert module.loss(logits, mask).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_warm_up_may_be_left_out():
+    schedule = optimiser(Segmentation("isic2017", "unet", warmup=0))["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert schedule(0) == schedule(1) == 1
+    assert schedule(40) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Segmentation("isic", "unet"), "task 'isic' is unknown: choose one of isic2017"),
+        (lambda: Segmentation("isic2017", "unit"), "model 'unit' is unknown: did you mean unet"),
+        (lambda: Segmentation("isic2017", "unet", warmup=5), "warmup 5 is a part of all steps"),
+        (lambda: Segmentation("isic2017", "unet", scan_lr=-1), "must not be negative"),
+        (lambda: Segmentation("lumbar_spine", "unet", flips=True), "flips cannot be averaged for lumbar_spine"),
+        (lambda: AveragedWeights(1.0), "ema_decay 1.0 must lie between 0 and 1"),
+        (lambda: WholeEpochs(0), "trainer.max_steps 0 must be at least 1"),
+    ],
+)
+def test_misuse_is_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
