@@ -8,13 +8,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from data import layouts
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import find_items, myosegmentum, spider, voxels
 from segmentation.data.item import Item

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 
-import layouts
 import numpy as np
 import pytest
 import SimpleITK
 
+from data import layouts
 from segmentation.data.formats import find_items
 from segmentation.data.item import read_image
 from segmentation.tasks import get_task
