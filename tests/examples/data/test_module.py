@@ -177,7 +177,7 @@ def test_a_side_without_images(tmp_path):
     data = ready("fetal_head", limit=12, image_size=32)
     table = {name: {**row, "split": "train"} for name, row in data.table.items()}
     write_split(tmp_path / "split.json", table)
-    with pytest.raises(ValueError, match="data.side 'test' holds no image: choose another, or a data.split that has"):
+    with pytest.raises(ValueError, match=r"data.side 'test' holds no image: choose another, or a data.split that has"):
         ready("fetal_head", None, "test", image_size=32, split=tmp_path / "split.json")
 
 

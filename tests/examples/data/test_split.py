@@ -107,7 +107,7 @@ def test_limit_takes_whole_subjects():
     chosen = limit_items(people(20), 20, seed=0)
     assert len(chosen) == 18
     assert all(sum(item.group == member.group for member in chosen) == 3 for item in chosen)
-    with pytest.raises(ValueError, match="data.limit 2 leaves nothing to split: give at least 3 images"):
+    with pytest.raises(ValueError, match=r"data.limit 2 leaves nothing to split: give at least 3 images"):
         limit_items(people(20), 2, seed=0)
 
 
