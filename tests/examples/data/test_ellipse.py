@@ -199,7 +199,7 @@ ARM = np.linspace(-2, 2, 40)
         (np.array([[0, 0], [5, 5], [0, 5], [5, 0]] * 3), "no ellipse fits the 12 points: they determine none"),
         (np.concatenate([LINE * [0, 1], LINE * [0, 1] + [1, 0]]), "no ellipse fits the 80 points: they determine none"),
         (np.stack([ARM**2, ARM], 1), "no ellipse fits the 40 points: they determine none"),
-        (np.full((9, 2), np.nan), ""),
+        (np.full((9, 2), np.nan), "SVD did not converge"),
     ],
     ids=["few", "one point", "diagonal", "far line", "square", "parallel lines", "parabola", "nan"],
 )
