@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -24,6 +25,16 @@ INNER_DOORS = {
     ROOT / "benchmarks" / "gpu" / "launchers.py": f"{PACKAGE}.ops",
     ROOT / "benchmarks" / "limit.py": f"{PACKAGE}.ops.simd.vector",
 }
+# What a module of the examples may import of theirs, by the first of these that its dotted name begins with.
+FORMATS = "segmentation.data.formats."
+INNER = {
+    FORMATS: tuple(f"segmentation.{name}." for name in ("tasks", "data.item", "data.ellipse", "data.simpleitk"))
+    + tuple(f"{FORMATS}{name}." for name in ("files", "voxels")),
+    "segmentation.data.": ("segmentation.data.", "segmentation.tasks.", "segmentation.runs."),
+    "segmentation.tasks.": (),
+    "segmentation.runs.": (),
+}
+LEAVING = {"ablate", "evaluate", "experiment", "predict", "train"}  # scripts that lab.py replaces
 
 
 def modules(folder: str) -> list[Path]:
@@ -139,6 +150,30 @@ def test_examples_and_benchmarks_use_public_names_only(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
+def example_name(path: Path) -> str:
+    """The dotted name by which examples import each other."""
+    return dotted(path).removeprefix("examples.")
+
+
+def may_import(name: str, target: str) -> bool:
+    """Whether the module `name` of the examples may import their module `target`."""
+    if "." not in target and target != "segmentation":
+        return target in LEAVING  # a script, which nothing imports
+    rule = next((rule for rule in INNER if name.startswith(rule) or name == rule[:-1] != FORMATS[:-1]), None)
+    return rule is None or any(f"{target}.".startswith(allowed) for allowed in INNER[rule])
+
+
+def test_examples_import_downwards() -> None:
+    graph = import_graph({example_name(path): path.read_text() for path in modules("examples")})
+    assert [(name, target) for name, found in graph.items() for target in found if not may_import(name, target)] == []
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_two_examples_share_a_name() -> None:
+    names = Counter(path.stem for path in modules("examples"))
+    assert {name for name, count in names.items() if count > 1} <= {"__init__", "module"} | LEAVING
+
+
 def bare_imports(source: str, names: Collection[str]) -> list[str]:
     """Imports of a script of `benchmarks` without its package: they would find, or be taken for, another's module."""
     tops = ((target.split(".")[0], line) for target, line in imports(ast.parse(source)))
@@ -189,6 +224,23 @@ class TestTheCheckItself:
         with pytest.raises(CycleError):
             TopologicalSorter(import_graph(sources)).prepare()
         TopologicalSorter(import_graph({**sources, "p.c": "from p import d"})).prepare()
+
+    @pytest.mark.parametrize(
+        ("name", "target", "allowed"),
+        [
+            (f"{FORMATS}hc18", f"{FORMATS}files", True),
+            (f"{FORMATS}hc18", f"{FORMATS}busi", False),
+            (f"{FORMATS}hc18", "segmentation.data.split", False),
+            (FORMATS[:-1], f"{FORMATS}busi", True),
+            ("segmentation.data.module", FORMATS[:-1], True),
+            ("segmentation.data.module", "segmentation.networks", False),
+            ("segmentation.module", "segmentation.networks", True),
+            ("segmentation.tasks", "segmentation.data.item", False),
+            ("segmentation.module", "quickstart", False),
+        ],
+    )
+    def test_what_examples_may_import(self, name: str, target: str, allowed: bool) -> None:
+        assert may_import(name, target) == allowed
 
     @pytest.mark.parametrize("source", ["import run", "def f():\n    from gpu.x import y", "from . import run"])
     def test_planted_bare_import_is_found(self, source: str) -> None:

@@ -52,7 +52,7 @@ def fit_ellipse(points: NDArray) -> Ellipse:
     middle = np.mean(points, axis=0)
     scale = max(np.std(points - middle), np.finfo(np.float64).tiny)
     x, y = ((points - middle) / scale).T
-    if np.linalg.matrix_rank(np.stack([x, y]), tol=1e-9 * len(points) ** 0.5) < 2:
+    if np.linalg.matrix_rank(np.stack([x, y]), tol=1e-7 * len(points) ** 0.5) < 2:
         raise ValueError(f"no ellipse fits the {len(points)} points: they lie on a line")
     quadratic, linear = np.stack([x**2, x * y, y**2], axis=1), np.stack([x, y, np.ones_like(x)], axis=1)  # n 3
     best = np.linalg.lstsq(linear, quadratic, rcond=None)[0]

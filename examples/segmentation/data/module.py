@@ -218,6 +218,12 @@ class SegmentationData(lightning.LightningDataModule):
         """The paths of all images and volumes of `inputs`, one by one."""
         return DataLoader(self._files, batch_size=None, collate_fn=_itself, generator=torch.Generator())
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Items and paths stay as they are: only the pixels read from them go to a device."""
+        return (
+            batch if isinstance(batch, Item | Path) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
+
     def _loader(self, dataset: ImageSet, **options: Any) -> DataLoader:
         options |= {"batch_size": self.batch_size, "num_workers": self.num_workers}
         options |= {"persistent_workers": self.num_workers > 0}

@@ -179,11 +179,10 @@ def follow_split(items: Sequence[Item], table: Table) -> list[Item]:
     """The items that a split lists, on its sides and in its groups; reading one that changed since is refused."""
     if missing := sorted(table.keys() - {item.id for item in items}):
         raise ValueError(f"data.split lists {missing[0]!r} ({len(missing)} such), which data.folder lacks")
-    rows = [(item, table[item.id]) for item in items if item.id in table]
-    chosen = [
-        replace(item, group=row["group"], split=row["split"], read=partial(read_unchanged, item, row["sha256"]))
-        for item, row in rows
-    ]
+    chosen = []
+    for item, row in ((item, table[item.id]) for item in items if item.id in table):
+        read = partial(read_unchanged, item, row["sha256"])
+        chosen.append(replace(item, group=row["group"], split=row["split"], read=read))
     check_no_leak(chosen)
     return chosen
 

@@ -8,13 +8,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from data import layouts
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import find_items, myosegmentum, spider, voxels
 from segmentation.data.item import Item
@@ -169,14 +169,16 @@ def test_two_years_of_isic_in_one_folder_are_refused(tmp_path):
 
 def test_isic_2016_has_no_validation_set_and_gets_one(tmp_path):
     written = layouts.write_isic2016(tmp_path)
-    data = SegmentationData(get_task("isic2017"), tmp_path, image_size=32, batch_size=1)
+    data = SegmentationData("isic2017", tmp_path, image_size=32, batch_size=1)
+    data.setup("fit")
     assert {item.id for item in data.test_items} == {key for key, truth in written.items() if truth.split == "test"}
     assert len(data.train_set) == len(data.val_set) == 1
 
 
 def test_sides_of_data_sets_reach_the_split(tmp_path):
     layouts.write_isic2017(tmp_path)
-    data = SegmentationData(get_task("isic2017"), tmp_path, image_size=32, batch_size=2)
+    data = SegmentationData("isic2017", tmp_path, image_size=32, batch_size=2)
+    data.setup("fit")
     assert [len(side) for side in (data.train_set, data.val_set, data.test_items)] == [2, 2, 2]
 
 

@@ -1,41 +1,39 @@
-"""Reading, checking, splitting and augmenting data folders."""
+"""The data of a run: read at `setup`, split, loaded, augmented reproducibly, and handed out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
-import SimpleITK
 import torch
 from PIL import Image
 
-from segmentation.data.demo import DEMOS
-from segmentation.data.formats import find_items
-from segmentation.data.item import read_image, read_values, to_classes
-from segmentation.data.module import EpochSampler, ImageSet, Loaded, SegmentationData, demo_items, to_input, to_target
+from segmentation.data.demo import DEMOS, demo_items
+from segmentation.data.item import Item
+from segmentation.data.module import EpochSampler, ImageSet, SegmentationData, load, to_input, to_target
 from segmentation.data.split import read_split, split_hash, write_split
-from segmentation.tasks import Task, get_task
-
-SPINE = get_task("lumbar_spine")
+from segmentation.tasks import get_task
 
 
-def demo_set(task: Task, size: int, number: int, training: bool, seed: int = 0) -> ImageSet:
+def demo_set(name: str, size: int, number: int, training: bool, seed: int = 0) -> ImageSet:
+    task = get_task(name)
     items = demo_items(task, size, number)
-    loaded = Loaded(items, size)
-    return ImageSet(task, items, loaded.images, loaded.masks, training, seed)
+    images, masks, _ = load(items, size)
+    return ImageSet(task, items, images, masks, training, seed)
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+def ready(task: str, folder=None, stage: str = "fit", **options) -> SegmentationData:
+    data = SegmentationData(task, folder, **options)
+    data.setup(stage)
+    return data
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_folder_round_trip(folder, name):
     task = get_task(name)
-    data = SegmentationData(task, folder(name), image_size=40, batch_size=3)
+    data = ready(name, folder(name), image_size=40, batch_size=3)
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (3, task.in_channels, 40, 40)
     assert batch["mask"].shape == (3, 1, 40, 40)
@@ -44,140 +42,172 @@ def test_folder_round_trip(folder, name):
     assert len(data.train_set) == len(data.val_set) == len(data.test_items) == 3
 
 
-def _no_folder(root):
-    return root / "elsewhere"
+def test_the_constructor_reads_nothing_and_setup_reads_once(folder, tmp_path):
+    data = SegmentationData("lumbar_spine", tmp_path / "data", image_size=32)
+    folder()
+    data.setup("fit")
+    first = data.train_set
+    data.setup("validate")
+    data.setup("fit")
+    assert data.train_set is first and data.first_epoch == 0
 
 
-def _empty(root):
-    (root / "items.csv").write_text("id,file,group\n")
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
-def _no_column(root):
-    edit(root / "items.csv", "group", "patient")
-
-
-def _no_group(root):
-    edit(root / "items.csv", "3.png,subject_001", "3.png,")
-
-
-def _no_image(root):
-    (root / "images" / "4.png").unlink()
-
-
-def _no_mask(root):
-    (root / "masks" / "4.png").unlink()
-
-
-def _text_as_image(root):
-    (root / "images" / "5.png").write_text("not an image")
-
-
-def _truncated(root):
-    path = root / "images" / "5.png"
-    path.write_bytes(path.read_bytes()[:300])
-
-
-def _other_size(root):
-    Image.new("L", (20, 10)).save(root / "masks" / "6.png")
-
-
-def _other_value(root):
-    Image.new("L", (33, 40), 77).save(root / "masks" / "7.png")
-
-
-def _one_subject(root):
+def first_subject_alone(root):
     path = root / "items.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:4]))
 
 
-def _leak(root):
+def leak(root):
     lines = (root / "items.csv").read_text().splitlines()
     sides = ["split", *(["train", "train", "val"] * 3)]
     (root / "items.csv").write_text("\n".join(f"{line},{side}" for line, side in zip(lines, sides, strict=True)))
 
 
+def empty_images(root):
+    for number in (2, 5):
+        (root / "images" / f"{number}.png").write_bytes(b"")
+
+
 @pytest.mark.parametrize(
-    ("damage", "error", "message"),
+    ("damage", "message"),
     [
-        (_no_folder, FileNotFoundError, "elsewhere.*is not a folder: give the folder with images/"),
-        (_empty, ValueError, "items.csv lists no images: .* is empty"),
-        (_no_column, ValueError, r"lacks the column\(s\) group: it needs id, file, group"),
-        (_no_group, ValueError, "line 5: group is empty; every image needs"),
-        (_no_image, FileNotFoundError, "line 6: .*images.4.png does not exist; add the file"),
-        (_no_mask, FileNotFoundError, "line 6: .*masks.4.png does not exist; add the file"),
-        (_text_as_image, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
-        (_truncated, ValueError, "images.5.png cannot be read as an image .*: replace or remove"),
-        (_other_size, ValueError, "masks.6.png is 20x10 but its image .*6.png is 33x40: save both in the same size"),
-        (_other_value, ValueError, r"masks.7.png holds the value 77, .* allowed are 0 \(background\), 1 \(L1\)"),
-        (_one_subject, ValueError, r"no train subject: 3 images of 1 subject\(s\) need three or more subjects"),
-        (_leak, ValueError, "group 'subject_000' is in 'train' and in 'val' .*put each subject on one side"),
+        (lambda root: edit(root / "items.csv", "3.png,subject_001", "3.png,"), "line 5: group is empty; every image"),
+        (lambda root: edit(root / "items.csv", "\n1,", "\n0,"), "data.folder .* holds two images of one id: rename"),
+        (lambda root: (root / "masks" / "4.png").unlink(), r"line 6: .*masks.4\.png does not exist; add the file"),
+        (
+            lambda root: Image.new("L", (20, 10)).save(root / "masks" / "6.png"),
+            r"6\.png is 20x10 but .*6\.png is 33x40",
+        ),
+        (
+            lambda root: Image.new("L", (33, 40), 77).save(root / "masks" / "7.png"),
+            r"77, .* allowed are 0 .*, 1 \(L1\)",
+        ),
+        (first_subject_alone, r"no train subject: 3 images of 1 subject\(s\) need three or more subjects"),
+        (leak, "group 'subject_000' is in 'train' and in 'val' .*put each subject on one side"),
+        (empty_images, r"2 of 9 images or masks cannot be used:\n  .*2\.png .*\n  .*5\.png"),
     ],
 )
-def test_bad_folders(folder, damage, error, message):
+def test_bad_folders(folder, damage, message):
     root = folder()
-    root = damage(root) or root
-    with pytest.raises(error, match=message):
-        SegmentationData(SPINE, root, image_size=32)
-
-
-def test_palette_masks_hold_labels_not_colours(folder):
-    root = folder()
-    expected = SegmentationData(SPINE, root, image_size=40).train_set.masks
-    for path in (root / "masks").iterdir():
-        labels = Image.open(path)
-        labels.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 0, 0, 255, 255, 255, 0, 255])
-        labels.save(path)
-        assert Image.open(path).mode == "P"
-    assert torch.equal(SegmentationData(SPINE, root, image_size=40).train_set.masks, expected)
+    damage(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ready("lumbar_spine", root, image_size=32)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 16}, "image-size 16 is too small.*use 32 or more"),
-        ({"batch_size": 0}, "batch-size 0 must be at least 1"),
-        ({"val_fraction": 1.0}, "val-fraction 1.0 must lie between 0 and 1"),
-        ({"limit": 1}, "limit 1 leaves nothing to split"),
-        ({"split": Path("nowhere.json")}, "split 'nowhere.json' cannot be read"),
+        ({"task": "liver"}, "task 'liver' is unknown: choose one of isic2017"),
+        ({"image_size": 16}, "data.image_size 16 is too small.*use 32 or more"),
+        ({"batch_size": 0}, "data.batch_size 0 must be at least 1"),
+        ({"val_fraction": 1.0}, "data.val_fraction 1.0 must lie between 0 and 1"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        SegmentationData(SPINE, **options)
+        SegmentationData(**{"task": "lumbar_spine", **options})
 
 
-def test_all_broken_images_are_named_at_once(folder):
-    root = folder()
-    for number in (2, 5):
-        (root / "images" / f"{number}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 9 images or masks cannot be used:\n  .*2.png .*\n  .*5.png"):
-        SegmentationData(SPINE, root, image_size=32)
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("fit", {"limit": 1}, "data.limit 1 leaves nothing to split"),
+        ("fit", {"folder": Path("nowhere")}, "data.folder 'nowhere' is not a folder: give the folder with images/"),
+        ("fit", {"split": Path("nowhere.json")}, "data.split 'nowhere.json' cannot be read"),
+        ("test", {"split": Path("nowhere.json")}, "data.split 'nowhere.json' cannot be read"),
+        ("predict", {"inputs": [Path("nowhere")]}, "input 'nowhere' does not exist: give an image, a volume or a"),
+        ("predict", {"inputs": [Path()]}, r"no image in \['\.'\]: files may end in \.png .*\.nii\.gz"),
+        ("predict", {}, r"no image in \[\]"),
+    ],
+)
+def test_what_cannot_be_set_up(tmp_path, monkeypatch, stage, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ready("lumbar_spine", stage=stage, **options)
 
 
 def test_a_split_file_is_followed_whatever_the_seed(folder, tmp_path):
-    root = folder(number=30)
-    first = SegmentationData(SPINE, root, image_size=32, limit=24)
-    path = tmp_path / "split.json"
-    write_split(path, first.split)
-    again = SegmentationData(SPINE, root, image_size=32, split=path, split_seed=5)
-    assert again.split == first.split
+    root, path = folder(number=30), tmp_path / "split.json"
+    first = ready("lumbar_spine", root, image_size=32, limit=24)
+    write_split(path, first.table)
+    again = ready("lumbar_spine", root, image_size=32, split=path, split_seed=5)
+    assert again.table == first.table
     assert [item.id for item in again.items] == [item.id for item in first.items]  # the order of training follows it
-    assert split_hash(again.split) == split_hash(read_split(path)) == split_hash(first.split)
-    other = SegmentationData(SPINE, root, image_size=32, limit=24, split_seed=5)
-    assert split_hash(other.split) != split_hash(first.split)
-    (root / "masks" / f"{first.test_items[0].id}.png").write_bytes((root / "masks" / "0.png").read_bytes())
-    with pytest.raises(ValueError, match="changed since the split was written"):
-        SegmentationData(SPINE, root, image_size=32, split=path)
+    assert torch.equal(again.train_set.images, first.train_set.images)
+    assert split_hash(again.table) == split_hash(read_split(path)) == split_hash(first.table)
+    other = ready("lumbar_spine", root, image_size=32, limit=24, split_seed=5)
+    assert split_hash(other.table) != split_hash(first.table)
+    changed = first.test_items[0].id
+    (root / "masks" / f"{changed}.png").write_bytes((root / "masks" / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=f"1 of 24 .*\n.*{changed}' changed since the split was written"):
+        ready("lumbar_spine", root, image_size=32, split=path)
+    test = ready("lumbar_spine", root, "test", split=path)  # scores the others
+    assert [item.id for item in test.test_items] == [item.id for item in first.test_items]
+    for item in test.test_items[1:]:
+        item.read()
+    with pytest.raises(ValueError, match=f"{changed}' changed since the split was written"):
+        test.test_items[0].read()
 
 
 def test_copies_of_an_image_stay_on_one_side(folder):
-    root = folder(number=30)
-    copies = [1, 7, 13, 19]
+    root, copies = folder(number=30), [1, 7, 13, 19]
     for number in copies[1:]:
         (root / "images" / f"{number}.png").write_bytes((root / "images" / "1.png").read_bytes())
-    data = SegmentationData(SPINE, root, image_size=32)
+    data = ready("lumbar_spine", root, image_size=32)
     assert len({item.split for item in data.items if int(item.id) in copies}) == 1
     assert len({item.group for item in data.items}) == 7
+
+
+def test_sides_to_test_on(folder):
+    root = folder("fetal_head", number=15)
+    data = {side: ready("fetal_head", root, "test", side=side).test_items for side in ("train", "val", "test", "all")}
+    assert [len(items) for items in data.values()] == [9, 3, 3, 15]
+    fit = ready("fetal_head", root)
+    assert [item.id for item in data["test"]] == [item.id for item in fit.test_items]
+    assert {item.id for side in ("train", "val", "test") for item in data[side]} == {item.id for item in data["all"]}
+
+
+def test_a_side_without_images(tmp_path):
+    data = ready("fetal_head", limit=12, image_size=32)
+    table = {name: {**row, "split": "train"} for name, row in data.table.items()}
+    write_split(tmp_path / "split.json", table)
+    with pytest.raises(ValueError, match=r"data.side 'test' holds no image: choose another, or a data.split that has"):
+        ready("fetal_head", None, "test", image_size=32, split=tmp_path / "split.json")
+
+
+class Reader(lightning.LightningModule):
+    """Remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def test_step(self, batch):
+        self.seen.append(batch)
+
+    predict_step = test_step
+
+
+def test_a_trainer_gets_items_to_test_and_paths_to_predict(folder):
+    root = folder(number=6)
+    inputs = [root / "images", (root / "masks" / "0.png").rename(root / "masks" / "mask.png")]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer, reader = lightning.Trainer(**quiet), Reader()
+    trainer.predict(reader, datamodule=SegmentationData("lumbar_spine", inputs=inputs))
+    assert reader.seen == [*sorted((root / "images").iterdir()), inputs[1]]
+    reader.seen.clear()
+    trainer.test(reader, datamodule=SegmentationData("lumbar_spine", limit=6, side="all"), verbose=False)
+    assert len(reader.seen) == 6 and all(type(item) is Item for item in reader.seen)
+    for name in ("one.png", "one.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"one\.png and .*one\.jpg would both be written as 'one': rename one of them"):
+        ready("lumbar_spine", None, "predict", inputs=[root / "one.png", root / "one.jpg"])
 
 
 def test_values_of_every_depth_reach_the_network():
@@ -195,19 +225,16 @@ def test_values_of_every_depth_reach_the_network():
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(name):
-    task = get_task(name)
-    images = demo_set(task, 40, 3, training=True, seed=7)
+    images = demo_set(name, 40, 3, training=True, seed=7)
     first = images[2, 1]
     images[0, 0]
-    assert torch.equal(images[2, 1]["image"], first["image"])
-    assert torch.equal(images[2, 1]["mask"], first["mask"])
+    assert all(torch.equal(images[2, 1][key], first[key]) for key in ("image", "mask"))
     assert not torch.equal(images[3, 1]["image"], first["image"])
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_augmented_masks_keep_their_labels_and_follow_the_image(name):
-    task = get_task(name)
-    images = demo_set(task, 64, 3, training=True)
+    task, images = get_task(name), demo_set(name, 64, 3, training=True)
     images.images = (images.masks / 5).expand(-1, task.in_channels, -1, -1).contiguous()
     for epoch in range(8):
         sample = images[epoch, 0]
@@ -218,10 +245,17 @@ def test_augmented_masks_keep_their_labels_and_follow_the_image(name):
 
 
 def test_images_are_normalised_one_by_one():
-    task = get_task("isic2017")
-    image = demo_set(task, 48, 1, training=False)[0]["image"]
+    image = demo_set("isic2017", 48, 1, training=False)[0]["image"]
     assert torch.allclose(image.mean((1, 2)), torch.zeros(3), atol=1e-4)
     assert torch.allclose(image.std((1, 2)), torch.ones(3), atol=1e-2)
+
+
+def test_augmentation_can_be_switched_off():
+    sets = [ready("lumbar_spine", image_size=32, limit=30, augment=on).train_set for on in (True, False)]
+    first, second = ([torch.equal(of[0, k]["image"], of[1, k]["image"]) for k in range(4)] for of in sets)
+    assert not all(first)
+    assert all(second)
+    assert sets[1][0, 0]["image"].std() == pytest.approx(1, abs=1e-2)  # still normalised
 
 
 def test_epoch_sampler_shuffles_anew_and_reproducibly():
@@ -234,72 +268,3 @@ def test_epoch_sampler_shuffles_anew_and_reproducibly():
     assert {index for _, index in epoch(3)} == set(range(20))
     assert [index for _, index in epoch(3)] != [index for _, index in epoch(4)]
     assert {number for number, _ in epoch(3)} == {3}
-
-
-def test_masks_of_one_bit_are_read(folder):
-    root = folder("fetal_head")
-    path = root / "masks" / "0.png"
-    before = np.asarray(Image.open(path))
-    Image.open(path).convert("1").save(path)
-    mask = find_items(get_task("fetal_head"), root)[0].read()[1]
-    assert np.array_equal(mask, before // 255)
-
-
-GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-
-
-@pytest.mark.parametrize(
-    ("picture", "channels", "expected"),
-    [
-        (Image.fromarray(GREY), 1, GREY[..., None]),
-        (Image.fromarray(GREY), 3, GREY[..., None].repeat(3, 2)),
-        (Image.fromarray(GREY.astype(np.uint16) * 200), 1, GREY[..., None].astype(np.uint16) * 200),
-        (Image.fromarray(GREY).convert("RGB"), 1, GREY[..., None]),
-        (Image.fromarray(GREY).convert("LA"), 1, GREY[..., None]),
-        (Image.fromarray(GREY).convert("RGBA"), 3, GREY[..., None].repeat(3, 2)),
-        (Image.fromarray(GREY).convert("P"), 3, GREY[..., None].repeat(3, 2)),
-        (Image.fromarray(GREY).convert("1", dither=0), 1, np.where(GREY[..., None] > 127, 255, 0).astype(np.uint8)),
-    ],
-    ids=["grey", "grey-as-colour", "16-bit", "colour-as-grey", "grey-alpha", "colour-alpha", "palette", "1-bit"],
-)
-def test_images_keep_their_depth(tmp_path, picture, channels, expected):
-    path = tmp_path / "image.png"
-    picture.save(path)
-    pixels = read_image(path, channels)
-    assert pixels.dtype == expected.dtype
-    assert np.array_equal(pixels, expected)
-
-
-def test_colours_of_sixteen_bits_are_not_cut_to_eight(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 65536, (5, 4, 3)).astype(np.uint16)
-    path = tmp_path / "image.png"
-    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(path))
-    assert np.array_equal(read_image(path, 3), pixels)
-    assert read_image(path, 1).dtype == np.uint16
-
-
-def test_masks_in_colours_are_refused_and_grey_ones_in_colour_files_read(tmp_path):
-    path = tmp_path / "mask.png"
-    Image.fromarray(GREY).convert("RGB").save(path)
-    assert np.array_equal(read_values(path), GREY)
-    Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
-    with pytest.raises(ValueError, match=r"mask.png is a mask in colours: save it as grey values"):
-        read_values(path)
-
-
-def test_a_mask_of_one_class_may_use_one_or_255():
-    for value in (1, 255):
-        classes = to_classes(np.array([[0, value]]), {255: "lesion"}, Path("mask.png"))
-        assert classes.tolist() == [[0, 1]]
-    with pytest.raises(
-        ValueError, match=r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"
-    ):
-        to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))
-
-
-def test_augmentation_can_be_switched_off():
-    augmented, plain = (SegmentationData(SPINE, image_size=32, limit=30, augment=on).train_set for on in (True, False))
-    first, second = ([torch.equal(of[0, k]["image"], of[1, k]["image"]) for k in range(4)] for of in (augmented, plain))
-    assert not all(first)
-    assert all(second)
-    assert plain[0, 0]["image"].std() == pytest.approx(1, abs=1e-2)  # still normalised

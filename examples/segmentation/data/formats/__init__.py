@@ -10,7 +10,7 @@ from segmentation.data.formats.files import subfolders
 from segmentation.data.item import Item
 from segmentation.tasks import Task
 
-# A module has `fits(folder)`, `items(task, folder)` and a DESCRIPTION. The first that fits is taken.
+# A module has `fits(folder)`, `items(task, folder)` and says in its docstring what fits. The first is taken.
 FORMATS = (table, isic, hc18, busi, nnunet, spider, myosegmentum, folders)
 DEPTH = 5  # how far below the given folder the data set may lie
 
@@ -29,7 +29,7 @@ def find_items(task: Task, folder: Path) -> list[Item]:
     if len(hits) > 1:
         raise ValueError(f"{name} holds {len(hits)} data sets: give one of" + "".join(f"\n  {hit}" for _, hit in hits))
     if not hits:
-        known = "".join(f"\n  {known.DESCRIPTION}" for known in FORMATS)
+        known = "".join(f"\n  {' '.join((known.__doc__ or '').split())}" for known in FORMATS)
         raise ValueError(f"{name} holds nothing that is understood. Understood are:{known}")
     [(found, place)] = hits
     items = sorted(found.items(task, place), key=lambda item: item.id)

@@ -1,4 +1,4 @@
-"""BUSI as it is handed out: `Dataset_BUSI_with_GT/` with one folder per finding, images and masks together."""
+"""BUSI: benign/, malignant/, normal/ with 'benign (1).png', 'benign (1)_mask.png', 'benign (1)_mask_1.png'."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from segmentation.data.formats.files import IMAGES, by_stem, check_alone, files_
 from segmentation.data.item import Item, read_layers
 from segmentation.tasks import Task
 
-DESCRIPTION = "BUSI: benign/, malignant/, normal/ with 'benign (1).png', 'benign (1)_mask.png', 'benign (1)_mask_1.png'"
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 

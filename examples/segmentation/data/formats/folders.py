@@ -1,4 +1,7 @@
-"""`images/` and `masks/` with files of the same names, once or for each of `train/`, `val/`, `test/`."""
+"""Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder a class) with the same names.
+
+Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/, test/.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, 
 from segmentation.data.item import Item, read_layers, read_pair
 from segmentation.tasks import Task
 
-DESCRIPTION = (
-    "images/ and masks/ (or masks/0/, masks/1/, ... one folder a class) with the same names, or with _mask, "
-    "_segmentation, _label or _gt added to those of the masks; also under train/, val/, test/"
-)
 SUFFIXES = ("_mask", "_segmentation", "_label", "_gt")
 
 

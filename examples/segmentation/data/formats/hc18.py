@@ -1,4 +1,4 @@
-"""HC18 as Zenodo hands it out: `training_set/` with ellipse outlines, and a table of pixel sizes and circumferences."""
+"""HC18: training_set/ with outlines *_Annotation.png, and training_set_pixel_size_and_HC.csv."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from segmentation.data.formats import files
 from segmentation.data.item import Item, Pixels, read_raw
 from segmentation.tasks import Task
 
-DESCRIPTION = "HC18: training_set/ with *_Annotation.png, and training_set_pixel_size_and_HC.csv"
 TABLE = "training_set_pixel_size_and_HC.csv"
 TITLES = ("filename", "pixel size", "head circumference")  # units follow, written in several ways
 TOLERANCE = 4  # pixels: HC18's outlines are two pixels wide, none lies more than 1.5 beside its ellipse

@@ -1,4 +1,4 @@
-"""ISIC 2016, 2017 and 2018, task 1, in the challenges' own folders: images, and masks in a folder beside them."""
+"""ISIC 2016, 2017 or 2018, task 1: ISIC-2017_Training_Data, ISIC-2017_Training_Part1_GroundTruth, and so on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ YEARS = {  # the folders of images and of masks, with {} for the name of a set
     2018: ("ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth"),
 }
 SIDES = {"Training": "train", "Validation": "val", "Test": "test", "Test_v2": "test"}  # by the sets' names of all years
-DESCRIPTION = "ISIC 2016, 2017 or 2018, task 1: the official folders, e.g. " + " and ".join(
-    name.format("Training") for name in YEARS[2017]
-)
 
 
 def fits(folder: Path) -> bool:

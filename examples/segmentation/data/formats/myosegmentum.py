@@ -1,4 +1,4 @@
-"""MyoSegmenTUM volumes as MATLAB files: `NN.mat` with the image `I` and the vertebrae `GT`, both h w s."""
+"""MyoSegmenTUM: a folder of NN.mat with the image I and the vertebrae GT, both h w s."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from segmentation.data.formats.files import by_stem, files_in
 from segmentation.data.formats.voxels import Voxels, classes_of, slice_items
 from segmentation.data.item import Item, Pixels, check_values, named, to_pixels, to_values
 from segmentation.tasks import Task
-
-DESCRIPTION = "MyoSegmenTUM: a folder of NN.mat with I and GT"
 
 # Its labels count from the top: 1 is L1.
 CLASSES: dict[str, Voxels] = {

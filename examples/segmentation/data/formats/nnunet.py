@@ -1,4 +1,4 @@
-"""nnU-Net: `imagesTr/NAME_0000.png`, `labelsTr/NAME.png`, `dataset.json`, and `splits_final.json` where it is there."""
+"""nnU-Net: imagesTr/NAME_0000.png (.tif, .nii.gz, .mha), labelsTr/NAME.png, dataset.json (and splits_final.json)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from segmentation.data.formats.files import IMAGES, VOLUMES, files_in, pair_up, 
 from segmentation.data.item import Item, Pixels, named, read_raw, to_classes
 from segmentation.tasks import Task
 
-DESCRIPTION = "nnU-Net: imagesTr/NAME_0000.png (or .tif, .nii.gz, .mha), labelsTr/NAME.png, dataset.json"
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 

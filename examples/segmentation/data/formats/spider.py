@@ -1,4 +1,4 @@
-"""SPIDER: `images/1_t2.mha`, `masks/1_t2.mha`; volumes of the lumbar spine, read as sagittal slices."""
+"""SPIDER: images/ and masks/ with volumes of the spine (.mha, .nii, .nii.gz) of the same names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from segmentation.data.formats.files import VOLUMES, by_stem, files_in, leading_
 from segmentation.data.item import Item, Pixels, check_values
 from segmentation.tasks import Task
 
-DESCRIPTION = "SPIDER: images/ and masks/ with volumes (.mha, .nii, .nii.gz) of the same names"
 WHOLE, CUT = range(1, 26), range(101, 126)  # vertebrae, and those partly outside the volume
 CANAL, DISCS = range(100, 101), range(201, 226)
 

@@ -1,4 +1,4 @@
-"""`images/`, `masks/<id>.png` and `items.csv`: a row an image, with the columns id, file, group."""
+"""Any: images/, masks/<id>.png and items.csv with the columns id, file, group (and split, pixel_size_mm, hc_mm)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from segmentation.data.formats.files import positive, read_rows
 from segmentation.data.item import Item, read_pair
 from segmentation.tasks import Task
 
-DESCRIPTION = "images/, masks/<id>.png and items.csv with the columns id, file, group (and split, pixel_size_mm, hc_mm)"
 COLUMNS = ("id", "file", "group")
 LENGTHS = ("pixel_size_mm", "resized_pixel_size_mm", "hc_mm")
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import SimpleITK
-from layouts import LAYOUTS, save, save_volume, spine, write_folders
 from PIL import Image
 from scipy.io import loadmat, savemat
 
+from data.layouts import LAYOUTS, save, save_volume, spine, write_folders
 from segmentation.data.formats import find_items
 from segmentation.tasks import get_task
 
