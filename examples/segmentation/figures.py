@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -27,6 +28,9 @@ from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_
 DPI = 200
 WIDTH, HEIGHT = 340, 460  # pixels of a panel, at most
 GAP, MARGIN, LINE, LETTER = 8, 10, 34, 13  # pixels: between panels, around all, of a line of text and of one letter
+# Where a name may stand around its point: pixels away from it, and angles, the nearest and most usual ones first.
+RADII = (10, 20, 32, 46, 62, 80, 100, 125, 150, 180, 210)
+ANGLES = tuple(np.pi / 8 * n for n in (0, 8, 4, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11))
 INK = "#1d2733"
 ERRORS = {"missed": MISSED, "extra": EXTRA, "another class": MISTAKEN}
 PANELS = ("image", "truth and prediction", "difference")
@@ -55,7 +59,7 @@ def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) ->
     height = sum(h + LINE for _, h in sizes) + (len(cases) - 1) * GAP + 2 * LINE + 2 * MARGIN
     figure, kinds, top = Figure((width / DPI, height / DPI), dpi=DPI), set[str](), MARGIN + LINE
     for case, (w, h) in zip(cases, sizes, strict=True):
-        label = {"size": 7, "color": INK, "va": "center", "parse_math": False}
+        label: dict[str, Any] = {"size": 7, "color": INK, "va": "center", "parse_math": False}
         figure.text(MARGIN / width, 1 - (top + LINE / 2) / height, case.label, weight="bold", **label)
         top += LINE + h
         lefts = [MARGIN + (w + GAP) * column for column in range(3)]
@@ -65,9 +69,16 @@ def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) ->
             for left, title in zip(lefts, PANELS, strict=True):
                 figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **label)
         top += GAP
-    keys = [Line2D([], [], color=INK, lw=1, ls=ls, label=label) for label, ls in (("truth", "-"), ("prediction", "--"))]
+    lines = {"truth": "-", "prediction": "--"}
+    keys: list[Artist] = [Line2D([], [], color=INK, lw=1, ls=style, label=label) for label, style in lines.items()]
     keys += [Patch(color=colour, label=label) for label, colour in ERRORS.items() if label in kinds]
-    legend = {"loc": "lower center", "ncols": len(keys), "borderpad": 0.2, "handlelength": 2, "columnspacing": 1.2}
+    legend: dict[str, Any] = {
+        "loc": "lower center",
+        "ncols": len(keys),
+        "borderpad": 0.2,
+        "handlelength": 2,
+        "columnspacing": 1.2,
+    }
     figure.legend(handles=keys, frameon=False, fontsize=7, **legend)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
@@ -132,22 +143,46 @@ def draw_cost(path: Path, frame: pd.DataFrame) -> None:
 
     `frame`: a row per network, by name, with parameters, seconds_per_epoch, dice and sd_seeds (NaN for one seed).
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    frame = frame.assign(millions=frame["parameters"] / 1e6, sd=frame["sd_seeds"].fillna(0.0))
+    figure = Figure(figsize=(10, 4 + 0.1 * len(frame)), dpi=110, layout="constrained")
     grid, colours = figure.subplots(1, 2, sharey=True), network_colours(frame.index)
-    places = {"parameters (millions)": frame["parameters"] / 1e6, "seconds per epoch": frame["seconds_per_epoch"]}
-    for axis, (label, place) in zip(grid, places.items(), strict=True):
+    columns = {"millions": "parameters (millions)", "seconds_per_epoch": "seconds per epoch"}
+    for axis, (column, label) in zip(grid, columns.items(), strict=True):
         for name, row in frame.iterrows():
-            bar = {"yerr": row["sd_seeds"], "elinewidth": 1, "capsize": 2} if row["sd_seeds"] > 0 else {}
-            axis.errorbar(place[name], row["dice"], fmt="o", ms=6, color=colours[str(name)], **bar)
+            bar = {"yerr": row["sd"], "elinewidth": 1, "capsize": 2} if row["sd"] else {}
+            axis.errorbar(row[column], row["dice"], fmt="o", markersize=6, color=colours[name], **bar)
         axis.set_xlabel(label)
         axis.margins(x=0.2, y=0.2)
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     grid[0].set_ylabel("Dice (mean per image)")
-    figure.draw_without_rendering()  # fixes the axes, so that the names find their places
-    for axis, place in zip(grid, places.values(), strict=True):
-        _write_names(axis, {str(name): (place[name], frame["dice"][name]) for name in frame.index}, colours)
-    figure.savefig(path, dpi=110)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the axes stay where they are while the names look for free places
+    for axis, column in zip(grid, columns, strict=True):
+        _write_names(axis, frame[[column, "dice", "sd"]], colours)
+    figure.savefig(path)
+
+
+def _write_names(axis: Axes, points: pd.DataFrame, colours: Mapping[str, str]) -> None:
+    """Each name (points: x, y, half a bar) as near to its point as leaves other names, points and bars free."""
+    bars = np.outer(points["sd"], (0.0, 1.0))
+    low, high = (axis.transData.transform(points.iloc[:, :2].to_numpy() + sign * bars) for sign in (-1, 1))
+    taken = [Bbox([[x - 5, y - 5], [x + 5, top + 5]]) for (x, y), (_, top) in zip(low, high, strict=True)]
+    for name, (x, y), place in zip(points.index, (low + high) / 2, points.iloc[:, :2].to_numpy(), strict=True):
+        text = axis.text(*place, name, size=8, color=INK, ha="center", va="center", parse_math=False)
+        w, h = text.get_window_extent().size
+        for radius, angle in product(RADII, ANGLES):
+            right, up = np.cos(angle) * (radius + w / 2), np.sin(angle) * (radius + h / 2)
+            box = Bbox.from_bounds(x + right - w / 2, y + up - h / 2, w, h)
+            inside = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        text.set_position(axis.transData.inverted().transform((x + right, y + up)))
+        if radius > RADII[0]:
+            line = {"arrowstyle": "-", "lw": 0.5, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
+            end = np.clip((x, y), box.min, box.max)  # the nearest point of the name
+            axis.annotate("", place, end, textcoords="figure pixels", arrowprops=line)
 
 
 def _panel_size(mask: Classes) -> tuple[int, int]:
@@ -219,30 +254,3 @@ def _write_class(
     middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
     edge = [withStroke(linewidth=1, foreground="black")]
     axis.text(*middle, name, size=7, color=colour, ha="center", va="center", path_effects=edge, parse_math=False)
-
-
-def _write_names(axis: Axes, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Each name as near to its point as leaves all points and other names free, on a thin line where it is far."""
-    placed = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(list(points.values()))]
-    for name, place in points.items():
-        for radius, (right, up) in product(
-            (8, 16, 26, 38, 52, 68, 86), ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-        ):
-            text = axis.annotate(
-                name,
-                place,
-                (right * radius, up * radius),
-                textcoords="offset points",
-                size=8,
-                color=INK,
-                ha=("center", "left", "right")[right],
-                va=("center", "bottom", "top")[up],
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colours[name], "shrinkB": 3} if radius > 8 else None,
-                parse_math=False,
-            )
-            box = text.get_window_extent()
-            free = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
-            if free and not any(box.overlaps(other) for other in placed):
-                break
-            text.remove()
-        placed.append(box)
