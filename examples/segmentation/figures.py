@@ -26,14 +26,15 @@ from skimage.segmentation import find_boundaries
 from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_colours
 
 DPI = 200
-WIDTH, HEIGHT = 340, 460  # pixels of a panel, at most
-GAP, MARGIN, LINE, LETTER = 8, 10, 34, 13  # pixels: between panels, around all, of a line of text and of one letter
+WIDTH, HEIGHT = 340, 520  # pixels of a panel, at most
+GAP, MARGIN = 8, 10  # pixels: between panels, around all
+LINE, LETTER, KEY = 34, 13, 190  # pixels: of a line of text, of a letter, of an entry of the legend
 # Where a name may stand around its point: pixels away from it, and angles, the nearest and most usual ones first.
 RADII = (10, 20, 32, 46, 62, 80, 100, 125, 150, 180, 210)
 ANGLES = tuple(np.pi / 8 * n for n in (0, 8, 4, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11))
 INK = "#1d2733"
 ERRORS = {"missed": MISSED, "extra": EXTRA, "another class": MISTAKEN}
-PANELS = ("image", "truth and prediction", "difference")
+PANELS = ("image", "outlines", "difference")
 SCORES = {"loss": "loss (Dice + cross-entropy)", "iou": "IoU (mean per image)"}
 SIDES = {"train": "training", "val": "validation"}
 
@@ -53,33 +54,29 @@ class Case:
 
 def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) -> None:
     """One row per case: the image, both outlines with the names of the classes, and where the two masks differ."""
+    lines = {"truth": "-", "prediction": "--"}
+    keys: list[Artist] = [Line2D([], [], color=INK, lw=1, ls=style, label=name) for name, style in lines.items()]
+    kinds = {kind for case in cases for kind, pixels in _errors(case.truth, case.prediction).items() if pixels.any()}
+    keys += [Patch(color=colour, label=kind) for kind, colour in ERRORS.items() if kind in kinds]
+
     sizes = [_panel_size(case.truth) for case in cases]
-    longest = max(len(case.label) for case in cases) * LETTER
-    width = max(longest, *(3 * w + 2 * GAP for w, _ in sizes)) + 2 * MARGIN
-    height = sum(h + LINE for _, h in sizes) + (len(cases) - 1) * GAP + 2 * LINE + 2 * MARGIN
-    figure, kinds, top = Figure((width / DPI, height / DPI), dpi=DPI), set[str](), MARGIN + LINE
+    width = max(3 * max(w for w, _ in sizes) + 2 * GAP, LETTER * max(len(case.label) for case in cases)) + 2 * MARGIN
+    columns = max(1, min(len(keys), width // KEY))  # of the legend
+    height = sum(h + LINE + GAP for _, h in sizes) + LINE * (1 - len(keys) // -columns) + 2 * MARGIN
+    figure, top = Figure((width / DPI, height / DPI), dpi=DPI), MARGIN + LINE
+    words: dict[str, Any] = {"size": 7, "color": INK, "va": "center", "parse_math": False}
     for case, (w, h) in zip(cases, sizes, strict=True):
-        label: dict[str, Any] = {"size": 7, "color": INK, "va": "center", "parse_math": False}
-        figure.text(MARGIN / width, 1 - (top + LINE / 2) / height, case.label, weight="bold", **label)
+        figure.text(MARGIN / width, 1 - (top + LINE / 2) / height, case.label, weight="bold", **words)
         top += LINE + h
         lefts = [MARGIN + (w + GAP) * column for column in range(3)]
-        places = [(left / width, 1 - top / height, w / width, h / height) for left in lefts]
-        kinds |= _draw_case([figure.add_axes(place, frame_on=False) for place in places], case, class_names, (w, h))
+        row = [figure.add_axes((left / width, 1 - top / height, w / width, h / height)) for left in lefts]
+        _draw_case(row, case, class_names, (w, h))
         if case is cases[0]:
             for left, title in zip(lefts, PANELS, strict=True):
-                figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **label)
+                figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **words)
         top += GAP
-    lines = {"truth": "-", "prediction": "--"}
-    keys: list[Artist] = [Line2D([], [], color=INK, lw=1, ls=style, label=label) for label, style in lines.items()]
-    keys += [Patch(color=colour, label=label) for label, colour in ERRORS.items() if label in kinds]
-    legend: dict[str, Any] = {
-        "loc": "lower center",
-        "ncols": len(keys),
-        "borderpad": 0.2,
-        "handlelength": 2,
-        "columnspacing": 1.2,
-    }
-    figure.legend(handles=keys, frameon=False, fontsize=7, **legend)
+    sizing: dict[str, Any] = {"fontsize": 7, "borderpad": 0.2, "handlelength": 2, "columnspacing": 1.2}
+    figure.legend(handles=keys, loc="lower center", ncols=columns, frameon=False, **sizing)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
@@ -192,20 +189,22 @@ def _panel_size(mask: Classes) -> tuple[int, int]:
     return max(1, round(w * scale)), max(1, round(h * scale))
 
 
-def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size: tuple[int, int]) -> set[str]:
-    """The three panels of a case, pixel by pixel as large as their axes; returns the kinds of errors in the last."""
-    masks = [
-        np.asarray(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in (case.truth, case.prediction)
-    ]
-    truth, found = masks
-    kinds = {
+def _errors(truth: Classes, found: Classes) -> dict[str, NDArray[np.bool_]]:
+    """The wrong pixels (h w) of a prediction, by kind."""
+    return {
         "missed": (truth > 0) & (found == 0),
         "extra": (truth == 0) & (found > 0),
         "another class": (truth != found) & (truth > 0) & (found > 0),
     }
+
+
+def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size: tuple[int, int]) -> None:
+    """The three panels of a case, whose axes have as many pixels as `size`, the width and height, says."""
+    masks = (case.truth, case.prediction)
+    truth, found = (np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks)
     shades = picture(case.image, size)
     wrong = np.asarray(Image.fromarray(shades).convert("L").convert("RGB")).copy()
-    for kind, pixels in kinds.items():
+    for kind, pixels in _errors(truth, found).items():
         wrong[pixels] = np.array(to_rgb(ERRORS[kind])) * 255
     for axis, shown in zip(row, (shades, shades, wrong), strict=True):
         axis.imshow(shown, aspect="auto", interpolation="none")
@@ -220,7 +219,6 @@ def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size
         if points:
             _write_class(row[1], name, colour, np.concatenate(points), taken, size)
     row[1].set(xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
-    return {kind for kind, pixels in kinds.items() if pixels.any()}
 
 
 def _outlines(mask: NDArray[np.bool_], size: tuple[int, int]) -> list[NDArray[np.float64]]:
