@@ -131,7 +131,7 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 raise ValueError(f"{pair} were scored with {name} {values}: score them alike, or compare them apart")
         if run.facts["split_sha256"] != first.facts["split_sha256"]:
             raise ValueError(f"{pair} followed two splits (split_sha256): train them with one --data.split")
-        if not run.images[["id", "group"]].equals(first.images[["id", "group"]]):
+        if len(run.images) != len(first.images) or set(run.images["id"]) != set(first.images["id"]):
             raise ValueError(f"{pair} were scored on different images: score them again with test")
         for other in groups.setdefault(run.variant, []):
             both = f"{str(other.folder)!r} and {str(run.folder)!r} are both {run.variant!r}"

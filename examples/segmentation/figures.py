@@ -166,7 +166,7 @@ def _write_names(axis: Axes, points: pd.DataFrame, colours: Mapping[str, str]) -
     low, high = (axis.transData.transform(points.iloc[:, :2].to_numpy() + sign * bars) for sign in (-1, 1))
     taken = [Bbox([[x - 5, y - 5], [x + 5, top + 5]]) for (x, y), (_, top) in zip(low, high, strict=True)]
     for name, (x, y), place in zip(points.index, (low + high) / 2, points.iloc[:, :2].to_numpy(), strict=True):
-        text = axis.text(*place, name, size=8, color=INK, ha="center", va="center", parse_math=False)
+        text = axis.text(place[0], place[1], name, size=8, color=INK, ha="center", va="center", parse_math=False)
         w, h = text.get_window_extent().size
         for radius, angle in product(RADII, ANGLES):
             right, up = np.cos(angle) * (radius + w / 2), np.sin(angle) * (radius + h / 2)
@@ -175,7 +175,7 @@ def _write_names(axis: Axes, points: pd.DataFrame, colours: Mapping[str, str]) -
             if inside and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
-        text.set_position(axis.transData.inverted().transform((x + right, y + up)))
+        text.set_position(tuple(axis.transData.inverted().transform((x + right, y + up))))
         if radius > RADII[0]:
             line = {"arrowstyle": "-", "lw": 0.5, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
             end = np.clip((x, y), box.min, box.max)  # the nearest point of the name
@@ -209,15 +209,25 @@ def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size
     for axis, shown in zip(row, (shades, shades, wrong), strict=True):
         axis.imshow(shown, aspect="auto", interpolation="none")
         axis.set_axis_off()
+    outlines = {
+        (number, style): _outlines(mask == number, size)
+        for number in range(1, len(class_names) + 1)
+        for mask, style in zip(masks, ("-", (0, (3, 2))), strict=True)
+    }
+    for (number, style), lines in outlines.items():
+        for line in lines:
+            row[1].plot(line[:, 1], line[:, 0], color=class_colour(number), linestyle=style, linewidth=0.9)
+    named = {number: np.concatenate(lines) for (number, _), lines in reversed(outlines.items()) if lines}
+    edged: dict[str, Any] = {"size": 7, "ha": "center", "va": "center", "parse_math": False}
+    edged["path_effects"] = [withStroke(linewidth=1, foreground="black")]
+    every = np.concatenate([line for lines in outlines.values() for line in lines] or [np.zeros((0, 2))])
     taken: list[Bbox] = []
-    for number, name in enumerate(class_names, start=1):
-        colour, points = class_colour(number), []
-        for mask, style in ((case.truth == number, "-"), (case.prediction == number, (0, (3, 2)))):
-            for line in _outlines(mask, size):
-                row[1].plot(line[:, 1], line[:, 0], color=colour, linestyle=style, linewidth=0.9)
-                points.append(line)
-        if points:
-            _write_class(row[1], name, colour, np.concatenate(points), taken, size)
+    for number, points in sorted(named.items()):
+        box = _free_box(points, every, taken, LETTER * len(class_names[number - 1]), size)
+        row[1].text(
+            (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2, class_names[number - 1], color=class_colour(number), **edged
+        )
+        taken.append(box)
     row[1].set(xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
 
 
@@ -227,11 +237,11 @@ def _outlines(mask: NDArray[np.bool_], size: tuple[int, int]) -> list[NDArray[np
     return [line - 1 for line in find_contours(np.pad(shades, 1), 127.5)]
 
 
-def _write_class(
-    axis: Axes, name: str, colour: str, points: NDArray[np.float64], taken: list[Bbox], size: tuple[int, int]
-) -> None:
-    """The name beside a contour (points yx): right, left, below or above it, where it covers least."""
-    (w, h), long, tall, pad = size, LETTER * len(name), 0.75 * LINE, 0.25 * LINE
+def _free_box(
+    points: NDArray[np.float64], every: NDArray[np.float64], taken: Sequence[Bbox], long: float, size: tuple[int, int]
+) -> Bbox:
+    """Right, left, below or above a contour (points yx): where a name hides least of `every` contour and no name."""
+    (w, h), tall, pad = size, 0.75 * LINE, 0.25 * LINE
     y, x = points.T
     corners = (
         (x.max() + pad, y[x.argmax()] - tall / 2),
@@ -239,16 +249,8 @@ def _write_class(
         (x[y.argmax()] - long / 2, y.max() + pad),
         (x[y.argmin()] - long / 2, y.min() - pad - tall),
     )
-    boxes = [
-        Bbox.from_bounds(np.clip(left, 0, w - long), np.clip(low, 0, h - tall), long, tall) for left, low in corners
-    ]
-    covered = [
-        1e6 * sum(box.overlaps(other) for other in taken)
-        + np.count_nonzero((box.x0 < x) & (x < box.x1) & (box.y0 < y) & (y < box.y1))
-        for box in boxes
-    ]
-    box = boxes[int(np.argmin(covered))]
-    taken.append(box)
-    middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    edge = [withStroke(linewidth=1, foreground="black")]
-    axis.text(*middle, name, size=7, color=colour, ha="center", va="center", path_effects=edge, parse_math=False)
+    bounds = [(np.clip(left, 0, w - long), np.clip(low, 0, h - tall)) for left, low in corners]
+    boxes = [Bbox.from_bounds(left, low, long, tall) for left, low in bounds]
+    hidden = [np.count_nonzero(((box.min < every[:, ::-1]) & (every[:, ::-1] < box.max)).all(axis=1)) for box in boxes]
+    names = [sum(box.overlaps(other) for other in taken) for box in boxes]
+    return boxes[min(range(4), key=lambda n: (names[n], hidden[n]))]
