@@ -9,7 +9,6 @@ COMMANDS = {
     "report": "tables and plots of such files",
     "gpu_day": "check, time, tune and train on a GPU that is available for minutes",
     "gpu_report": "its results as JSON, a page and a plot",
-    "experiment_table": "the tables of docs/results.md",
 }
 
 

@@ -28,7 +28,7 @@ SAMPLES = 10_000  # of the bootstrap
 TEXT = {"id": str, "group": str, "unit": str}  # columns of images.csv that hold no numbers
 COUNTS = ["tp", "fp", "fn"]
 ALIKE = ("task", "image_size", "side", "options", "split_sha256")  # what the scores of all runs have in common
-# The recipe: settings of the model and the data but for those that any run may have of its own, and some of the trainer.
+# The recipe: all settings of model and data but those that a run may have of its own, and some of the trainer.
 FREE = {f"data.{name}" for name in ("folder", "split", "seed", "num_workers", "side", "inputs")}
 TRAINER = {f"trainer.{name}" for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches")}
 TRAINER |= {f"trainer.gradient_clip_{name}" for name in ("val", "algorithm")}
@@ -63,12 +63,14 @@ def compare(runs: list[Path], out: Path, *, on: str = "test", baseline: str | No
     baseline = baseline or ("unet" if "unet" in groups else next(iter(groups)))
     if baseline not in groups:
         raise ValueError(f"baseline {baseline!r} is no finished variant: choose one of {', '.join(groups)}")
+    groups = {baseline: groups[baseline]} | groups  # which comes first
     results = {**collect(groups, baseline), "on": on, "runs": len(finished) + len(missing), "missing": missing}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", results)
     draw_curves(out / "curves.png", {name: [run.history for run in group] for name, group in groups.items()})
     cost = {name: {**v["cost"], **v["per_image"]["dice"]} for name, v in results["variants"].items()}
-    draw_cost(out / "cost.png", pd.DataFrame.from_dict(cost, orient="index").rename(columns={"mean": "dice"}))
+    frame = pd.DataFrame.from_dict(cost, orient="index", dtype=float).rename(columns={"mean": "dice"})
+    draw_cost(out / "cost.png", frame)
     cases = {name: group[0].folder / on / "cases.png" for name, group in groups.items()}
     write_report(out, results, {name: path for name, path in cases.items() if path.is_file()})
     return results
@@ -119,7 +121,7 @@ def in_recipe(setting: str) -> bool:
 
 
 def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by variant. All must have been split and scored alike, and those of a variant differ in the seed alone."""
+    """The runs by variant. All must be split and scored alike, and those of a variant differ in the seed alone."""
     first, groups = runs[0], dict[str, list[Run]]()
     for run in runs:
         pair = f"{str(run.folder)!r} and {str(first.folder)!r}"
@@ -129,7 +131,7 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 raise ValueError(f"{pair} were scored with {name} {values}: score them alike, or compare them apart")
         if run.facts["split_sha256"] != first.facts["split_sha256"]:
             raise ValueError(f"{pair} followed two splits (split_sha256): train them with one --data.split")
-        if not run.images[["id", "group"]].equals(first.images[["id", "group"]]):
+        if len(run.images) != len(first.images) or set(run.images["id"]) != set(first.images["id"]):
             raise ValueError(f"{pair} were scored on different images: score them again with test")
         for other in groups.setdefault(run.variant, []):
             both = f"{str(other.folder)!r} and {str(run.folder)!r} are both {run.variant!r}"
@@ -249,12 +251,13 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
     gains = (dice[name][seeds] - dice[baseline][seeds]).mean(axis=1)
     subjects = gains.index.get_level_values("group")
     interval = bootstrap_interval(gains.to_numpy(), list(subjects))
-    low, high = interval or (None, None)
+    low, high = (None, None) if interval is None else interval
+    verdict = "none" if interval is None or interval[0] <= 0 <= interval[1] else "above" if interval[0] > 0 else "below"
     return {
         "mean": float(gains.mean()),
         "low": low,
         "high": high,
-        "verdict": "none" if interval is None or low <= 0 <= high else "above" if low > 0 else "below",
+        "verdict": verdict,
         "seeds": [int(seed) for seed in seeds],
         "images": len(gains),
         "subjects": subjects.nunique(),
@@ -321,9 +324,9 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
             "seconds per epoch": f"{v['cost']['seconds_per_epoch']:.1f}",
             "minutes in all": f"{v['cost']['minutes']:.1f}",
         }
-    tables["settings"] = {v: own for v, own in results["settings"].items() if own}
+    tables["settings"] = {variant: own for variant, own in results["settings"].items() if own}
     tables["recipe"] = {name: {"value": value} for name, value in results["recipe"].items()}
-    return {name: pd.DataFrame.from_dict(rows, orient="index").astype(str) for name, rows in tables.items()}
+    return {name: pd.DataFrame.from_dict(rows, orient="index", dtype=object).map(str) for name, rows in tables.items()}
 
 
 def write_report(out: Path, results: Numbers, cases: dict[str, Path]) -> None:

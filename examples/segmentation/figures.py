@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -25,11 +26,15 @@ from skimage.segmentation import find_boundaries
 from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_colours
 
 DPI = 200
-WIDTH, HEIGHT = 340, 460  # pixels of a panel, at most
-GAP, MARGIN, LINE, LETTER = 8, 10, 34, 13  # pixels: between panels, around all, of a line of text and of one letter
+WIDTH, HEIGHT = 340, 520  # pixels of a panel, at most
+GAP, MARGIN = 8, 10  # pixels: between panels, around all
+LINE, LETTER, KEY = 34, 13, 190  # pixels: of a line of text, of a letter, of an entry of the legend
+# Where a name may stand around its point: pixels away from it, and angles, the nearest and most usual ones first.
+RADII = (10, 20, 32, 46, 62, 80, 100, 125, 150, 180, 210)
+ANGLES = tuple(np.pi / 8 * n for n in (0, 8, 4, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11))
 INK = "#1d2733"
 ERRORS = {"missed": MISSED, "extra": EXTRA, "another class": MISTAKEN}
-PANELS = ("image", "truth and prediction", "difference")
+PANELS = ("image", "outlines", "difference")
 SCORES = {"loss": "loss (Dice + cross-entropy)", "iou": "IoU (mean per image)"}
 SIDES = {"train": "training", "val": "validation"}
 
@@ -49,26 +54,29 @@ class Case:
 
 def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) -> None:
     """One row per case: the image, both outlines with the names of the classes, and where the two masks differ."""
+    lines = {"truth": "-", "prediction": "--"}
+    keys: list[Artist] = [Line2D([], [], color=INK, lw=1, ls=style, label=name) for name, style in lines.items()]
+    kinds = {kind for case in cases for kind, pixels in _errors(case.truth, case.prediction).items() if pixels.any()}
+    keys += [Patch(color=colour, label=kind) for kind, colour in ERRORS.items() if kind in kinds]
+
     sizes = [_panel_size(case.truth) for case in cases]
-    longest = max(len(case.label) for case in cases) * LETTER
-    width = max(longest, *(3 * w + 2 * GAP for w, _ in sizes)) + 2 * MARGIN
-    height = sum(h + LINE for _, h in sizes) + (len(cases) - 1) * GAP + 2 * LINE + 2 * MARGIN
-    figure, kinds, top = Figure((width / DPI, height / DPI), dpi=DPI), set[str](), MARGIN + LINE
+    width = max(3 * max(w for w, _ in sizes) + 2 * GAP, LETTER * max(len(case.label) for case in cases)) + 2 * MARGIN
+    columns = max(1, min(len(keys), width // KEY))  # of the legend
+    height = sum(h + LINE + GAP for _, h in sizes) + LINE * (1 - len(keys) // -columns) + 2 * MARGIN
+    figure, top = Figure((width / DPI, height / DPI), dpi=DPI), MARGIN + LINE
+    words: dict[str, Any] = {"size": 7, "color": INK, "va": "center", "parse_math": False}
     for case, (w, h) in zip(cases, sizes, strict=True):
-        label = {"size": 7, "color": INK, "va": "center", "parse_math": False}
-        figure.text(MARGIN / width, 1 - (top + LINE / 2) / height, case.label, weight="bold", **label)
+        figure.text(MARGIN / width, 1 - (top + LINE / 2) / height, case.label, weight="bold", **words)
         top += LINE + h
         lefts = [MARGIN + (w + GAP) * column for column in range(3)]
-        places = [(left / width, 1 - top / height, w / width, h / height) for left in lefts]
-        kinds |= _draw_case([figure.add_axes(place, frame_on=False) for place in places], case, class_names, (w, h))
+        row = [figure.add_axes((left / width, 1 - top / height, w / width, h / height)) for left in lefts]
+        _draw_case(row, case, class_names, (w, h))
         if case is cases[0]:
             for left, title in zip(lefts, PANELS, strict=True):
-                figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **label)
+                figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **words)
         top += GAP
-    keys = [Line2D([], [], color=INK, lw=1, ls=ls, label=label) for label, ls in (("truth", "-"), ("prediction", "--"))]
-    keys += [Patch(color=colour, label=label) for label, colour in ERRORS.items() if label in kinds]
-    legend = {"loc": "lower center", "ncols": len(keys), "borderpad": 0.2, "handlelength": 2, "columnspacing": 1.2}
-    figure.legend(handles=keys, frameon=False, fontsize=7, **legend)
+    sizing: dict[str, Any] = {"fontsize": 7, "borderpad": 0.2, "handlelength": 2, "columnspacing": 1.2}
+    figure.legend(handles=keys, loc="lower center", ncols=columns, frameon=False, **sizing)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
@@ -132,22 +140,46 @@ def draw_cost(path: Path, frame: pd.DataFrame) -> None:
 
     `frame`: a row per network, by name, with parameters, seconds_per_epoch, dice and sd_seeds (NaN for one seed).
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    frame = frame.assign(millions=frame["parameters"] / 1e6, sd=frame["sd_seeds"].fillna(0.0))
+    figure = Figure(figsize=(10, 4 + 0.1 * len(frame)), dpi=110, layout="constrained")
     grid, colours = figure.subplots(1, 2, sharey=True), network_colours(frame.index)
-    places = {"parameters (millions)": frame["parameters"] / 1e6, "seconds per epoch": frame["seconds_per_epoch"]}
-    for axis, (label, place) in zip(grid, places.items(), strict=True):
+    columns = {"millions": "parameters (millions)", "seconds_per_epoch": "seconds per epoch"}
+    for axis, (column, label) in zip(grid, columns.items(), strict=True):
         for name, row in frame.iterrows():
-            bar = {"yerr": row["sd_seeds"], "elinewidth": 1, "capsize": 2} if row["sd_seeds"] > 0 else {}
-            axis.errorbar(place[name], row["dice"], fmt="o", ms=6, color=colours[str(name)], **bar)
+            bar = {"yerr": row["sd"], "elinewidth": 1, "capsize": 2} if row["sd"] else {}
+            axis.errorbar(row[column], row["dice"], fmt="o", markersize=6, color=colours[name], **bar)
         axis.set_xlabel(label)
         axis.margins(x=0.2, y=0.2)
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     grid[0].set_ylabel("Dice (mean per image)")
-    figure.draw_without_rendering()  # fixes the axes, so that the names find their places
-    for axis, place in zip(grid, places.values(), strict=True):
-        _write_names(axis, {str(name): (place[name], frame["dice"][name]) for name in frame.index}, colours)
-    figure.savefig(path, dpi=110)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the axes stay where they are while the names look for free places
+    for axis, column in zip(grid, columns, strict=True):
+        _write_names(axis, frame[[column, "dice", "sd"]], colours)
+    figure.savefig(path)
+
+
+def _write_names(axis: Axes, points: pd.DataFrame, colours: Mapping[str, str]) -> None:
+    """Each name (points: x, y, half a bar) as near to its point as leaves other names, points and bars free."""
+    bars = np.outer(points["sd"], (0.0, 1.0))
+    low, high = (axis.transData.transform(points.iloc[:, :2].to_numpy() + sign * bars) for sign in (-1, 1))
+    taken = [Bbox([[x - 5, y - 5], [x + 5, top + 5]]) for (x, y), (_, top) in zip(low, high, strict=True)]
+    for name, (x, y), place in zip(points.index, (low + high) / 2, points.iloc[:, :2].to_numpy(), strict=True):
+        text = axis.text(place[0], place[1], name, size=8, color=INK, ha="center", va="center", parse_math=False)
+        w, h = text.get_window_extent().size
+        for radius, angle in product(RADII, ANGLES):
+            right, up = np.cos(angle) * (radius + w / 2), np.sin(angle) * (radius + h / 2)
+            box = Bbox.from_bounds(x + right - w / 2, y + up - h / 2, w, h)
+            inside = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        text.set_position(tuple(axis.transData.inverted().transform((x + right, y + up))))
+        if radius > RADII[0]:
+            line = {"arrowstyle": "-", "lw": 0.5, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
+            end = np.clip((x, y), box.min, box.max)  # the nearest point of the name
+            axis.annotate("", place, end, textcoords="figure pixels", arrowprops=line)
 
 
 def _panel_size(mask: Classes) -> tuple[int, int]:
@@ -157,35 +189,46 @@ def _panel_size(mask: Classes) -> tuple[int, int]:
     return max(1, round(w * scale)), max(1, round(h * scale))
 
 
-def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size: tuple[int, int]) -> set[str]:
-    """The three panels of a case, pixel by pixel as large as their axes; returns the kinds of errors in the last."""
-    masks = [
-        np.asarray(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in (case.truth, case.prediction)
-    ]
-    truth, found = masks
-    kinds = {
+def _errors(truth: Classes, found: Classes) -> dict[str, NDArray[np.bool_]]:
+    """The wrong pixels (h w) of a prediction, by kind."""
+    return {
         "missed": (truth > 0) & (found == 0),
         "extra": (truth == 0) & (found > 0),
         "another class": (truth != found) & (truth > 0) & (found > 0),
     }
+
+
+def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size: tuple[int, int]) -> None:
+    """The three panels of a case, whose axes have as many pixels as `size`, the width and height, says."""
+    masks = (case.truth, case.prediction)
+    truth, found = (np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks)
     shades = picture(case.image, size)
     wrong = np.asarray(Image.fromarray(shades).convert("L").convert("RGB")).copy()
-    for kind, pixels in kinds.items():
+    for kind, pixels in _errors(truth, found).items():
         wrong[pixels] = np.array(to_rgb(ERRORS[kind])) * 255
     for axis, shown in zip(row, (shades, shades, wrong), strict=True):
         axis.imshow(shown, aspect="auto", interpolation="none")
         axis.set_axis_off()
+    outlines = {
+        (number, style): _outlines(mask == number, size)
+        for number in range(1, len(class_names) + 1)
+        for mask, style in zip(masks, ("-", (0, (3, 2))), strict=True)
+    }
+    for (number, style), lines in outlines.items():
+        for line in lines:
+            row[1].plot(line[:, 1], line[:, 0], color=class_colour(number), linestyle=style, linewidth=0.9)
+    named = {number: np.concatenate(lines) for (number, _), lines in reversed(outlines.items()) if lines}
+    edged: dict[str, Any] = {"size": 7, "ha": "center", "va": "center", "parse_math": False}
+    edged["path_effects"] = [withStroke(linewidth=1, foreground="black")]
+    every = np.concatenate([line for lines in outlines.values() for line in lines] or [np.zeros((0, 2))])
     taken: list[Bbox] = []
-    for number, name in enumerate(class_names, start=1):
-        colour, points = class_colour(number), []
-        for mask, style in ((case.truth == number, "-"), (case.prediction == number, (0, (3, 2)))):
-            for line in _outlines(mask, size):
-                row[1].plot(line[:, 1], line[:, 0], color=colour, linestyle=style, linewidth=0.9)
-                points.append(line)
-        if points:
-            _write_class(row[1], name, colour, np.concatenate(points), taken, size)
+    for number, points in sorted(named.items()):
+        box = _free_box(points, every, taken, LETTER * len(class_names[number - 1]), size)
+        row[1].text(
+            (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2, class_names[number - 1], color=class_colour(number), **edged
+        )
+        taken.append(box)
     row[1].set(xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
-    return {kind for kind, pixels in kinds.items() if pixels.any()}
 
 
 def _outlines(mask: NDArray[np.bool_], size: tuple[int, int]) -> list[NDArray[np.float64]]:
@@ -194,11 +237,11 @@ def _outlines(mask: NDArray[np.bool_], size: tuple[int, int]) -> list[NDArray[np
     return [line - 1 for line in find_contours(np.pad(shades, 1), 127.5)]
 
 
-def _write_class(
-    axis: Axes, name: str, colour: str, points: NDArray[np.float64], taken: list[Bbox], size: tuple[int, int]
-) -> None:
-    """The name beside a contour (points yx): right, left, below or above it, where it covers least."""
-    (w, h), long, tall, pad = size, LETTER * len(name), 0.75 * LINE, 0.25 * LINE
+def _free_box(
+    points: NDArray[np.float64], every: NDArray[np.float64], taken: Sequence[Bbox], long: float, size: tuple[int, int]
+) -> Bbox:
+    """Right, left, below or above a contour (points yx): where a name hides least of `every` contour and no name."""
+    (w, h), tall, pad = size, 0.75 * LINE, 0.25 * LINE
     y, x = points.T
     corners = (
         (x.max() + pad, y[x.argmax()] - tall / 2),
@@ -206,43 +249,8 @@ def _write_class(
         (x[y.argmax()] - long / 2, y.max() + pad),
         (x[y.argmin()] - long / 2, y.min() - pad - tall),
     )
-    boxes = [
-        Bbox.from_bounds(np.clip(left, 0, w - long), np.clip(low, 0, h - tall), long, tall) for left, low in corners
-    ]
-    covered = [
-        1e6 * sum(box.overlaps(other) for other in taken)
-        + np.count_nonzero((box.x0 < x) & (x < box.x1) & (box.y0 < y) & (y < box.y1))
-        for box in boxes
-    ]
-    box = boxes[int(np.argmin(covered))]
-    taken.append(box)
-    middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    edge = [withStroke(linewidth=1, foreground="black")]
-    axis.text(*middle, name, size=7, color=colour, ha="center", va="center", path_effects=edge, parse_math=False)
-
-
-def _write_names(axis: Axes, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Each name as near to its point as leaves all points and other names free, on a thin line where it is far."""
-    placed = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(list(points.values()))]
-    for name, place in points.items():
-        for radius, (right, up) in product(
-            (8, 16, 26, 38, 52, 68, 86), ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-        ):
-            text = axis.annotate(
-                name,
-                place,
-                (right * radius, up * radius),
-                textcoords="offset points",
-                size=8,
-                color=INK,
-                ha=("center", "left", "right")[right],
-                va=("center", "bottom", "top")[up],
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colours[name], "shrinkB": 3} if radius > 8 else None,
-                parse_math=False,
-            )
-            box = text.get_window_extent()
-            free = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
-            if free and not any(box.overlaps(other) for other in placed):
-                break
-            text.remove()
-        placed.append(box)
+    bounds = [(np.clip(left, 0, w - long), np.clip(low, 0, h - tall)) for left, low in corners]
+    boxes = [Bbox.from_bounds(left, low, long, tall) for left, low in bounds]
+    hidden = [np.count_nonzero(((box.min < every[:, ::-1]) & (every[:, ::-1] < box.max)).all(axis=1)) for box in boxes]
+    names = [sum(box.overlaps(other) for other in taken) for box in boxes]
+    return boxes[min(range(4), key=lambda n: (names[n], hidden[n]))]

@@ -9,9 +9,10 @@ from itertools import count
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, to_hex, to_rgb
 
-# Told apart on grey and on skin, also by eyes that lack one of the three kinds of cones (tests/examples/test_figures.py).
+# Told apart on grey and on skin, also by eyes without one of the three kinds of cones (tests/examples/test_figures.py).
 CLASSES = ("#00ffff", "#ffdb00", "#ff006d", "#9292ff", "#dbffb6", "#926d00", "#9200ff", "#b62492")
-MISSED, EXTRA, MISTAKEN = "#3fa7ff", "#ffb000", "#e0258a"  # pixels of the truth alone, of the prediction alone, of both
+# Pixels of the truth alone, of the prediction alone, and of two different classes.
+MISSED, EXTRA, MISTAKEN = "#3fa7ff", "#ffb000", "#e0258a"
 
 # As in docs/figures/palette.py: ours in its warm colours, the baselines in a cold one and in grey.
 NETWORKS = {
@@ -31,7 +32,7 @@ def class_colour(number: int) -> str:
     """The colour of class `number` = 1, 2, ...; there is one for any number of classes."""
     if number <= len(CLASSES):
         return CLASSES[number - 1]
-    return to_hex(hsv_to_rgb((GOLDEN * number % 1, 0.55, 0.95)))
+    return to_hex(tuple(hsv_to_rgb((GOLDEN * number % 1, 0.55, 0.95))))
 
 
 def network_colours(names: Iterable[str]) -> dict[str, str]:
@@ -49,4 +50,4 @@ def _shade(colour: str, number: int) -> str:
     """The colour itself, then lighter and darker ones in turn."""
     share = 1 - 0.6 ** ((number + 1) // 2)
     towards = np.ones(3) if number % 2 else np.zeros(3)
-    return to_hex((1 - share) * np.array(to_rgb(colour)) + share * towards)
+    return to_hex(tuple((1 - share) * np.array(to_rgb(colour)) + share * towards))
