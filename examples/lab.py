@@ -12,11 +12,10 @@ Every argument of the network, the data and Lightning's Trainer is a flag, or st
 from __future__ import annotations
 
 import datetime
-import logging
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from segmentation.callbacks import EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
-from segmentation.console import console, say, scores_table
+from segmentation.console import console, quieten, say, scores_table
 from segmentation.data.module import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import Case, draw_cases, draw_history
@@ -68,13 +67,6 @@ FIXED = {
 }
 # What a resumed run may change: how long and where it trains, not what is trained on which images.
 FREE_ON_RESUME = {"data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
-# Remarks of Lightning that are answered here: images are in memory, and repeated images are counted once.
-REMARKS = (
-    "does not have many workers",
-    "Checkpoint directory .* is not empty",
-    "Using `DistributedSampler` with the dataloaders",
-    "LeafSpec",
-)
 SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 
 
@@ -105,8 +97,9 @@ class Lab(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        fixed = {"model", "datamodule", "ckpt_path", "weights_only", "verbose", "return_predictions"}
-        return dict.fromkeys(("fit", "test", "predict"), fixed | {"train_dataloaders", "val_dataloaders", "dataloaders"})
+        own = {"model", "datamodule", "ckpt_path", "weights_only", "verbose", "return_predictions"}
+        own |= {"train_dataloaders", "val_dataloaders", "dataloaders"}
+        return dict.fromkeys(("fit", "test", "predict"), own)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
         self.config = parser.parse_args(with_config_of_run(sys.argv[1:] if args is None else list(args)))
@@ -130,6 +123,8 @@ class Lab(LightningCLI):
         self.run_folder, self.checkpoint = find_run(settings.run)
         for name, value in SINGLE.items():
             settings.trainer[name] = value
+        if self.subcommand == "predict" and settings.pixel_size_csv and settings.data.task != "fetal_head":
+            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {settings.data.task}")
         if self.subcommand == "test":
             follow_run(settings.data, self.run_folder)
             own = Path(self.run_folder, *test_folder(settings, self.run_folder, self.checkpoint))
@@ -199,9 +194,9 @@ class Lab(LightningCLI):
         """Score the best epoch, or the checkpoint that was named, on images that its training never touched."""
         self.load(model)
         datamodule.setup("test")
-        if self.settings.data.split is None:
-            if remark := refuse_seen(datamodule.test_items, self.run_folder / "split.json"):
-                say(remark, "yellow")
+        own_split = self.run_folder / "split.json"
+        if self.settings.data.split is None and (remark := refuse_seen(datamodule.test_items, own_split)):
+            say(remark, "yellow")
         self.out.mkdir(parents=True, exist_ok=True)
         self.trainer.test(model, datamodule=datamodule, verbose=False)
         scores = self.writer.scores
@@ -213,10 +208,8 @@ class Lab(LightningCLI):
 
     def predict(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Write the masks of all inputs; what cannot be read is named and counted."""
-        out, table = self.settings.out, self.settings.pixel_size_csv
+        out = self.settings.out
         self.load(model)
-        if table and model.task.name != "fetal_head":
-            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {model.task.name}")
         datamodule.inputs = self.settings.inputs
         datamodule.setup("predict")
         if out.exists() and any(out.iterdir()) and not self.settings.overwrite:
@@ -306,8 +299,8 @@ class Lab(LightningCLI):
         cases = []
         for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
             image, truth = item.read()
-            cases.append(Case(item.id, image, truth, model.classes_of(image)))
-        draw_cases(run / "cases.png", cases, model.task.class_names)
+            cases.append(Case(item.id, image, truth, model.classes_of(image), model.task.class_names))
+        draw_cases(run / "cases.png", cases)
         if hasattr(model.network, "save_pretrained"):
             model.network.save_pretrained(run / "model")
 
@@ -315,7 +308,7 @@ class Lab(LightningCLI):
 def with_config_of_run(args: list[str]) -> list[str]:
     """The arguments with the settings of the run in front, where one is tested, applied or resumed."""
     verb, rest = args[:1], args[1:]
-    names = [value for flag, value in zip(rest, rest[1:], strict=False) if flag == "--run"]
+    names = [value for flag, value in pairwise(rest) if flag == "--run"]
     names += [arg.removeprefix("--run=") for arg in rest if arg.startswith("--run=")]
     if not names or "--help" in rest:
         return args
@@ -357,10 +350,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
     """Run one command."""
     args = sys.argv[1:] if args is None else list(args)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for remark in REMARKS:
-        warnings.filterwarnings("ignore", f".*{remark}")
+    quieten()
     if args in ([], ["-h"], ["--help"]):
         say(str(__doc__).strip())
         return {}

@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Table
 
-from segmentation.console import console
+from segmentation.console import console, quieten, say
 from segmentation.data.module import SegmentationData
 from segmentation.figures import Case, draw_cases
 from segmentation.module import Segmentation
@@ -43,25 +43,31 @@ def quickstart(
         size: side of the square images.
         images: demo images of each task, a fifth of the subjects kept for the test.
     """
-    found, cases, names = [], [], []
+    quieten()
+    found, cases = [], []
+    table = Table("task", "network", "IoU", "Dice", "HD95 (px)", title="test subjects, mean per image")
     for task, lr in LEARNING_RATES.items():
         data = SegmentationData(task, image_size=size, limit=images, batch_size=4)
         for network in networks:
             lightning.seed_everything(0, verbose=False)
             module = Segmentation(task, network, image_size=size, lr=lr)
             writer = ScoreWriter(out / f"{task}-{network}", {"task": task, "network": network})
+            options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
             trainer = lightning.Trainer(
-                max_epochs=epochs,
-                gradient_clip_val=1.0,
-                callbacks=[writer, RichProgressBar()],
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
+                max_epochs=epochs, gradient_clip_val=1.0, callbacks=[writer, RichProgressBar()], **options
             )
             trainer.fit(module, datamodule=data)
             trainer.test(module, datamodule=data, verbose=False)
             found.append(writer.scores)
-        ...
+            means = {name: score["mean"] for name, score in writer.scores["per_image"].items()}
+            table.add_row(task, network, f"{means['iou']:.3f}", f"{means['dice']:.3f}", f"{means['hd95']:.1f}")
+            if network == networks[0]:
+                image, truth = data.test_items[0].read()
+                names = module.task.class_names
+                cases.append(Case(module.task.title, image, truth, module.classes_of(image), names))
+    draw_cases(out / "overview.png", cases)
+    console.print(table)
+    say(f"scores, masks and overview.png are in {out}")
     return found
 
 

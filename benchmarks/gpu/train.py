@@ -137,9 +137,7 @@ def environment(setting: Setting) -> dict[str, str]:
     return variables | ({"CUDA_VISIBLE_DEVICES": ""} if setting.rehearsal else {})
 
 
-def execute(
-    commands: Sequence[list[str]], log: Path, variables: dict[str, str], meanwhile: Callable[[], None]
-) -> None:
+def execute(commands: Sequence[list[str]], log: Path, variables: dict[str, str], meanwhile: Callable[[], None]) -> None:
     """Run commands of lab.py one after the other, in a process that ends with this one."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", RUN, json.dumps(commands)]

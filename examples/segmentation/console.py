@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,23 @@ from segmentation.scores import TOLERANCE
 TITLES = {"iou": "IoU", "dice": "Dice", "f1": "F1", "hd95": "HD95", "surface_dice": "surface Dice"}
 
 console = Console(quiet=rank_zero_only.rank != 0)
+
+
+# Remarks of Lightning that say nothing new here: images are in memory, and repeated images are counted once.
+REMARKS = (
+    "does not have many workers",
+    "Checkpoint directory .* is not empty",
+    "Using `DistributedSampler` with the dataloaders",
+    "LeafSpec",
+)
+
+
+def quieten() -> None:
+    """Leave out Lightning's remarks on its set-up; warnings about the run itself stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for remark in REMARKS:
+        warnings.filterwarnings("ignore", f".*{remark}")
 
 
 def say(text: str, style: str | None = None) -> None:

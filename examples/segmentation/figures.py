@@ -50,9 +50,10 @@ class Case:
     image: NDArray[Any]
     truth: Classes
     prediction: Classes
+    class_names: Sequence[str]  # of the classes 1, 2, ...
 
 
-def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) -> None:
+def draw_cases(path: Path, cases: Sequence[Case]) -> None:
     """One row per case: the image, both outlines with the names of the classes, and where the two masks differ."""
     lines = {"truth": "-", "prediction": "--"}
     keys: list[Artist] = [Line2D([], [], color=INK, lw=1, ls=style, label=name) for name, style in lines.items()]
@@ -70,7 +71,7 @@ def draw_cases(path: Path, cases: Sequence[Case], class_names: Sequence[str]) ->
         top += LINE + h
         lefts = [MARGIN + (w + GAP) * column for column in range(3)]
         row = [figure.add_axes((left / width, 1 - top / height, w / width, h / height)) for left in lefts]
-        _draw_case(row, case, class_names, (w, h))
+        _draw_case(row, case, (w, h))
         if case is cases[0]:
             for left, title in zip(lefts, PANELS, strict=True):
                 figure.text((left + w / 2) / width, 1 - (MARGIN + LINE / 2) / height, title, ha="center", **words)
@@ -198,7 +199,7 @@ def _errors(truth: Classes, found: Classes) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size: tuple[int, int]) -> None:
+def _draw_case(row: Sequence[Axes], case: Case, size: tuple[int, int]) -> None:
     """The three panels of a case, whose axes have as many pixels as `size`, the width and height, says."""
     masks = (case.truth, case.prediction)
     truth, found = (np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks)
@@ -211,7 +212,7 @@ def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size
         axis.set_axis_off()
     outlines = {
         (number, style): _outlines(mask == number, size)
-        for number in range(1, len(class_names) + 1)
+        for number in range(1, len(case.class_names) + 1)
         for mask, style in zip(masks, ("-", (0, (3, 2))), strict=True)
     }
     for (number, style), lines in outlines.items():
@@ -223,10 +224,9 @@ def _draw_case(row: Sequence[Axes], case: Case, class_names: Sequence[str], size
     every = np.concatenate([line for lines in outlines.values() for line in lines] or [np.zeros((0, 2))])
     taken: list[Bbox] = []
     for number, points in sorted(named.items()):
-        box = _free_box(points, every, taken, LETTER * len(class_names[number - 1]), size)
-        row[1].text(
-            (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2, class_names[number - 1], color=class_colour(number), **edged
-        )
+        box = _free_box(points, every, taken, LETTER * len(case.class_names[number - 1]), size)
+        name, colour = case.class_names[number - 1], class_colour(number)
+        row[1].text((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2, name, color=colour, **edged)
         taken.append(box)
     row[1].set(xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
 

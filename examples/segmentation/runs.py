@@ -104,7 +104,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def provenance() -> dict[str, Any]:
-    """What made the numbers: the versions of Python and the packages, and the commit of this checkout, if it has one."""
+    """What made the numbers: the versions of Python and the packages, and the commit of this checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -56,8 +56,9 @@ class ScoreWriter(Callback):
             image, truth = self._items[row["id"]].read()
             path = self._mask(row["id"])
             found = to_classes(read_values(path), task.labels, path)
-            cases.append(Case(f"{name}: Dice {row['dice']:.3f}\n{row['id']}", image, truth, found))
-        draw_cases(self.out / "cases.png", cases, task.class_names)
+            label = f"{name}: Dice {row['dice']:.3f}\n{row['id']}"
+            cases.append(Case(label, image, truth, found, task.class_names))
+        draw_cases(self.out / "cases.png", cases)
 
     def _mask(self, name: str) -> Path:
         return self.out / "masks" / f"{name.replace('/', '-')}.png"

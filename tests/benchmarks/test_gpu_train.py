@@ -17,7 +17,6 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-import train as training_script  # noqa: E402
 from benchmarks.gpu import train  # noqa: E402
 from benchmarks.gpu.tasks import Setting, Skip  # noqa: E402
 from kan_mamba_layers import from_pretrained  # noqa: E402
@@ -56,30 +55,42 @@ class TestCases:
 
 
 class TestFlags:
-    def parse(self, case: train.Case, setting: Setting):
-        return training_script.build_parser().parse_args(train.training_flags(case, setting, setting.runs / "x", 3))
+    def flags(self, case: train.Case, setting: Setting) -> dict[str, str]:
+        verb, *flags = train.training_flags(case, setting, setting.runs / "x", 3)
+        assert verb == "fit"
+        return dict(flag.removeprefix("--").split("=") if "=" in flag else (flag, "") for flag in flags)
 
-    def test_train_py_understands_every_case(self, setting):
+    def test_every_case_says_what_it_is(self, setting):
         for case in train.cases(setting):
-            settings = self.parse(case, setting)
-            assert (settings.task, settings.model, settings.model_args) == (case.task, case.model, case.model_args)
-            assert settings.steps == case.steps
-            assert settings.data_dir == setting.data / train.FOLDERS[case.task]
-            assert (settings.image_size, settings.num_workers, settings.resume) == (256, 3, True)
-            assert (settings.trainer.accelerator, settings.out) == ("gpu", setting.runs / "x")
+            flags = self.flags(case, setting)
+            expected = {
+                "data.task": case.task,
+                "data.folder": str(setting.data / train.FOLDERS[case.task]),
+                "data.image_size": "256",
+                "data.num_workers": "3",
+                "model.network": case.model,
+                "trainer.accelerator": "gpu",
+                "trainer.max_steps": str(case.steps),
+                "run": str(setting.runs / "x"),
+            }
+            assert expected.items() <= flags.items()
+            assert "--resume" in flags
+            assert json.loads(flags.get("model.model_args", "{}")) == case.model_args
 
     def test_the_recipe_is_that_of_the_experiments(self, setting):
         for case in train.cases(setting):
-            settings = self.parse(case, setting)
+            flags = self.flags(case, setting)
             experiment = yaml.safe_load((ROOT / "examples" / "configs" / f"{case.task}.yaml").read_text())
-            assert all(settings[name] == value for name, value in experiment["train"].items() if name != "epochs")
-            of_model = experiment.get("per_model", {}).get(case.model, {})
-            assert case.model_args == of_model.get("model_args", case.model_args)
+            for name, value in experiment["data"].items():
+                assert flags[f"data.{name}"] == str(value)
+            assert "model" not in experiment
+            assert experiment["trainer"].keys() == {"max_epochs"}
 
     def test_a_rehearsal_needs_neither_data_nor_a_gpu(self, setting):
         rehearsal = replace(setting, device="cpu", data=None)
-        settings = self.parse(train.cases(rehearsal)[0], rehearsal)
-        assert (settings.data_dir, settings.trainer.accelerator, settings.steps) == (None, "cpu", 2)
+        flags = self.flags(train.cases(rehearsal)[0], rehearsal)
+        assert (flags["trainer.accelerator"], flags["trainer.max_steps"]) == ("cpu", "2")
+        assert "data.folder" not in flags
         assert train.data_workers(rehearsal) == 0
         assert train.environment(rehearsal)["CUDA_VISIBLE_DEVICES"] == ""
 
@@ -90,22 +101,22 @@ class TestFlags:
 
 
 class TestProcess:
-    def execute(self, tmp_path: Path, name: str, code: str, flags: object, meanwhile=lambda: None) -> None:
-        (tmp_path / f"{name}.py").write_text(code)
+    def execute(self, tmp_path: Path, code: str, arguments: list[str], meanwhile=lambda: None) -> None:
+        (tmp_path / "lab.py").write_text(code)
         variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        train.execute([(name, flags)], tmp_path / "logs" / "run.log", variables, meanwhile)
+        train.execute([arguments], tmp_path / "logs" / "run.log", variables, meanwhile)
 
     def test_a_failure_comes_with_the_last_lines(self, tmp_path):
-        code = "def main(flags):\n    print('x' * 5000)\n    raise ValueError(f'no such {flags[0]}')"
+        code = "def main(args):\n    print('x' * 5000)\n    raise ValueError(f'no such {args[0]}')"
         with pytest.raises(RuntimeError, match="ended with 1, its output with\n") as error:
-            self.execute(tmp_path, "failing", code, ["thing"])
+            self.execute(tmp_path, code, ["thing"])
         assert str(error.value).rstrip().endswith("ValueError: no such thing")
         assert len(str(error.value)) < 2000
 
     def test_progress_is_noted_meanwhile(self, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "PROGRESS", 0.05)
         looks: list[int] = []
-        self.execute(tmp_path, "sleeping", "import time\ndef main(flags): time.sleep(0.5)", [], lambda: looks.append(1))
+        self.execute(tmp_path, "import time\ndef main(args): time.sleep(0.5)", [], lambda: looks.append(1))
         assert len(looks) > 1
 
     def test_an_interrupt_ends_the_training(self, tmp_path, monkeypatch):
@@ -122,14 +133,16 @@ class TestProcess:
         monkeypatch.setattr(train.subprocess, "Popen", start)
         monkeypatch.setattr(train, "PROGRESS", 0.05)
         with pytest.raises(KeyboardInterrupt):
-            self.execute(tmp_path, "endless", "import time\ndef main(flags): time.sleep(60)", [], interrupt)
+            self.execute(tmp_path, "import time\ndef main(args): time.sleep(60)", [], interrupt)
         assert started[0].poll() == -9
 
 
 class TestRecord:
     def write_run(self, run: Path, epochs: int) -> None:
         (run / "test").mkdir(parents=True)
-        facts = dict.fromkeys(("task", "model", "model_args", "image_size", "seed", "parameters", "data", "images"), 0)
+        facts = dict.fromkeys(
+            ("task", "network", "model_args", "image_size", "seed", "parameters", "data", "images"), 0
+        )
         facts |= dict.fromkeys(("subjects", "split_sha256", "epochs", "best_epoch", "device", "versions"), 0)
         facts |= {"steps": 20, "seconds": 5.0, "metrics": {"per_image": {"dice": 0.5}}, "command": "", "date": ""}
         (run / "metrics.json").write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""The lab's commands end to end, on the demo and on folders: every file, the same scores by every way, every refusal."""
+"""The lab's commands end to end, on the demo and on folders: files, the same scores by every way, refusals."""
 
 from __future__ import annotations
 
@@ -189,7 +189,9 @@ def test_bfloat16_and_worker_processes(tmp_path):
 def test_images_of_ones_own(tmp_path, folder, capsys):
     """Train, score, find damaged and changed files, and score other folders, moved, enlarged or unknown."""
     data, run = folder("fetal_head", number=15, size=(40, 56)), tmp_path / "run"
-    facts = fit(run, "fetal_head", "unet", f"--data.folder={data}", "--data.val_fraction=0.2", "--data.test_fraction=0.4")
+    facts = fit(
+        run, "fetal_head", "unet", f"--data.folder={data}", "--data.val_fraction=0.2", "--data.test_fraction=0.4"
+    )
     assert (facts["data"], facts["images"]) == ("data", {"train": 6, "val": 3, "test": 6})
     scores = score(run, "--model.flips=true")
     assert (scores["images"], scores["unreadable"], scores["options"]) == (6, 0, ["flips"])
@@ -198,7 +200,9 @@ def test_images_of_ones_own(tmp_path, folder, capsys):
         Image.open(path).resize((60, 70), Image.Resampling.NEAREST).save(path)
 
     table = read_split(run / "split.json")
-    first, second, *others = [one for one in find_items(get_task("fetal_head"), data) if table[one.id]["split"] == "test"]
+    first, second, *others = [
+        one for one in find_items(get_task("fetal_head"), data) if table[one.id]["split"] == "test"
+    ]
     first.files[0].write_bytes(first.files[0].read_bytes()[:-60])
     image = Image.open(second.files[0])
     image.putpixel((0, 0), 255 - image.getpixel((0, 0)))
@@ -210,14 +214,16 @@ def test_images_of_ones_own(tmp_path, folder, capsys):
     assert f"left out: {first.id}: {first.files[0]} cannot be read as an image" in printed
     assert f"left out: {second.id}: image or mask of {second.id!r} changed since the split was written" in printed
 
-    with pytest.raises(ValueError, match=r"9 of 15 images, such as .* trained or validated on: add --data\.split .*split"):
+    with pytest.raises(
+        ValueError, match=r"9 of 15 images, such as .* trained or validated on: add --data\.split .*split"
+    ):
         score(run, f"--data.folder={moved}")
     assert score(run, f"--data.folder={moved}", f"--data.split={run / 'split.json'}")["images"] == 6
     scores = score(run, f"--data.folder={enlarged}")
     assert (scores["images"], scores["side"], scores["split_sha256"]) == (15, "all", None)
     assert (run / "enlarged-all" / "images.csv").is_file()
     assert "9 of 15 images, such as" in flat(capsys.readouterr().out)  # by their names
-    with pytest.raises(ValueError, match="data.side 'test' holds no image: choose another"):
+    with pytest.raises(ValueError, match=r"data\.side 'test' holds no image: choose another"):
         score(run, f"--data.folder={enlarged}", "--data.side=test")
 
 

@@ -91,5 +91,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     assert "last.ckpt' is truncated or damaged (" in sentence
     assert sentence.endswith("): using previous.ckpt instead")
     torch.save({"state_dict": {}}, previous)
-    with pytest.raises(ValueError, match=r"last\.ckpt' is truncated or damaged .*no whole checkpoint is left in .*--run"):
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt' is truncated or damaged .*no whole checkpoint is left in .*--run"
+    ):
         latest_checkpoint(tmp_path)

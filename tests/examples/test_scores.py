@@ -90,7 +90,9 @@ def validate(pairs: list[Pair], names: tuple[str, ...], batches: list[list[int]]
 def test_rows_and_summary_equal_the_double_loop(task):
     pairs, spacing = random_pairs(task), (0.5, 1.25)
     rows = rows_of(task, pairs, pixel_size=spacing)
-    assert [(row["id"], row["group"], row["unit"]) for row in rows] == [(str(k), f"subject {k}", "mm") for k in range(6)]
+    assert [(row["id"], row["group"], row["unit"]) for row in rows] == [
+        (str(k), f"subject {k}", "mm") for k in range(6)
+    ]
     for row, (prediction, truth) in zip(rows, pairs, strict=True):
         counts = loop(prediction > 0, truth > 0)
         assert {name: row[name] for name in counts} == counts

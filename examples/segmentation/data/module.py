@@ -146,7 +146,8 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.batch_size {batch_size} must be at least 1")
         splits.check_fractions(val_fraction, test_fraction)
         self.task, self.folder, self.image_size, self.batch_size = get_task(task), folder, image_size, batch_size
-        self.fractions, self.limit, self.split, self.split_seed = (val_fraction, test_fraction), limit, split, split_seed
+        self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        self.limit, self.split = limit, split
         self.seed, self.augment, self.num_workers, self.side = seed, augment, num_workers, side or "test"
         self._done: set[str] = set()
 
@@ -173,11 +174,7 @@ class SegmentationData(lightning.LightningDataModule):
             setattr(self, f"{side}_set", ImageSet(self.task, *pairs, side == "train", self.seed, self.augment))
 
     def _setup_test(self) -> None:
-        if self.split is None and self.side != "all":
-            self.setup("fit")  # near-duplicates share a side, so images must be seen to draw one
-            items = self.items
-        else:
-            items = self._find()
+        items = self.items if "fit" in self._done else self._find()
         self.test_items = [item for item in items if self.side in ("all", item.split)]
         if not self.test_items:
             raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")
@@ -190,7 +187,7 @@ class SegmentationData(lightning.LightningDataModule):
         items = demo_items(self.task, self.image_size) if self.folder is None else find_items(self.task, self.folder)
         if len({item.id for item in items}) < len(items):
             raise ValueError(f"data.folder {str(self.folder)!r} holds two images of one id: rename one of them")
-        if self.limit is not None:
+        if self.limit is not None and self.split is None:
             items = splits.limit_items(items, self.limit, self.split_seed)
         return items if self.split is None else splits.follow_split(items, splits.read_split(self.split))
 
@@ -203,12 +200,6 @@ class SegmentationData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Items and paths stay as they are: only what is read from them goes to the device."""
-        if isinstance(batch, Item | Path):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def test_dataloader(self) -> DataLoader:
         """The items of `side` one by one, to be read by whoever gets them."""
