@@ -146,7 +146,7 @@ def write_hc18(root: Path) -> Written:
 
 
 def write_busi(root: Path) -> Written:
-    """One to three masks an image, of one bit, RGB and RGBA; a normal image with an empty mask."""
+    """One to three masks per image, of one bit, RGB and RGBA; a normal image with an empty mask."""
     place, written = root / "Dataset_BUSI_with_GT", {}
     for k, modes in enumerate((["1"], ["1", "RGBA"], ["L", "RGB", "1"])):
         name = f"benign ({k})" if k < 2 else f"malignant ({k})"
@@ -191,7 +191,7 @@ def write_matlab(root: Path) -> Written:
 
 
 def write_nnunet(root: Path) -> Written:
-    """Three flat files a case, one for each channel, and fold 0."""
+    """Three flat files per case, one for each channel, and fold 0."""
     written = {}
     for k in range(4):
         image = np.dstack([grey(10 * k + c) for c in range(3)])

@@ -29,7 +29,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item a sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
+    """One item per sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
 
     The group is the patient, the number that file names begin with. Nothing is resampled: pixels are as large as the
     scanner made them, and `pixel_size` says how large.
