@@ -89,9 +89,8 @@ def _mix(a: Array, b: Array, weight: Array) -> Array:
 def _lesion(subject: Rng, picture: Rng, size: tuple[int, int]) -> tuple[Array, NDArray[np.bool_]]:
     """A pigmented lesion on textured skin, some hairs, now and then the dark corners of a dermatoscope."""
     y, x = _plane(size)
-    skin = np.array([[0.89, 0.70, 0.64], [0.80, 0.68, 0.74], [0.76, 0.80, 0.86], [0.83, 0.66, 0.52]])[
-        subject.integers(4)
-    ]
+    skins = np.array([[0.89, 0.70, 0.64], [0.80, 0.68, 0.74], [0.76, 0.80, 0.86], [0.83, 0.66, 0.52]])
+    skin = skins[subject.integers(4)]
     dark, light = np.array([0.20, 0.12, 0.12]), np.array([0.54, 0.34, 0.26])
     depth = subject.uniform(0.65, 0.95)
 

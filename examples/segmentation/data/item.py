@@ -19,7 +19,7 @@ from segmentation.tasks import Task
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in Pillow
-DEEP_COLOURS = re.compile("(RGB[AX]?|LA);16[BLN]")  # Pillow's words for 16 bits a channel, of which it keeps 8
+DEEP_COLOURS = re.compile("(RGB[AX]?|LA);16[BLN]")  # Pillow's words for 16 bits per channel, of which it keeps 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def read_values(path: Path) -> NDArray[np.integer]:
         return np.asarray(image.convert("L") if image.mode == "1" else image)
     colours = np.asarray(image.convert("RGB"))  # h w 3
     if (colours != colours[..., :1]).any():
-        raise ValueError(f"{path} is a mask in colours: save it as grey values or palette indices, one a class")
+        raise ValueError(f"{path} is a mask in colours: save it as grey values or palette indices, one per class")
     return colours[..., 0]
 
 
@@ -121,7 +121,7 @@ def to_values(values: NDArray, path: Path) -> NDArray[np.integer]:
     if values.dtype.kind in "ui":
         return values
     if not (values == values.round()).all():
-        raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one a class")
+        raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one per class")
     return values.astype(np.int64)
 
 

@@ -155,7 +155,7 @@ class SegmentationData(lightning.LightningDataModule):
         """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
         stage = "fit" if stage == "validate" else stage
         if stage not in self._done:
-            {"fit": self._setup_fit, "test": self._setup_test, "predict": self._setup_predict}[stage]()
+            getattr(self, f"_setup_{stage}")()
             self._done.add(stage)
 
     def _setup_fit(self) -> None:
@@ -211,9 +211,9 @@ class SegmentationData(lightning.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Items and paths stay as they are: only the pixels read from them go to a device."""
-        return (
-            batch if isinstance(batch, Item | Path) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        if isinstance(batch, Item | Path):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _loader(self, dataset: ImageSet, **options: Any) -> DataLoader:
         options |= {"batch_size": self.batch_size, "num_workers": self.num_workers}

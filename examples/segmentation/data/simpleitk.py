@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("SimpleITK"), name)
     except ImportError as error:
         raise ImportError(
-            "volumes and images with 16 bits a colour are read with SimpleITK, which is not installed: "
+            "volumes and images with 16 bits per colour are read with SimpleITK, which is not installed: "
             "python -m pip install SimpleITK"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,8 @@ def grey(seed: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
 def blob(seed: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
     """A mask (h w) of 0 and 1."""
     rng = np.random.default_rng(seed)
-    return Ellipse(*rng.uniform(10, 20, 2), *sorted(rng.uniform(4, 9, 2))[::-1], rng.uniform(0, 3)).fill(
-        size
-    ) * np.uint8(1)
+    ellipse = Ellipse(*rng.uniform(10, 20, 2), *sorted(rng.uniform(4, 9, 2))[::-1], rng.uniform(0, 3))
+    return ellipse.fill(size).astype(np.uint8)
 
 
 def save(path: Path, pixels: NDArray, mode: str | None = None) -> None:
@@ -112,19 +112,14 @@ def write_isic(root: Path, images: str, masks: str, sides: dict[str, str]) -> Wr
     return written
 
 
-def write_isic2016(root: Path) -> Written:
-    names = ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth")
-    return write_isic(root, *names, {"Training": "train", "Test": "test"})
-
-
-def write_isic2017(root: Path) -> Written:
-    sides = {"Training": "train", "Validation": "val", "Test_v2": "test"}
-    return write_isic(root, "ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth", sides)
-
-
-def write_isic2018(root: Path) -> Written:
-    sides = {"Training": "train", "Validation": "val", "Test": "test"}
-    return write_isic(root, "ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth", sides)
+write_isic2016, write_isic2017, write_isic2018 = (
+    partial(write_isic, images=images, masks=masks, sides=dict(zip(sets.split(), sides.split(), strict=True)))
+    for images, masks, sets, sides in (
+        ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth", "Training Test", "train test"),
+        ("ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth", "Training Validation Test_v2", "train val test"),
+        ("ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth", "Training Validation Test", "train val test"),
+    )
+)
 
 
 def write_hc18(root: Path) -> Written:
@@ -151,7 +146,7 @@ def write_hc18(root: Path) -> Written:
 
 
 def write_busi(root: Path) -> Written:
-    """One to three masks an image, of one bit, RGB and RGBA; a normal image with an empty mask."""
+    """One to three masks per image, of one bit, RGB and RGBA; a normal image with an empty mask."""
     place, written = root / "Dataset_BUSI_with_GT", {}
     for k, modes in enumerate((["1"], ["1", "RGBA"], ["L", "RGB", "1"])):
         name = f"benign ({k})" if k < 2 else f"malignant ({k})"
@@ -196,7 +191,7 @@ def write_matlab(root: Path) -> Written:
 
 
 def write_nnunet(root: Path) -> Written:
-    """Three flat files a case, one for each channel, and fold 0."""
+    """Three flat files per case, one for each channel, and fold 0."""
     written = {}
     for k in range(4):
         image = np.dstack([grey(10 * k + c) for c in range(3)])
@@ -204,9 +199,11 @@ def write_nnunet(root: Path) -> Written:
             save(root / "imagesTr" / f"case_{k}_{c:04d}.png", image[..., c])
         save(root / "labelsTr" / f"case_{k}.png", blob(k))
         written[f"case_{k}"] = Truth(f"case_{k}", image, blob(k), "val" if k == 3 else "train")
-    _write_json(root / "dataset.json", {"labels": {"background": 0, "melanoma": 1}, "file_ending": ".png"})
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "melanoma": 1}, "file_ending": ".png"}))
     fold = {"train": ["case_0", "case_1", "case_2"], "val": ["case_3"]}
-    _write_json(root / "splits_final.json", [fold, {"train": ["case_3"], "val": ["case_0", "case_1", "case_2"]}])
+    (root / "splits_final.json").write_text(
+        json.dumps([fold, {"train": ["case_3"], "val": ["case_0", "case_1", "case_2"]}])
+    )
     return written
 
 
@@ -222,7 +219,7 @@ def write_nnunet_volumes(root: Path) -> Written:
         for index in (1, 2, 3):
             pixels = image[index].astype(np.uint16)[..., None]
             written[f"s{k}_{index:03d}"] = Truth(f"s{k}", pixels, classes[index], "", (0.5, 0.8))
-    _write_json(root / "dataset.json", {"labels": values})
+    (root / "dataset.json").write_text(json.dumps({"labels": values}))
     return written
 
 
@@ -258,10 +255,6 @@ def write_sides(root: Path) -> Written:
         save(root / side / "masks" / "1.png", blob(k) * 255)
         written[f"{side}_1"] = Truth(f"{side}_1", image, blob(k), side)
     return written
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content))
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Written]]] = {  # task and writer

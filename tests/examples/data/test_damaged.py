@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import SimpleITK
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import loadmat, savemat
 
@@ -24,92 +25,51 @@ from segmentation.tasks import get_task
 Damage = Callable[[Path], None]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def rewritten(change: Callable[[bytes], bytes]) -> Damage:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def cut_the_end(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def text(path: Path) -> None:
-    path.write_text("<!DOCTYPE html><title>404: this file has moved</title>\n" * 20)
-
-
-def zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def other_size(path: Path) -> None:
-    with Image.open(path) as image:
-        image.convert("L").resize((17, 19)).save(path)
-
-
-def colours(path: Path) -> None:
-    with Image.open(path) as image:
-        count = np.arange(image.width * image.height).reshape(image.height, image.width)
-    save(path, np.dstack([count % 97, count % 31, count % 2]).astype(np.uint8))
-
-
-def grey_steps(path: Path) -> None:
-    with Image.open(path) as image:
-        save(path, (np.asarray(image.convert("L")) > 0) * np.uint8(77) + 3)
-
-
-def other_shape(path: Path) -> None:
-    SimpleITK.WriteImage(SimpleITK.ReadImage(str(path))[:-1, :, :], str(path), True)
-
-
-def two_dimensions(path: Path) -> None:
-    SimpleITK.WriteImage(SimpleITK.ReadImage(str(path))[:, :, 0], str(path), True)
-
-
-def vectors(path: Path) -> None:
-    volume = SimpleITK.ReadImage(str(path))
-    SimpleITK.WriteImage(SimpleITK.Compose(volume, volume), str(path), True)
-
-
-def _add(path: Path, value: float) -> None:
-    volume = SimpleITK.Cast(SimpleITK.ReadImage(str(path)), SimpleITK.sitkFloat32)
-    volume[2, 2, 2] = value
-    SimpleITK.WriteImage(volume, str(path), True)
-
-
-def half_a_label(path: Path) -> None:
-    _add(path, 1.5)
-
-
-def unknown_label(path: Path) -> None:
-    _add(path, 77)
-
-
-def not_a_number(path: Path) -> None:
-    _add(path, float("nan"))
-
-
-def header_of_mha(old: str, new: str) -> Damage:
+def redrawn(change: Callable[[Image.Image], NDArray]) -> Damage:
     def damage(path: Path) -> None:
-        changed, count = re.subn(rb"%b = [^\n]*" % old.encode(), f"{old} = {new}".encode(), path.read_bytes(), count=1)
-        assert count == 1
-        path.write_bytes(changed)
+        with Image.open(path) as image:
+            pixels = change(image)
+        save(path, pixels.astype(np.uint8))
 
-    damage.__name__ = f"{old}={new}"
     return damage
 
 
-def bit_rot(path: Path) -> None:
-    content = bytearray(path.read_bytes())
+def recast(change: Callable[[SimpleITK.Image], SimpleITK.Image]) -> Damage:
+    return lambda path: SimpleITK.WriteImage(change(SimpleITK.ReadImage(str(path))), str(path), True)
+
+
+def one_voxel(value: float) -> Damage:
+    def change(volume: SimpleITK.Image) -> SimpleITK.Image:
+        volume = SimpleITK.Cast(volume, SimpleITK.sitkFloat32)
+        volume[2, 2, 2] = value
+        return volume
+
+    return recast(change)
+
+
+def colours(image: Image.Image) -> NDArray:
+    count = np.arange(image.width * image.height).reshape(image.height, image.width)
+    return np.dstack([count % 97, count % 31, count % 2])
+
+
+def header_of_mha(line: str) -> Damage:
+    name = line.split()[0].encode()
+
+    def change(content: bytes) -> bytes:
+        changed, count = re.subn(rb"%b = [^\n]*" % name, line.encode(), content, count=1)
+        assert count == 1
+        return changed
+
+    return rewritten(change)
+
+
+def bit_rot(content: bytes) -> bytes:
     middle = (content.find(b"LOCAL") + len(content)) // 2
-    content[middle : middle + 30] = bytes(30)
-    path.write_bytes(content)
+    return content[:middle] + bytes(30) + content[middle + 30 :]
 
 
 class Victim(NamedTuple):
@@ -134,28 +94,48 @@ VOLUMES = [
     Victim("spider", "2_t2", "images/{}.mha", "masks/{}.mha"),
     Victim("nnunet_volumes", "s1", "imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz"),
 ]
-OF_FILES = (cut, cut_the_end, empty, text, zeros, delete)
-OF_PICTURES = (*OF_FILES, other_size)
-OF_MASKS = (*OF_PICTURES, colours, grey_steps)
-OF_VOLUMES = (*OF_FILES, other_shape, two_dimensions, vectors)
-OF_HEADERS = [
-    header_of_mha("NDims", "x"),
-    header_of_mha("DimSize", "24 40"),
-    header_of_mha("DimSize", "24 40 50"),
-    header_of_mha("ElementSpacing", "0 1 1"),
-    header_of_mha("ElementType", "MET_NONSENSE"),
-    header_of_mha("TransformMatrix", "1 0 0 0 0 0 0 0 1"),
-    header_of_mha("CompressedDataSize", "9"),
-]
-ALLOWED = ("hc18", grey_steps)  # an outline is what is bright, whatever the value
+HTML = b"<!DOCTYPE html><title>404: this file has moved</title>\n" * 20
+OF_FILES: dict[str, Damage] = {
+    "cut": rewritten(lambda content: content[: len(content) // 2]),
+    "cut_the_end": rewritten(lambda content: content[:-40]),
+    "empty": rewritten(lambda content: b""),
+    "text": rewritten(lambda content: HTML),
+    "zeros": rewritten(lambda content: bytes(len(content))),
+    "delete": Path.unlink,
+}
+OF_PICTURES = OF_FILES | {"other_size": redrawn(lambda image: np.asarray(image.convert("L").resize((17, 19))))}
+OF_MASKS = OF_PICTURES | {
+    "colours": redrawn(colours),
+    "grey_steps": redrawn(lambda image: (np.asarray(image.convert("L")) > 0) * 77 + 3),
+}
+OF_VOLUMES = OF_FILES | {
+    "other_shape": recast(lambda volume: volume[:-1, :, :]),
+    "two_dimensions": recast(lambda volume: volume[:, :, 0]),
+    "vectors": recast(lambda volume: SimpleITK.Compose(volume, volume)),
+}
+OF_VOLUME_MASKS = OF_VOLUMES | {"half_a_label": one_voxel(1.5), "unknown_label": one_voxel(77)}
+OF_HEADERS = {
+    line: header_of_mha(line)
+    for line in (
+        "NDims = x",
+        "DimSize = 24 40",
+        "DimSize = 24 40 50",
+        "ElementSpacing = 0 1 1",
+        "ElementType = MET_NONSENSE",
+        "TransformMatrix = 1 0 0 0 0 0 0 0 1",
+        "CompressedDataSize = 9",
+    )
+} | {"bit_rot": rewritten(bit_rot)}
 CASES = [
-    *((victim, "image", damage) for victim in PICTURES for damage in OF_PICTURES),
-    *((victim, "mask", damage) for victim in PICTURES for damage in OF_MASKS if (victim.layout, damage) != ALLOWED),
-    *((victim, "image", damage) for victim in VOLUMES for damage in OF_VOLUMES),
-    *((victim, "mask", damage) for victim in VOLUMES for damage in (*OF_VOLUMES, half_a_label, unknown_label)),
-    *((VOLUMES[0], side, damage) for side in ("image", "mask") for damage in (*OF_HEADERS, bit_rot)),
-    (VOLUMES[0], "image", not_a_number),  # of NIfTI files the reader itself makes zeros of such values
+    *((victim, "image", *damage) for victim in PICTURES for damage in OF_PICTURES.items()),
+    *((victim, "mask", *damage) for victim in PICTURES for damage in OF_MASKS.items()),
+    *((victim, "image", *damage) for victim in VOLUMES for damage in OF_VOLUMES.items()),
+    *((victim, "mask", *damage) for victim in VOLUMES for damage in OF_VOLUME_MASKS.items()),
+    *((VOLUMES[0], side, *damage) for side in ("image", "mask") for damage in OF_HEADERS.items()),
+    (VOLUMES[0], "image", "not_a_number", one_voxel(float("nan"))),  # of NIfTI the reader itself makes zeros of such
 ]
+# An outline is what is bright, whatever the value.
+CASES = [case for case in CASES if (case[0].layout, *case[1:3]) != ("hc18", "mask", "grey_steps")]
 
 
 @pytest.fixture(scope="module")
@@ -172,20 +152,15 @@ def read_all(layout: str, root: Path) -> None:
         item.read()
 
 
-def name_of(case: tuple[Victim, str, Damage]) -> str:
-    victim, side, damage = case
-    return f"{victim.layout}-{side}-{damage.__name__}"
-
-
-@pytest.mark.parametrize("case", CASES, ids=map(name_of, CASES))
+@pytest.mark.parametrize("case", CASES, ids=[f"{victim.layout}-{side}-{name}" for victim, side, name, _ in CASES])
 def test_damaged_files_are_named(written, tmp_path, case):
-    (layout, key, *files), side, damage = case
+    (layout, key, *files), side, name, damage = case
     shutil.copytree(written / layout, tmp_path / layout)
     path = tmp_path / layout / files[side == "mask"].format(key)
     damage(path)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         read_all(layout, tmp_path / layout)
-    assert (key if damage is delete else str(path)) in str(caught.value)
+    assert (key if name == "delete" else str(path)) in str(caught.value)
 
 
 def test_there_are_many_and_they_are_damaged(written):
@@ -221,8 +196,8 @@ def change_mat(**arrays: np.ndarray | None) -> Damage:
 
 HC18_TABLE = "training_set_pixel_size_and_HC.csv"
 TABLES = [
-    ("table", "items.csv", empty, r"lacks the column\(s\) file, group, id"),
-    ("table", "items.csv", zeros, "lacks the column|cannot be read as a table"),
+    ("table", "items.csv", "empty", r"lacks the column\(s\) file, group, id"),
+    ("table", "items.csv", "zeros", "lacks the column|cannot be read as a table"),
     ("table", "items.csv", edit("id,file", "name,file"), r"lacks the column\(s\) id"),
     ("table", "items.csv", edit("group,split", "patient,split"), r"lacks the column\(s\) group"),
     ("table", "items.csv", write_text("id,file,group\n"), "lists no images"),
@@ -235,26 +210,26 @@ TABLES = [
     ("table", "items.csv", write_text("id,file,group\n1,1.png,Jörg\n", "latin-1"), "cannot be read as a table"),
     ("table", "items.csv", write_text("id,file,group\n1,1.png,a\n", "utf-16"), "cannot be read as a table"),
     ("table", "items.csv", write_text('id,file,group\n1,"1.png,a\n'), "cannot be read as a table"),
-    ("hc18", HC18_TABLE, delete, "does not exist: it gives the pixel sizes"),
-    ("hc18", HC18_TABLE, empty, "lacks the column 'filename'"),
-    ("hc18", HC18_TABLE, text, "lacks the column 'filename'"),
+    ("hc18", HC18_TABLE, "delete", "does not exist: it gives the pixel sizes"),
+    ("hc18", HC18_TABLE, "empty", "lacks the column 'filename'"),
+    ("hc18", HC18_TABLE, "text", "lacks the column 'filename'"),
     ("hc18", HC18_TABLE, edit("pixel size", "size"), "lacks the column 'pixel size'"),
     ("hc18", HC18_TABLE, edit("head circumference", "hc"), "lacks the column 'head circumference'"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2", "010_HC.png,"), r"line 3: pixel size\(mm\) is ''"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2", "010_HC.png,0"), r"line 3: pixel size\(mm\) is '0'"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2,", "010_HC.png,0.2,?"), "line 3: head circumference .* is"),
     ("hc18", HC18_TABLE, edit("010_HC.png", "011_HC.png"), r"has no row for .*010_HC\.png \(1 such\)"),
-    ("nnunet", "dataset.json", delete, "does not exist: it gives the labels"),
-    ("nnunet", "dataset.json", cut, "cannot be read as JSON"),
-    ("nnunet", "dataset.json", empty, "cannot be read as JSON"),
-    ("nnunet", "dataset.json", zeros, "cannot be read as JSON"),
+    ("nnunet", "dataset.json", "delete", "does not exist: it gives the labels"),
+    ("nnunet", "dataset.json", "cut", "cannot be read as JSON"),
+    ("nnunet", "dataset.json", "empty", "cannot be read as JSON"),
+    ("nnunet", "dataset.json", "zeros", "cannot be read as JSON"),
     ("nnunet", "dataset.json", write_text("[]"), "has no labels: it needs, for example"),
     ("nnunet", "dataset.json", change_json(labels={}), "has no labels"),
     ("nnunet", "dataset.json", change_json(labels={"background": 0, "a": 1, "ignore": 2}), "has an ignore label"),
     ("nnunet", "dataset.json", change_json(labels={"background": 0, "a": [1, 2]}), "regions are not supported"),
     ("nnunet", "dataset.json", change_json(labels={"background": 0, "a": "one"}), "no whole numbers"),
     ("nnunet", "dataset.json", change_json(labels={"background": 0, "a": 1, "b": 2}), "has the labels a, b: .*lesion"),
-    ("nnunet", "splits_final.json", cut, "cannot be read as JSON"),
+    ("nnunet", "splits_final.json", "cut", "cannot be read as JSON"),
     ("nnunet", "splits_final.json", write_text("[]"), "has no fold 0"),
     ("nnunet", "splits_final.json", write_text('[{"train": []}]'), "has no fold 0"),
     ("nnunet", "splits_final.json", edit("case_3", "case_9"), "case 'case_3' is in imagesTr, but not listed"),
@@ -265,11 +240,11 @@ TABLES = [
         lambda path: path.rename(path.with_name("case_1.png")),
         r"case_1\.png has no",
     ),
-    ("nnunet", "imagesTr/case_1_0002.png", delete, r"case_1_0001\.png is channel 2 of case 'case_1'.* takes 3"),
-    ("matlab", "01.mat", cut, "cannot be read as a MATLAB file"),
-    ("matlab", "01.mat", empty, "cannot be read as a MATLAB file"),
-    ("matlab", "01.mat", text, "cannot be read as a MATLAB file"),
-    ("matlab", "01.mat", zeros, "cannot be read as a MATLAB file|lacks GT, I"),
+    ("nnunet", "imagesTr/case_1_0002.png", "delete", r"case_1_0001\.png is channel 2 of case 'case_1'.* takes 3"),
+    ("matlab", "01.mat", "cut", "cannot be read as a MATLAB file"),
+    ("matlab", "01.mat", "empty", "cannot be read as a MATLAB file"),
+    ("matlab", "01.mat", "text", "cannot be read as a MATLAB file"),
+    ("matlab", "01.mat", "zeros", "cannot be read as a MATLAB file|lacks GT, I"),
     ("matlab", "01.mat", write_text("MATLAB 7.3 MAT-file".ljust(124) + "\0\2IM"), "cannot be read as a MATLAB file"),
     ("matlab", "01.mat", change_mat(I=None), "lacks I: it needs the image I and the mask GT"),
     ("matlab", "01.mat", change_mat(GT=None), "lacks GT: it needs"),
@@ -289,7 +264,7 @@ TABLES = [
 def test_damaged_tables_say_what_is_wrong(written, tmp_path, layout, file, damage, message):
     shutil.copytree(written / layout, tmp_path / layout)
     path = tmp_path / layout / file
-    damage(path)
+    OF_FILES.get(damage, damage)(path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         read_all(layout, tmp_path / layout)
     assert file.startswith("imagesTr") or str(path) in str(caught.value)

@@ -47,5 +47,5 @@ def test_deep_colours_name_what_is_missing(monkeypatch, tmp_path):
     pixels = np.zeros((4, 5, 3), np.uint16)
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(path))
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ImportError, match="images with 16 bits a colour are read with SimpleITK"):
+    with pytest.raises(ImportError, match="images with 16 bits per colour are read with SimpleITK"):
         read_image(path, 3)

@@ -18,7 +18,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item an image, all its masks in one; images without finding come with their empty mask.
+    """One item per image, all its masks in one; images without finding come with their empty mask.
 
     Every image is a subject of its own, for nothing is known of patients.
     """

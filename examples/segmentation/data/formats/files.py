@@ -38,9 +38,9 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     files = [file for path in inputs for file in (files_in(path, IMAGES + VOLUMES) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(IMAGES + VOLUMES)}")
-    named_alike: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for path in files:
-        if (first := named_alike.setdefault(stem(path), path)) is not path:
+        if (first := found.setdefault(stem(path), path)) is not path:
             raise ValueError(f"{first} and {path} would both be written as {stem(path)!r}: rename one of them")
     return files
 
@@ -65,9 +65,9 @@ def by_stem(paths: Iterable[Path], name: Callable[[Path], str] = stem) -> dict[s
 
 
 def pair_up(
-    images: dict[str, Path], masks: Iterable[Path], place: Path, *suffixes: str
+    images: dict[str, Path], masks: Iterable[Path], folder: Path, *suffixes: str
 ) -> list[tuple[str, Path, Path]]:
-    """(name, image, mask) of all files, sorted. A mask (in `place`) is called as its image, or so with a suffix added.
+    """(name, image, mask) of all files, sorted. A mask (in `folder`) is called as its image, or so with a suffix added.
 
     An image without mask, or a mask without image, is an error.
     """
@@ -78,7 +78,7 @@ def pair_up(
         return name if name in images else name[: len(name) - len(ending)]
 
     targets = by_stem(masks, image_stem)
-    check_alone(images, targets, f"has no mask in {place}", "add the masks or remove the images")
+    check_alone(images, targets, f"has no mask in {folder}", "add the masks or remove the images")
     check_alone(targets, images, "has no image", "add the images or remove the masks")
     return [(name, images[name], targets[name]) for name in sorted(images)]
 

@@ -1,4 +1,4 @@
-"""Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder a class) with the same names.
+"""Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder per class) with the same names.
 
 Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/, test/.
 """
@@ -20,7 +20,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item an image; every image is a subject of its own, for nothing is known of patients.
+    """One item per image; every image is a subject of its own, for nothing is known of patients.
 
     Under `train/`, `val/`, `test/` the name of the side is put before the id, since sides are often numbered alike.
     In `masks/0/`, `masks/1/`, ... the later class counts where two overlap.

@@ -22,7 +22,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item an image of the training set. The test set has no annotation and is not read.
+    """One item per image of the training set. The test set has no annotation and is not read.
 
     The group is the number that file names begin with: `010_HC` and `010_2HC` show the same head.
     """

@@ -25,7 +25,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item a sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
+    """One item per sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
 
     Every file is a subject. The files do not say how large their pixels are.
     """

@@ -25,9 +25,9 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item an image of `imagesTr`; of a volume, one item a slice that holds a label, across the largest spacing.
+    """One item per image of `imagesTr`; of a volume, one item per slice that holds a label, across the largest spacing.
 
-    Labels belong to the task's classes by name, or else in the order of their numbers. Several files a case are its
+    Labels belong to the task's classes by name, or else in the order of their numbers. Several files per case are its
     channels. Fold 0 of `splits_final.json` is followed where it is there. Every case is a subject.
     """
     labels = _labels(task, folder / "dataset.json")
@@ -49,7 +49,7 @@ def items(task: Task, folder: Path) -> list[Item]:
 
 
 def read_flat(labels: dict[int, str], task: Task, *files: Path) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Image (h w c) of one file, or of one file a channel, and class numbers (h w) of the last file."""
+    """Image (h w c) of one file, or of one file per channel, and class numbers (h w) of the last file."""
     *image_paths, mask_path = files
     channels = task.in_channels // len(image_paths)
     pairs = [read_raw(channels, path, mask_path) for path in image_paths]
@@ -57,7 +57,7 @@ def read_flat(labels: dict[int, str], task: Task, *files: Path) -> tuple[Pixels,
 
 
 def read_stack(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
-    """Image (s h w c) of one volume a channel, and mask values (s h w) of the last file."""
+    """Image (s h w c) of one volume per channel, and mask values (s h w) of the last file."""
     values, _ = _read_mask(*files)
     return np.stack([voxels.read_pixels(path, voxels.as_stored) for path in files[:-1]], axis=3), values
 

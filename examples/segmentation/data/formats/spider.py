@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ def fits(folder: Path) -> bool:
 
 
 def items(task: Task, folder: Path) -> list[Item]:
-    """One item a sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
+    """One item per sagittal slice, called `<name>_<slice in the file>`; only slices that hold a label of the task.
 
     The group is the patient, the number that file names begin with. Nothing is resampled: pixels are as large as the
     scanner made them, and `pixel_size` says how large.
@@ -38,29 +37,22 @@ def items(task: Task, folder: Path) -> list[Item]:
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     found = []
     for name, *pair in pair_up(by_stem(files_in(images, VOLUMES)), files_in(masks, VOLUMES), masks):
-        mask, group = read_mask(*pair), leading_number(name)
-        facts = {"group": group, "pixel_size": mask.pixel_size}
-        found += voxels.slice_items(task, name, tuple(pair), read_sagittal, mask.values, classes, **facts)
+        values, pixel_size, _ = read_mask(*pair)
+        facts = {"group": leading_number(name), "pixel_size": pixel_size}
+        found += voxels.slice_items(task, name, tuple(pair), read_sagittal, values, classes, **facts)
     return found
 
 
-class Mask(NamedTuple):
-    """A mask as sagittal slices, the head up and the front of the body at the left."""
-
-    values: NDArray[np.integer]  # s h w
-    pixel_size: tuple[float, float]  # mm from row to row and from column to column
-    turned: bool  # whether the rows had to be turned over
-
-
 def read_sagittal(image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.integer]]:
-    """Image (s h w 1) and mask values (s h w) as in `Mask`."""
-    mask = read_mask(image_path, mask_path)
+    """Image (s h w 1) and mask values (s h w), the head up and the front of the body at the left."""
+    values, _, turned = read_mask(image_path, mask_path)
     pixels = voxels.read_pixels(image_path, voxels.sagittal)  # s h w
-    return (pixels[:, ::-1] if mask.turned else pixels)[..., None], mask.values
+    return (pixels[:, ::-1] if turned else pixels)[..., None], values
 
 
-def read_mask(image_path: Path, mask_path: Path) -> Mask:
-    """The mask of a volume, laid as the header of the image says.
+def read_mask(image_path: Path, mask_path: Path) -> tuple[NDArray[np.integer], tuple[float, float], bool]:
+    """Mask values (s h w) laid as the header of the image says, the size of a pixel in mm (row to row, column to
+    column), and whether the rows had to be turned over.
 
     Where that header is silent, up is where the numbers of the vertebrae say it is: they count from the bottom.
     """
@@ -83,4 +75,4 @@ def read_mask(image_path: Path, mask_path: Path) -> Mask:
             f"{mask_path} counts its vertebrae from the top, if the header of {image_path} is right: "
             "SPIDER counts from the bottom"
         )
-    return Mask(values[:, ::-1] if turned else values, pixel_size, turned)
+    return values[:, ::-1] if turned else values, pixel_size, turned

@@ -74,8 +74,8 @@ def read_header(path: Path) -> simpleitk.ImageFileReader:
         reader.ReadImageInformation()
     if (reader.GetDimension(), reader.GetNumberOfComponents()) != (3, 1):
         raise ValueError(
-            f"{path} has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} value(s) a voxel: "
-            "save it as a volume of three dimensions with one value a voxel"
+            f"{path} has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} value(s) per voxel: "
+            "save it as a volume of three dimensions with one value per voxel"
         )
     spacing, direction = reader.GetSpacing(), np.reshape(reader.GetDirection(), (3, 3))
     if not min(spacing) > 0 or not abs(np.linalg.det(direction)) > 0.1:
