@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -17,53 +17,35 @@ from scipy import stats
 from segmentation.compare import bootstrap_interval, compare
 
 SUBJECTS, IMAGES = 40, 120
-SCORES = ("options", "unreadable_images")  # lists that are no columns of images.csv
+SIDES = dict.fromkeys(("train", "val", "test"), 9)
+COMMON = {"task": "lumbar_spine", "image_size": 64, "split_sha256": "5" * 64}
+SCORES = COMMON | {"side": "test", "options": [], "unit": "px", "unreadable": 0, "unreadable_images": []}
+FACTS = COMMON | {"network": "unet", "model_args": {}, "parameters": 1_234_567, "multiply_adds": 3 * 10**9}
+FACTS |= {"data": "demo", "images": SIDES, "subjects": SIDES, "epochs": 2, "best_epoch": 2, "command": "lab.py fit"}
+FACTS |= {"device": "cpu, 2 cores", "date": "2026-01-02", "versions": {"torch": "2.13"}, "commit": None}
+HISTORY = "epoch,train/iou,train/loss,val/iou,val/loss,seconds\n1,.4,.9,.5,.8,20\n2,.6,.7,.7,.6,10\n"
 
 
 def write_run(
-    folder: Path,
-    dice: np.ndarray | list[float],
-    seed: int = 0,
-    *,
-    on: str = "test",
-    setting: dict | None = None,
-    **more,
+    folder: Path, dice: np.ndarray, seed: int = 0, on: str = "test", model: dict | None = None, **more
 ) -> Path:
-    """A run that scored these Dice values image by image; `more`: facts, scores, or further columns of images.csv."""
-    dice = np.asarray(dice, dtype=float)
-    numbers = range(len(dice))
-    columns: dict[str, list] = {"id": [f"{n:03d}" for n in numbers], "group": [f"{n % SUBJECTS:02d}" for n in numbers]}
-    columns |= {"iou": list(dice / (2 - dice)), "dice": list(dice), "f1": list(dice)}
-    columns |= {"hd95": [4.0] * len(dice), "surface_dice": [0.5] * len(dice), "unit": ["px"] * len(dice)}
-    columns |= {"tp": [8] * len(dice), "fp": [1] * len(dice), "fn": [3] * len(dice)}
+    """A run that scored these Dice values image by image; `more`: facts, scores, or columns of images.csv."""
+    dice, names = np.asarray(dice, dtype=float), [f"{n:03d}" for n in range(len(dice))]
+    columns = {"id": names, "group": [f"{n % SUBJECTS:02d}" for n in range(len(dice))], "iou": dice / (2 - dice)}
+    columns |= {"dice": dice, "f1": dice, "hd95": 4.0, "surface_dice": 0.5, "unit": "px", "tp": 8, "fp": 1, "fn": 3}
     columns |= {name: values for name, values in more.items() if isinstance(values, list) and name not in SCORES}
     (folder / on).mkdir(parents=True)
-    with (folder / on / "images.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([list(columns), *zip(*columns.values(), strict=True)])
-    (folder / "history.csv").write_text(
-        "epoch,train/iou,train/loss,val/dice,val/iou,val/loss,seconds\n1,.4,.9,.6,.5,.8,20\n2,.6,.7,.8,.7,.6,10\n"
-    )
-    facts = {
-        **{"task": "lumbar_spine", "network": "unet", "model_args": {}, "image_size": 64, "seed": seed},
-        **{"parameters": 1_234_567, "multiply_adds": 3 * 10**9, "data": "demo", "split_sha256": "5" * 64},
-        **{
-            "images": dict.fromkeys(("train", "val", "test"), 9),
-            "subjects": dict.fromkeys(("train", "val", "test"), 3),
-        },
-        **{"epochs": 2, "best_epoch": 2, "steps": 8, "seconds": 30.0, "command": f"lab.py fit {folder.name}"},
-        **{"device": "cpu, 2 cores", "date": "2026-01-02", "versions": {"torch": "2.13"}, "commit": None},
-    }
-    scores = {
-        **{"task": "lumbar_spine", "image_size": 64, "side": "test", "options": [], "split_sha256": "5" * 64},
-        **{"unit": "px", "unreadable": 0, "unreadable_images": []},
-    }
-    for name, content in (("metrics.json", facts), (f"{on}/scores.json", scores)):
+    pd.DataFrame(columns).to_csv(folder / on / "images.csv", index=False)
+    (folder / "history.csv").write_text(HISTORY)
+    for name, content in (("metrics.json", FACTS | {"seed": seed}), (f"{on}/scores.json", SCORES)):
         changed = {key: more.get(key, value) for key, value in content.items()}
         (folder / name).write_text(json.dumps(changed), encoding="utf-8")
+    data = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None}
+    model = {"network": "unet", "model_args": {}, "lr": 0.004} | (model or {})
     config = {
         "seed_everything": seed,
-        "model": {"network": "unet", "model_args": {}, "lr": 0.004} | (setting or {}),
-        "data": {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None},
+        "model": model,
+        "data": data,
         "trainer": {"max_epochs": 2, "logger": str(folder)},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -82,7 +64,7 @@ def base() -> np.ndarray:
     return np.random.default_rng(0).uniform(0.3, 0.6, IMAGES)
 
 
-def compared(folder: Path, ours: np.ndarray | list[float], theirs: np.ndarray | list[float]) -> dict:
+def compared(folder: Path, ours: np.ndarray, theirs: np.ndarray) -> dict:
     runs = [write_run(folder / name, dice) for name, dice in (("unet-seed0", theirs), ("ours-seed0", ours))]
     return compare(runs, folder / "out")["differences"]["ours"]
 
@@ -210,7 +192,7 @@ def test_names_of_images_stay_what_they_are(tmp_path):
 def test_what_differs_between_variants_is_told_apart_from_the_recipe(tmp_path):
     write_run(tmp_path / "full-seed0", [0.5])
     write_run(tmp_path / "full-seed1", [0.5], 1)
-    write_run(tmp_path / "no-kan-seed0", [0.5], setting={"model_args": {"use_kan": False}})
+    write_run(tmp_path / "no-kan-seed0", [0.5], model={"model_args": {"use_kan": False}})
     results = compare([tmp_path], tmp_path / "out")
     assert results["baseline"] == "full"
     recipe = {"model.network": "unet", "model.lr": 0.004, "data.task": "lumbar_spine", "data.batch_size": 8}
@@ -246,7 +228,7 @@ def test_two_runs_of_one_variant(tmp_path):
     again = write_run(tmp_path / "two" / "unet-seed1", [0.5])  # the seed is that of metrics.json
     with pytest.raises(ValueError, match=r"one/unet-seed0' and .*two/unet-seed1' are both 'unet' with seed 0"):
         compare([first, again], tmp_path / "out")
-    other = write_run(tmp_path / "three" / "unet-seed2", [0.5], 2, setting={"lr": 0.1})
+    other = write_run(tmp_path / "three" / "unet-seed2", [0.5], 2, model={"lr": 0.1})
     with pytest.raises(ValueError, match=r"are both 'unet', but differ in model.lr: give their folders names of two"):
         compare([first, other], tmp_path / "out")
     assert compare([first, tmp_path / "one", first], tmp_path / "out")["runs"] == 1
