@@ -150,10 +150,8 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def differ(setting: str, first: Run, second: Run) -> bool:
     """Whether two runs had two values of a setting, or one had none."""
-    return (setting in first.recipe, first.recipe.get(setting)) != (
-        setting in second.recipe,
-        second.recipe.get(setting),
-    )
+    values = [run.recipe.get(setting, KeyError) for run in (first, second)]
+    return bool(values[0] != values[1])
 
 
 def collect(groups: dict[str, list[Run]], baseline: str) -> Numbers:
@@ -237,8 +235,8 @@ def check_bound(run: Run, scores: Numbers) -> None:
     dice, iou = scores["dice"]["mean"], scores["iou"]["mean"]
     if dice is not None and dice > 2 * iou / (1 + iou) + 1e-9:
         raise ValueError(
-            f"{str(run.folder)!r}: the mean Dice {dice:.3f} is more than the mean IoU {iou:.3f} allows: images.csv was "
-            "changed or damaged, score the runs of this variant again with test"
+            f"a mean Dice of {dice:.3f} is more than the mean IoU {iou:.3f} of {run.variant!r} allows: an images.csv "
+            f"was changed or damaged, score the runs of this variant, such as {str(run.folder)!r}, again with test"
         )
 
 

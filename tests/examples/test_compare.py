@@ -114,15 +114,13 @@ def test_one_seed_has_no_deviation_and_mixed_units_no_mean(tmp_path):
 
 
 def test_errors_of_the_circumference(tmp_path):
-    heads = {
-        "unit": "mm",
-        "hc_mm": [102, 96, "", ""],
-        "hc_true_mm": [100, 100, 100, ""],
-        "hc_error_mm": [2, -4, "", ""],
-    }
+    heads = {"hc_mm": [102, 96, "", ""], "hc_true_mm": [100, 100, 100, ""], "hc_error_mm": [2, -4, "", ""]}
     for seed in range(3):
-        run = write_run(tmp_path / f"net-seed{seed}", [0.5] * 4, seed, epochs=60, image_size=256, **heads)
-        table = run / "test" / "images.csv"
+        table = (
+            write_run(tmp_path / f"net-seed{seed}", [0.5] * 4, seed, epochs=60, image_size=256, **heads)
+            / "test"
+            / "images.csv"
+        )
         table.write_text(table.read_text().replace(",px,", ",mm,"))
     errors = compare([tmp_path], tmp_path / "out")["variants"]["net"]["circumference"]
     assert (errors["images"], errors["no_ellipse"]) == (3, 1)
@@ -263,12 +261,12 @@ def test_runs_that_are_not_finished_are_named(tmp_path):
 @pytest.mark.parametrize("damage", [{"iou": [0.3, 0.3]}, {"dice_L1": [0.9, 0.9], "iou_L1": [0.5, ""]}])
 def test_scores_that_no_mask_can_have_are_refused(tmp_path, damage):
     run = write_run(tmp_path / "net", [0.5, 0.6], **damage)
-    with pytest.raises(ValueError, match=r"/net': the mean Dice .* is more than the mean IoU .* allows"):
+    with pytest.raises(ValueError, match=r"mean Dice of .* is more than the mean IoU .* of 'net' allows: .*/net', ag"):
         compare([run], tmp_path / "out")
 
 
 def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
-    for name, dice in (("unet-seed0", [0.5, 0.7]), ("<i>net</i>".replace("/", "") + "-seed0", [0.6, 0.7])):
+    for name, dice in (("unet-seed0", [0.5, 0.7]), ("<i>net<i>-seed0", [0.6, 0.7])):
         run = write_run(tmp_path / "runs" / name, dice, unreadable_images=[{"id": "lost", "reason": "<broken>"}])
         Image.new("RGB", (3, 3)).save(run / "test" / "cases.png")
     out = tmp_path / "out"
