@@ -282,7 +282,7 @@ def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
     assert "<i>" not in page and "<broken>" not in page
     assert page.count("<td>0.600</td>") == 1 and "href=" not in page
-    assert "This is a small budget (2 epochs at most, images of 64x64 pixels" in page
+    assert "This is a small budget (at most 2 epochs, images of 64x64 pixels" in page
     assert set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", (out / "report.md").read_text())) == {
         *("cost.png", "curves.png", "../runs/unet-seed0/test/cases.png", "../runs/<i>net<i>-seed0/test/cases.png")
     }
