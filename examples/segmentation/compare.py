@@ -48,6 +48,11 @@ class Run:
     history: pd.DataFrame  # a row per epoch
     images: pd.DataFrame  # a row per image, with variant and seed
 
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """Image and subject of every row, sorted."""
+        return sorted(zip(self.images["id"], self.images["group"], strict=True))
+
 
 def compare(runs: list[Path], out: Path, *, on: str = "test", baseline: str | None = None) -> Numbers:
     """Compare runs by the scores in their folders `on`, write everything to `out`, and return the numbers.
@@ -96,7 +101,7 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
         if not (facts and scores):
             missing.append(f"{folder.name} is not {f'scored on {on}' if facts else 'trained to its end'}")
             continue
-        options: Numbers = {"dtype": TEXT, "keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
+        options: Numbers = {"dtype": TEXT, "keep_default_na": False, "na_values": [""]}
         variant, history = re.sub(r"-seed\d+$", "", folder.name), pd.read_csv(folder / "history.csv")
         images = pd.read_csv(folder / on / "images.csv", **options).assign(variant=variant, seed=facts["seed"])
         recipe = {name: value for name, value in flatten(read_config(folder)) if in_recipe(name)}
@@ -131,7 +136,7 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 raise ValueError(f"{pair} were scored with {name} {values}: score them alike, or compare them apart")
         if run.facts["split_sha256"] != first.facts["split_sha256"]:
             raise ValueError(f"{pair} followed two splits (split_sha256): train them with one --data.split")
-        if len(run.images) != len(first.images) or set(run.images["id"]) != set(first.images["id"]):
+        if run.shown != first.shown:
             raise ValueError(f"{pair} were scored on different images: score them again with test")
         for other in groups.setdefault(run.variant, []):
             both = f"{str(other.folder)!r} and {str(run.folder)!r} are both {run.variant!r}"
@@ -145,10 +150,8 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def differ(setting: str, first: Run, second: Run) -> bool:
     """Whether two runs had two values of a setting, or one had none."""
-    return (setting in first.recipe, first.recipe.get(setting)) != (
-        setting in second.recipe,
-        second.recipe.get(setting),
-    )
+    values = [run.recipe.get(setting, KeyError) for run in (first, second)]
+    return bool(values[0] != values[1])
 
 
 def collect(groups: dict[str, list[Run]], baseline: str) -> Numbers:
@@ -232,8 +235,8 @@ def check_bound(run: Run, scores: Numbers) -> None:
     dice, iou = scores["dice"]["mean"], scores["iou"]["mean"]
     if dice is not None and dice > 2 * iou / (1 + iou) + 1e-9:
         raise ValueError(
-            f"{str(run.folder)!r}: the mean Dice {dice:.3f} is more than the mean IoU {iou:.3f} allows: images.csv was "
-            "changed or damaged, score the runs of this variant again with test"
+            f"a mean Dice of {dice:.3f} is more than the mean IoU {iou:.3f} of {run.variant!r} allows: an images.csv "
+            f"was changed or damaged, score the runs of this variant, such as {str(run.folder)!r}, again with test"
         )
 
 

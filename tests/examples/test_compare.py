@@ -1,0 +1,290 @@
+"""Comparisons of run folders, against numpy by hand, closed forms and scipy; and what is refused or missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from segmentation.compare import bootstrap_interval, compare
+
+SUBJECTS, IMAGES = 40, 120
+SIDES = dict.fromkeys(("train", "val", "test"), 9)
+COMMON = {"task": "lumbar_spine", "image_size": 64, "split_sha256": "5" * 64}
+SCORES = COMMON | {"side": "test", "options": [], "unit": "px", "unreadable": 0, "unreadable_images": []}
+FACTS = COMMON | {"network": "unet", "model_args": {}, "parameters": 1_234_567, "multiply_adds": 3 * 10**9}
+FACTS |= {"data": "demo", "images": SIDES, "subjects": SIDES, "epochs": 2, "best_epoch": 2, "command": "lab.py fit"}
+FACTS |= {"device": "cpu, 2 cores", "date": "2026-01-02", "versions": {"torch": "2.13"}, "commit": None}
+HISTORY = "epoch,train/iou,train/loss,val/iou,val/loss,seconds\n1,.4,.9,.5,.8,20\n2,.6,.7,.7,.6,10\n"
+
+
+def write_run(
+    folder: Path, dice: np.ndarray, seed: int = 0, on: str = "test", model: dict | None = None, **more
+) -> Path:
+    """A run that scored these Dice values image by image; `more`: facts, scores, or columns of images.csv."""
+    dice, names = np.asarray(dice, dtype=float), [f"{n:03d}" for n in range(len(dice))]
+    columns = {"id": names, "group": [f"{n % SUBJECTS:02d}" for n in range(len(dice))], "iou": dice / (2 - dice)}
+    columns |= {"dice": dice, "f1": dice, "hd95": 4.0, "surface_dice": 0.5, "unit": "px", "tp": 8, "fp": 1, "fn": 3}
+    columns |= {name: values for name, values in more.items() if isinstance(values, list) and name not in SCORES}
+    (folder / on).mkdir(parents=True)
+    pd.DataFrame(columns).to_csv(folder / on / "images.csv", index=False)
+    (folder / "history.csv").write_text(HISTORY)
+    for name, content in (("metrics.json", FACTS | {"seed": seed}), (f"{on}/scores.json", SCORES)):
+        changed = {key: more.get(key, value) for key, value in content.items()}
+        (folder / name).write_text(json.dumps(changed), encoding="utf-8")
+    data = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None}
+    model = {"network": "unet", "model_args": {}, "lr": 0.004} | (model or {})
+    config = {
+        "seed_everything": seed,
+        "model": model,
+        "data": data,
+        "trainer": {"max_epochs": 2, "logger": str(folder)},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures are drawn, but written in a test or two only, because that takes most of the time."""
+    if "pictures" not in request.node.name:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: Image.new("L", (1, 1)).save(path))
+
+
+@pytest.fixture
+def base() -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.3, 0.6, IMAGES)
+
+
+def compared(folder: Path, ours: np.ndarray, theirs: np.ndarray) -> dict:
+    runs = [write_run(folder / name, dice) for name, dice in (("unet-seed0", theirs), ("ours-seed0", ours))]
+    return compare(runs, folder / "out")["differences"]["ours"]
+
+
+def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
+    """The tables of report.md by the heading above them: row -> column -> cell."""
+    found = {}
+    for title, block in re.findall(r"^## ([^\n]+)\n\n(\|.*?)\n\n", text, re.MULTILINE | re.DOTALL):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+        found[title] = {row[0].strip("`"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    return found
+
+
+def test_means_and_deviations(tmp_path):
+    first, second = np.array([0.2, 0.4, 0.6]), np.array([0.5, 0.9, 0.1])
+    for seed, dice, l1, l2, tp in (
+        (0, first, [0.5, "", 0.7], ["", "", ""], [8, 0, 2]),
+        (3, second, [0.1] * 3, [0.5, "", 1], [5, 5, 5]),
+    ):
+        ious = {"iou_L1": [1] * 3, "iou_L2": [1] * 3}
+        write_run(tmp_path / f"net-seed{seed}", dice, seed, dice_L1=l1, dice_L2=l2, tp=tp, **ious)
+    net = compare([tmp_path], tmp_path / "out")["variants"]["net"]
+    means = [first.mean(), second.mean()]
+    deviation = (first.std(ddof=1) + second.std(ddof=1)) / 2
+    expected = {"mean": np.mean(means), "sd_seeds": np.std(means, ddof=1), "sd_images": deviation}
+    assert net["per_image"]["dice"] == pytest.approx(expected)
+    assert net["seeds"] == [0, 3]
+    counts = [(10, 3, 9), (15, 3, 9)]
+    pooled = [tp / (tp + fp + fn) for tp, fp, fn in counts]
+    assert net["pooled"]["iou"] == pytest.approx({"mean": np.mean(pooled), "sd_seeds": np.std(pooled, ddof=1)})
+    assert net["pooled"]["dice"]["mean"] == pytest.approx((20 / 32 + 30 / 42) / 2)
+    classes = {name: score["mean"] for name, score in net["classes"].items()}
+    assert classes == pytest.approx({"L1": (0.6 + 0.1) / 2, "L2": 0.75}), "empty cells are left out, and so are classes"
+    of_seeds = [0.6, (0.1 + 0.75) / 2]
+    assert net["mean_of_classes"] == pytest.approx({"mean": np.mean(of_seeds), "sd_seeds": np.std(of_seeds, ddof=1)})
+    cost = {"parameters": 1_234_567, "multiply_adds": 3 * 10**9, "seconds_per_epoch": 15.0, "minutes": 1.0}
+    assert net["cost"] == pytest.approx(cost)
+
+
+def test_one_seed_has_no_deviation_and_mixed_units_no_mean(tmp_path):
+    mixed = {"unit": "mixed", "hd95": [1.0, 2.0]}
+    run = write_run(tmp_path / "net-seed0", [0.4, 0.6], **mixed)
+    scores = compare([run], tmp_path / "out")["variants"]["net"]["per_image"]
+    assert scores["dice"]["sd_seeds"] is None
+    assert scores["hd95"] == scores["surface_dice"] == {"mean": None, "sd_seeds": None, "sd_images": None}
+    assert tables((tmp_path / "out" / "report.md").read_text())["Scores"]["net"]["HD95 (mm or px)"] == "n/a"
+
+
+def test_errors_of_the_circumference(tmp_path):
+    heads = {"hc_mm": [102, 96, "", ""], "hc_true_mm": [100, 100, 100, ""], "hc_error_mm": [2, -4, "", ""]}
+    for seed in range(3):
+        table = (
+            write_run(tmp_path / f"net-seed{seed}", [0.5] * 4, seed, epochs=60, image_size=256, **heads)
+            / "test"
+            / "images.csv"
+        )
+        table.write_text(table.read_text().replace(",px,", ",mm,"))
+    errors = compare([tmp_path], tmp_path / "out")["variants"]["net"]["circumference"]
+    assert (errors["images"], errors["no_ellipse"]) == (3, 1)
+    assert errors["absolute_error_mm"] == pytest.approx({"mean": 3, "sd_seeds": 0, "sd_images": np.sqrt(2)})
+    assert errors["error_mm"] == pytest.approx({"mean": -1, "sd_seeds": 0, "sd_images": np.sqrt(18)})
+    assert "small budget" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_interval_is_that_of_drawing_subjects():
+    values, groups = np.array([0.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"]
+    assert bootstrap_interval(values, groups) == (0.0, 1.0)  # both subjects twice: one sample in four each
+    assert bootstrap_interval(values, ["a"] * 4) is None
+
+    means = np.random.default_rng(3).normal(0, 1, 200)  # one value each
+    interval = bootstrap_interval(means, [str(n) for n in range(200)])
+    scipys = stats.bootstrap((means,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    assert interval == pytest.approx((scipys.low, scipys.high), abs=0.012)
+    doubled = bootstrap_interval(np.repeat(means, 5), [str(n // 5) for n in range(1000)])
+    assert doubled == pytest.approx(interval, abs=1e-9)  # copies of an image add nothing
+    values = np.random.default_rng(7).normal(size=30)
+    frozen = (-0.7702991826779396, -0.10359780042072693)  # of the code before this one
+    assert bootstrap_interval(values, [str(n // 3) for n in range(30)]) == pytest.approx(frozen, abs=1e-12)
+
+
+def test_verdicts(tmp_path, base):
+    rng = np.random.default_rng(1)
+    noise, loud = rng.normal(0, 0.02, IMAGES), rng.normal(0, 0.1, IMAGES)
+    above, below = (
+        compared(tmp_path / name, *pair)
+        for name, pair in {"a": (base + 0.05 + noise, base), "b": (base, base + 0.05 + noise)}.items()
+    )
+    assert above["mean"] == pytest.approx(0.05 + noise.mean())
+    assert 0 < above["low"] < 0.05 < above["high"] < 0.1
+    assert (above["verdict"], above["images"], above["subjects"]) == ("above", IMAGES, SUBJECTS)
+    assert below["verdict"] == "below"
+    assert [below["low"], below["high"]] == pytest.approx([-above["high"], -above["low"]], abs=1e-3)
+    same, none, one = (
+        compared(tmp_path / name, *pair)
+        for name, pair in {"c": (base, base), "d": (base + loud - loud.mean(), base), "e": ([0.6], [0.5])}.items()
+    )
+    assert [same["mean"], same["low"], same["high"], same["verdict"]] == [0, 0, 0, "none"]
+    assert none["low"] < 0 < none["high"] and none["verdict"] == "none"
+    assert (one["low"], one["high"], one["verdict"], one["subjects"]) == (None, None, "none", 1)
+
+
+def test_differences_are_paired_by_image_and_seed(tmp_path, base):
+    for seed, gain in ((0, 0.1), (1, 0.3), (5, 0.35)):
+        write_run(tmp_path / f"ours-seed{seed}", base + gain, seed)
+    write_run(tmp_path / "unet-seed1", base, 1)
+    table = write_run(tmp_path / "unet-seed0", base, 0) / "test" / "images.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    write_run(tmp_path / "alone-seed7", base, 7)
+    found = compare([tmp_path], tmp_path / "out")["differences"]
+    assert found["ours"]["seeds"] == [0, 1]
+    assert [found["ours"][name] for name in ("mean", "low", "high")] == pytest.approx([0.2] * 3)
+    assert found["alone"] is None
+    assert compare([tmp_path], tmp_path / "out", baseline="ours")["differences"]["unet"]["mean"] == pytest.approx(-0.2)
+
+
+def test_names_of_images_stay_what_they_are(tmp_path):
+    odd = {"id": ["NA", "007", "1e3"], "group": ["null", "01", "1"]}
+    results = compare([write_run(tmp_path / name, [0.5] * 3, **odd) for name in ("unet", "other")], tmp_path / "out")
+    assert results["differences"]["other"]["subjects"] == 3
+
+
+def test_what_differs_between_variants_is_told_apart_from_the_recipe(tmp_path):
+    write_run(tmp_path / "full-seed0", [0.5])
+    write_run(tmp_path / "full-seed1", [0.5], 1)
+    write_run(tmp_path / "no-kan-seed0", [0.5], model={"model_args": {"use_kan": False}})
+    results = compare([tmp_path], tmp_path / "out")
+    assert results["baseline"] == "full"
+    recipe = {"model.network": "unet", "model.lr": 0.004, "data.task": "lumbar_spine", "data.batch_size": 8}
+    assert results["recipe"] == recipe | {"trainer.max_epochs": 2}
+    name = "model.model_args.use_kan"
+    assert results["settings"] == {"full": {name: None}, "no-kan": {name: False}}
+    assert tables((tmp_path / "out" / "report.md").read_text())["What the variants were told apart by"]["no-kan"] == {
+        name: "False"
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "isic2017"}, "were scored with task 'isic2017' and 'lumbar_spine'"),
+        ({"image_size": 96}, "were scored with image_size 96 and 64"),
+        ({"side": "val"}, "were scored with side 'val' and 'test'"),
+        ({"options": ["flips"]}, r"were scored with options \['flips'\] and \[\]"),
+        ({"split_sha256": "6" * 64}, "were scored with split_sha256 .*: score them alike"),
+        ({"id": ["1", "2"]}, "were scored on different images"),
+    ],
+)
+def test_runs_that_cannot_be_compared(tmp_path, change, message):
+    write_run(tmp_path / "a", [0.5, 0.6])
+    write_run(tmp_path / "b", [0.5, 0.6], **change)
+    with pytest.raises(ValueError, match=f"/b' and .*/a' {message}"):
+        compare([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_of_one_variant(tmp_path):
+    first = write_run(tmp_path / "one" / "unet-seed0", [0.5])
+    again = write_run(tmp_path / "two" / "unet-seed1", [0.5])  # the seed is that of metrics.json
+    with pytest.raises(ValueError, match=r"one/unet-seed0' and .*two/unet-seed1' are both 'unet' with seed 0"):
+        compare([first, again], tmp_path / "out")
+    other = write_run(tmp_path / "three" / "unet-seed2", [0.5], 2, model={"lr": 0.1})
+    with pytest.raises(ValueError, match=r"are both 'unet', but differ in model.lr: give their folders names of two"):
+        compare([first, other], tmp_path / "out")
+    assert compare([first, tmp_path / "one", first], tmp_path / "out")["runs"] == 1
+    facts = json.loads((again / "metrics.json").read_text()) | {"split_sha256": "7" * 64, "seed": 1}
+    (again / "metrics.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="followed two splits"):
+        compare([first, again], tmp_path / "out")
+
+
+def test_runs_that_are_not_finished_are_named(tmp_path):
+    write_run(tmp_path / "unet-seed0", [0.5])
+    (write_run(tmp_path / "unet-seed1", [0.5], 1) / "metrics.json").unlink()
+    write_run(tmp_path / "unet-seed2", [0.5], 2, on="val")
+    results = compare([tmp_path], tmp_path / "out")
+    assert "small budget" in (tmp_path / "out" / "report.html").read_text()
+    assert results["missing"] == ["unet-seed1 is not trained to its end", "unet-seed2 is not scored on test"]
+    for name in ("report.md", "report.html"):
+        assert "1 of 3 runs are in this report" in (tmp_path / "out" / name).read_text()
+    assert compare([tmp_path], tmp_path / "out", on="val")["seeds"] == [2]
+    with pytest.raises(
+        ValueError, match=r"no run is finished \(unet-seed1 is not trained to its end\): train with fit"
+    ):
+        compare([tmp_path / "unet-seed1"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    for wrong in ("empty", "nowhere"):
+        with pytest.raises(ValueError, match=rf"runs '.*{wrong}' holds no run: give a folder that fit wrote"):
+            compare([tmp_path / wrong], tmp_path / "out")
+    with pytest.raises(ValueError, match="baseline 'none' is no finished variant: choose one of unet"):
+        compare([tmp_path], tmp_path / "out", baseline="none")
+
+
+@pytest.mark.parametrize("damage", [{"iou": [0.3, 0.3]}, {"dice_L1": [0.9, 0.9], "iou_L1": [0.5, ""]}])
+def test_scores_that_no_mask_can_have_are_refused(tmp_path, damage):
+    run = write_run(tmp_path / "net", [0.5, 0.6], **damage)
+    with pytest.raises(ValueError, match=r"mean Dice of .* is more than the mean IoU .* of 'net' allows: .*/net', ag"):
+        compare([run], tmp_path / "out")
+
+
+def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
+    for name, dice in (("unet-seed0", [0.5, 0.7]), ("<i>net<i>-seed0", [0.6, 0.7])):
+        run = write_run(tmp_path / "runs" / name, dice, unreadable_images=[{"id": "lost", "reason": "<broken>"}])
+        Image.new("RGB", (3, 3)).save(run / "test" / "cases.png")
+    out = tmp_path / "out"
+    results = compare([tmp_path / "runs"], out)
+    assert json.loads((out / "results.json").read_text()) == results
+    found = tables((out / "report.md").read_text())
+    assert found["Scores"]["unet"]["Dice"] == "0.600"
+    assert found["Scores"]["unet"]["pooled Dice"] == "0.800"
+    assert found["Compared with `unet`"]["<i>net<i>"]["difference of Dice"] == "+0.050"
+    assert found["Cost"]["unet"]["parameters"] == "1,234,567"
+    assert list(found["Scores"]) == ["unet", "<i>net<i>"]
+    page = (out / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
+    assert "<i>" not in page and "<broken>" not in page
+    assert page.count("<td>0.600</td>") == 1 and "href=" not in page
+    assert "This is a small budget (at most 2 epochs, images of 64x64 pixels" in page
+    assert set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", (out / "report.md").read_text())) == {
+        *("cost.png", "curves.png", "../runs/unet-seed0/test/cases.png", "../runs/<i>net<i>-seed0/test/cases.png")
+    }
+    assert min(Image.open(out / "curves.png").size) > 400
+    assert not list(out.glob(".part-*"))
