@@ -110,7 +110,7 @@ class TestCases:
         found = np.roll(truth, (3, 5), (0, 1))
         found[truth == 2] = 3
         image = np.random.default_rng(0).integers(0, 200, (*truth.shape, 3), dtype=np.uint8)
-        draw_cases(tmp_path / "cases.png", [Case("case", image, truth, found)], ["a", "b", "c"])
+        draw_cases(tmp_path / "cases.png", [Case("case", image, truth, found, ["a", "b", "c"])])
         shown, outlines, difference = panels(tmp_path / "cases.png")
         assert (shown == image).all()
         assert 0 < (outlines != image).any(axis=-1).mean() < 0.1
@@ -127,7 +127,7 @@ class TestCases:
     @pytest.mark.parametrize("number", [1, 5, 10])
     def test_every_class_is_outlined_in_its_colour_and_named(self, tmp_path, sheets, monkeypatch, number):
         truth, names = squares(number), [f"L{k}" for k in range(1, number + 1)]
-        draw_cases(tmp_path / "cases.png", [Case("case", 0 * truth[..., None], truth, truth)], names)
+        draw_cases(tmp_path / "cases.png", [Case("case", 0 * truth[..., None], truth, truth, names)])
         monkeypatch.undo()
         sheets[0].savefig(tmp_path / "cases.png")
         colours = [palette.class_colour(k) for k in range(1, number + 1)]
@@ -138,7 +138,7 @@ class TestCases:
     def test_rows_follow_the_proportions_of_their_images(self, tmp_path):
         def drawn(*sizes: tuple[int, int]) -> tuple[int, int]:
             masks = [np.zeros((h, w), np.uint8) for w, h in sizes]
-            draw_cases(tmp_path / "cases.png", [Case("a name", mask[..., None], mask, mask) for mask in masks], ["x"])
+            draw_cases(tmp_path / "cases.png", [Case("a name", mask[..., None], mask, mask, ["x"]) for mask in masks])
             return Image.open(tmp_path / "cases.png").size
 
         wide, square, tall = drawn((400, 100)), drawn((200, 200)), drawn((100, 400))
@@ -150,7 +150,9 @@ class TestCases:
     def test_masks_that_touch_the_border_or_are_empty(self, tmp_path):
         full, empty = np.ones((50, 60), np.uint8), np.zeros((50, 60), np.uint8)
         image = np.full((50, 60, 1), 9, np.uint16)
-        draw_cases(tmp_path / "cases.png", [Case("a", image, full, empty), Case("b", image, empty, empty)], ["x"])
+        draw_cases(
+            tmp_path / "cases.png", [Case("a", image, full, empty, ["x"]), Case("b", image, empty, empty, ["x"])]
+        )
         assert count(panels(tmp_path / "cases.png")[2], palette.MISSED) > 50_000
 
 
