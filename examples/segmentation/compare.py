@@ -286,6 +286,7 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
     names = {
         "iou": "IoU",
         "dice": "Dice",
+        "f1": "F1",
         "hd95": f"HD95 ({unit})",
         "surface_dice": f"surface Dice ({TOLERANCE:g} {unit})",
     }

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 
 from segmentation.data.item import Item, read_values, to_classes
 from segmentation.figures import Case, draw_cases
-from segmentation.module import Segmentation
 from segmentation.prediction import Prediction, write_mask, write_prediction
 from segmentation.runs import whole_file, write_json
 from segmentation.scores import Row, summarise
@@ -29,7 +28,7 @@ class ScoreWriter(Callback):
         self._items: dict[str, Item] = {}
 
     def on_test_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Segmentation, outputs: Mapping, batch: Item, *_: int
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Mapping, batch: Item, *_: int
     ) -> None:
         if "reason" in outputs:
             self.unreadable.append({"id": batch.id, "reason": outputs["reason"]})
@@ -40,7 +39,7 @@ class ScoreWriter(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_mask(outputs["classes"], pl_module.task, path)
 
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: Segmentation) -> None:
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self.rows:
             reason = f": {self.unreadable[0]['reason']}" if self.unreadable else ""
             raise ValueError(f"none of {len(self.unreadable)} images could be read{reason}")
@@ -73,14 +72,19 @@ class MaskWriter(Callback):
         self.unreadable: list[dict[str, str]] = []
 
     def on_predict_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Segmentation, outputs: Prediction, batch: Path, *_: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Prediction,
+        batch: Path,
+        *_: int,
     ) -> None:
         if outputs.reason:
             self.unreadable.append({"file": str(batch), "reason": outputs.reason})
         else:
             self.rows.append(write_prediction(outputs, pl_module.task, self.out, self.sizes))
 
-    def on_predict_end(self, trainer: lightning.Trainer, pl_module: Segmentation) -> None:
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.rows:
             write_csv(self.out / "predictions.csv", self.rows)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from segmentation.data import simpleitk
 from segmentation.tasks import Task
@@ -170,3 +172,18 @@ def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
     with named(path, "read as an image", RuntimeError, fix="save it without alpha"):
         pixels = np.atleast_3d(simpleitk.GetArrayFromImage(simpleitk.ReadImage(str(path))))
     return pixels[..., : 3 if pixels.shape[2] > 2 else 1]
+
+
+def to_input(image: Pixels, size: int) -> Tensor:
+    """Values (c size size) of an image (h w c), squashed to a square; bytes become 0 ... 1, deeper pixels are
+    stretched from their least to their greatest value."""
+    values = image.astype(np.float32)
+    low, high = (0.0, 255.0) if image.dtype == np.uint8 else (values.min(), values.max())
+    values = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    planes = (Image.fromarray(plane) for plane in np.moveaxis(values, 2, 0))
+    return torch.from_numpy(np.stack([plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]))
+
+
+def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
+    """Class numbers (1 size size) of a mask (h w), squashed to a square."""
+    return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]

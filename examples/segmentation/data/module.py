@@ -10,37 +10,56 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
-from segmentation.data.formats import find_items
-from segmentation.data.formats.files import list_files
-from segmentation.data.item import Item, Pixels
+from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
+from segmentation.data.formats.files import list_files, subfolders
+from segmentation.data.item import Item, to_input, to_target
 from segmentation.tasks import Task, get_task
 
-
-def to_input(image: Pixels, size: int) -> Tensor:
-    """Values (c size size) of an image (h w c), squashed to a square; bytes become 0 ... 1, deeper pixels are
-    stretched from their least to their greatest value."""
-    values = image.astype(np.float32)
-    low, high = (0.0, 255.0) if image.dtype == np.uint8 else (values.min(), values.max())
-    values = (values - low) / max(high - low, np.finfo(np.float32).tiny)
-    planes = (Image.fromarray(plane) for plane in np.moveaxis(values, 2, 0))
-    return torch.from_numpy(np.stack([plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]))
+# A module has `fits(folder)`, `items(task, folder)` and says in its docstring what fits. The first is taken.
+FORMATS = (table, isic, hc18, busi, nnunet, spider, myosegmentum, folders)
+DEPTH = 5  # how far below the given folder the data set may lie
 
 
-def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
-    """Class numbers (1 size size) of a mask (h w), squashed to a square."""
-    return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]
+def find_items(task: Task, folder: Path) -> list[Item]:
+    """The items of a data folder, sorted by id: images are found and paired with their masks, and read when used.
+
+    `folder` may also be one that holds exactly one data set, such as what an archive was unpacked into.
+    """
+    name = f"data.folder {str(folder)!r}"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} is not a folder: give the folder with images/, masks/, items.csv, or a data set as downloaded"
+        )
+    hits = _search(folder, DEPTH)
+    if len(hits) > 1:
+        raise ValueError(f"{name} holds {len(hits)} data sets: give one of" + "".join(f"\n  {hit}" for _, hit in hits))
+    if not hits:
+        known = "".join(f"\n  {' '.join((known.__doc__ or '').split())}" for known in FORMATS)
+        raise ValueError(f"{name} holds nothing that is understood. Understood are:{known}")
+    [(found, place)] = hits
+    items = sorted(found.items(task, place), key=lambda item: item.id)
+    if not items:
+        raise ValueError(f"data.folder {str(place)!r} holds no image with a label of task {task.name!r}")
+    return items
+
+
+def _search(folder: Path, depth: int) -> list[tuple[ModuleType, Path]]:
+    """All data sets in a folder; inside of one no other is looked for."""
+    if found := next((known for known in FORMATS if known.fits(folder)), None):
+        return [(found, folder)]
+    return [hit for inner in subfolders(folder) for hit in _search(inner, depth - 1)] if depth else []
 
 
 def load(items: Sequence[Item], size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:

@@ -11,8 +11,8 @@ import pytest
 import SimpleITK
 
 from data import layouts
-from segmentation.data.formats import find_items
 from segmentation.data.item import read_image
+from segmentation.data.module import find_items
 from segmentation.tasks import get_task
 
 SCRIPT = """
