@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from segmentation.callbacks import EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
 from segmentation.console import console, quieten, say, scores_table
-from segmentation.data.module import SegmentationData
+from segmentation.data.datamodule import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import Case, draw_cases, draw_history
 from segmentation.module import Segmentation

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Table
 
 from segmentation.console import console, quieten, say
-from segmentation.data.module import SegmentationData
+from segmentation.data.datamodule import SegmentationData
 from segmentation.figures import Case, draw_cases
 from segmentation.module import Segmentation
 from segmentation.writers import ScoreWriter

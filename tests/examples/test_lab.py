@@ -17,10 +17,10 @@ from PIL import Image
 import lab
 import quickstart
 from kan_mamba_layers import from_pretrained
+from segmentation.data.datamodule import find_items
 from segmentation.data.demo import draw
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.item import read_values, to_classes
-from segmentation.data.module import find_items
 from segmentation.data.split import read_split, split_hash
 from segmentation.module import Segmentation
 from segmentation.runs import read_config

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from data.layouts import LAYOUTS, save, save_volume, spine, write_folders
-from segmentation.data.module import find_items
+from segmentation.data.datamodule import find_items
 from segmentation.tasks import get_task
 
 Damage = Callable[[Path], None]

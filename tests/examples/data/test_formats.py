@@ -15,10 +15,10 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data import layouts
+from segmentation.data.datamodule import SegmentationData, find_items
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import myosegmentum, spider, voxels
 from segmentation.data.item import Item
-from segmentation.data.module import SegmentationData, find_items
 from segmentation.tasks import TASKS, get_task
 
 every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)

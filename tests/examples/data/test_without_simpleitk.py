@@ -11,15 +11,15 @@ import pytest
 import SimpleITK
 
 from data import layouts
+from segmentation.data.datamodule import find_items
 from segmentation.data.item import read_image
-from segmentation.data.module import find_items
 from segmentation.tasks import get_task
 
 SCRIPT = """
 import sys
 sys.modules["SimpleITK"] = None
 from pathlib import Path
-from segmentation.data.module import SegmentationData
+from segmentation.data.datamodule import SegmentationData
 data = SegmentationData("lumbar_spine", Path(sys.argv[1]), image_size=32)
 for stage in ("fit", "test"):
     data.setup(stage)

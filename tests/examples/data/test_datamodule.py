@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from segmentation.data.datamodule import EpochSampler, ImageSet, SegmentationData, load
 from segmentation.data.demo import DEMOS, demo_items
 from segmentation.data.item import Item, to_input, to_target
-from segmentation.data.module import EpochSampler, ImageSet, SegmentationData, load
 from segmentation.data.split import read_split, split_hash, write_split
 from segmentation.tasks import get_task
 
