@@ -174,7 +174,7 @@ class SegmentationData(lightning.LightningDataModule):
         """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
         stage = "fit" if stage == "validate" else stage
         if stage not in self._done:
-            getattr(self, f"_setup_{stage}")()
+            {"fit": self._setup_fit, "test": self._setup_test, "predict": self._setup_predict}[stage]()
             self._done.add(stage)
 
     def _setup_fit(self) -> None:

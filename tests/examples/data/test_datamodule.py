@@ -8,6 +8,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from segmentation.data.datamodule import EpochSampler, ImageSet, SegmentationData, load
@@ -47,8 +48,9 @@ def test_the_constructor_reads_nothing_and_setup_reads_once(folder, tmp_path):
     folder()
     data.setup("fit")
     first = data.train_set
-    data.setup("validate")
-    data.setup("fit")
+    for stage in ("validate", "fit", *TrainerFn):  # Lightning names stages by an enumeration
+        if stage != "predict":
+            data.setup(stage)
     assert data.train_set is first and data.first_epoch == 0
 
 
