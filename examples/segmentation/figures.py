@@ -26,7 +26,7 @@ from skimage.segmentation import find_boundaries
 from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_colours
 
 DPI = 200
-WIDTH, HEIGHT = 340, 520  # pixels of a panel, at most
+WIDTH, HEIGHT = 340, 512  # pixels of a panel, at most
 GAP, MARGIN = 8, 10  # pixels: between panels, around all
 LINE, LETTER, KEY = 34, 13, 190  # pixels: of a line of text, of a letter, of an entry of the legend
 # Where a name may stand around its point: pixels away from it, and angles, the nearest and most usual ones first.
