@@ -35,7 +35,7 @@ ANGLES = tuple(np.pi / 8 * n for n in (0, 8, 4, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3
 INK = "#1d2733"
 ERRORS = {"missed": MISSED, "extra": EXTRA, "another class": MISTAKEN}
 PANELS = ("image", "outlines", "difference")
-SCORES = {"loss": "loss (Dice + cross-entropy)", "iou": "IoU (mean per image)"}
+SCORES = {"loss": "loss", "iou": "IoU (mean per image)"}
 SIDES = {"train": "training", "val": "validation"}
 
 Classes = NDArray[np.uint8]  # h w, 0 is the background
