@@ -26,7 +26,7 @@ from skimage.segmentation import find_boundaries
 from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_colours
 
 DPI = 200
-WIDTH, HEIGHT = 340, 520  # pixels of a panel, at most
+WIDTH, HEIGHT = 340, 512  # pixels of a panel, at most
 GAP, MARGIN = 8, 10  # pixels: between panels, around all
 LINE, LETTER, KEY = 34, 13, 190  # pixels: of a line of text, of a letter, of an entry of the legend
 # Where a name may stand around its point: pixels away from it, and angles, the nearest and most usual ones first.
@@ -35,7 +35,7 @@ ANGLES = tuple(np.pi / 8 * n for n in (0, 8, 4, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3
 INK = "#1d2733"
 ERRORS = {"missed": MISSED, "extra": EXTRA, "another class": MISTAKEN}
 PANELS = ("image", "outlines", "difference")
-SCORES = {"loss": "loss (Dice + cross-entropy)", "iou": "IoU (mean per image)"}
+SCORES = {"loss": "loss", "iou": "IoU (mean per image)"}
 SIDES = {"train": "training", "val": "validation"}
 
 Classes = NDArray[np.uint8]  # h w, 0 is the background
