@@ -1,8 +1,8 @@
-"""What is measured: every case with its sizes and its inputs. The tests share them.
+"""The cases: ops, layers and models at fixed sizes, and their inputs.
 
-Inputs are those of a freshly initialised layer: normal maps, uniform weights of scale 1/sqrt(fan-in),
-`A = -(1, ..., n)` and biases whose steps are log-uniform in [1e-3, 1e-1]. They depend on the sizes alone. A KANLinear
-is fresh too and its input standard normal, so that of a grid on [-1, 1] a third of the input lies outside.
+Inputs are those of a freshly initialised layer: standard normal maps, uniform weights of scale 1/sqrt(fan-in),
+`A = -(1, ..., n)`, and biases whose step sizes are log-uniform in [1e-3, 1e-1]. They depend only on the sizes. A
+KANLinear is freshly initialised and its input standard normal, so a third of it lies outside the grid on [-1, 1].
 """
 
 import math
@@ -22,14 +22,14 @@ GRID_SAMPLES = 4096  # that an adaptive grid is fitted to
 
 @dataclass(frozen=True)
 class Case:
-    """One op, layer or model at one size; `axis` names what varies in a scaling curve."""
+    """One op, layer or model at one size; `axis` names the size that a scaling curve varies."""
 
     name: str
     suite: str  # one of SUITES
     op: str  # "cross_selective_scan", "selective_scan", "kan_linear", "ss2d", "ema" or a name that create_model takes
     sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | rows in out g s adaptive | b h w c n | b h w
     axis: str = ""
-    threads: int = 0  # 0: as many as the run uses
+    threads: int = 0  # 0: those of the run
     device: str = ""  # the only one that measures it
     dtype: str = ""  # instead of that of the run
 
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Updates of a state, b k l d n, or bases and activations, rows i 1+g+s; others count their pixels."""
+        """State updates, b k l d n; bases and activations of a linear layer, rows i 1+g+s; else pixels."""
         if self.op == "kan_linear":
             return self.length * self.sizes["in"] * (1 + self.sizes["g"] + self.sizes["s"])
         if self.op not in ("cross_selective_scan", "selective_scan"):
@@ -51,7 +51,7 @@ class Case:
         return directions * self.sizes["b"] * self.length * self.sizes["d"] * self.sizes["n"]
 
     def limited(self, batch: int, length: int) -> "Case":
-        """The same case with at most so many images and steps, or rows."""
+        """The same case with at most `batch` images and `length` steps or rows."""
         if self.op == "kan_linear":
             return replace(self, sizes={**self.sizes, "rows": min(self.length, length)})
         sizes = {**self.sizes, "b": min(self.sizes["b"], batch)}
@@ -105,7 +105,7 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 
 def make_module(
-    case: Case, backend: str = "auto", use_ss2d: bool = True, splines: str = "auto"
+    case: Case, device: str = "cpu", backend: str = "auto", use_ss2d: bool = True, splines: str = "auto"
 ) -> tuple[nn.Module, Tensor]:
     """The layer or model of a case with fresh weights, its scans and splines on the given backends, and its input."""
     sizes = case.sizes
@@ -125,11 +125,11 @@ def make_module(
     for layer in module.modules():
         if isinstance(layer, SS2D):
             layer.backend = backend
-    return module, x
+    return module.to(device), x.to(device)
 
 
 def make_kan(case: Case) -> tuple[KANLinear, Tensor]:
-    """A fresh KANLinear and its input; an adaptive grid has followed the quantiles of such an input."""
+    """A fresh KANLinear and its input; an adaptive grid is fitted to the quantiles of such an input."""
     sizes = case.sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

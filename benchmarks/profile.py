@@ -3,7 +3,7 @@
 python -m benchmarks profile ss2d --dim 96 --size 512 512 --training
 python -m benchmarks profile kan_linear --in-features 256 --out-features 256 --rows 4096 --grid-size 5
 python -m benchmarks profile ema --dim 64 --size 128 128 --dtype bfloat16 --device cuda
-python -m benchmarks profile km_unet_tiny --size 256 256 --dry-run    # runs nothing: which backends can serve it
+python -m benchmarks profile km_unet_tiny --size 256 256 --dry-run    # runs nothing: which backends can run it
 python -m benchmarks profile models --size 256 256                    # parameters and FLOPs of every named model
 """
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, report, run
+from benchmarks import cases, run, tables
 from benchmarks.candidates import BACKENDS, MODES, Candidate
 from benchmarks.command import make_parser
 from benchmarks.measure import Checker
+from benchmarks.record import Row
 from kan_mamba_layers import SS2D, KANLinear, list_models, resolve
 
 CHECKED = 16 * 16  # pixels or rows: `reference` takes one step of a scan at a time
@@ -55,30 +56,33 @@ def profile(case: cases.Case, options: run.Options, dry: bool = False) -> Iterat
         return
     wanted = [backend for backend, why in refused.items() if not why] or ["pytorch"]
     able = [c for c in run.candidates_of(case, options) if c.name in wanted]
-    oracle = next((c for c in able if c.name == "reference"), able[0])
+    truth = next((c for c in able if c.name == "reference"), able[0])
     parameters, flops = count(case, able[0], options)
     yield f"{parameters:,} parameters; {', '.join(f'{n / 1e9:.3g} GFLOP {mode}' for mode, n in flops.items())}"
     corner = replace(case, sizes=CHECKED_OF_MODELS) if case.suite == "models" else case.limited(1, CHECKED)
     where = "{rows} rows" if "rows" in case.sizes else "{b} images of {h}x{w} pixels"
     part = "" if corner == case else f" on {where.format(**corner.sizes)} alone"
-    yield f"Checked against {oracle.name} in float64{part}. Medians with quartiles, and peaks above the inputs:"
-    checker = Checker(corner, options.device, run.DTYPES[options.dtype], oracle)
+    yield f"Checked against {truth.name} in float64{part}. Medians with quartiles, and peaks above the inputs:"
+    checker = Checker(corner, options.device, run.DTYPES[options.dtype], truth)
     rows = run.measure_case(case, able, options, checker)
     lines = [["backend", *(head for mode in options.modes for head in (f"{mode}, ms", "peak, MiB", "error"))]]
     for name in dict.fromkeys(row["candidate"] for row in rows):
         lines.append([name, *(cell for row in rows if row["candidate"] == name for cell in _cells(row))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     yield from ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    yield from report.notes(rows)
+    yield from tables.notes(rows)
     yield from (f"* {why}" for why in refused.values() if why)
 
 
-def _cells(row: report.Row) -> list[str]:
+def _cells(row: Row) -> list[str]:
     if row["status"] != "ok":
         return [row["status"], "", ""]
-    low, middle, high = (report.three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
-    peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}"
-    return [f"{middle} ({low} to {high})", peak, f"{max(row['errors'].values()):.0e}"]
+    low, middle, high = (tables.three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
+    return [
+        f"{middle} ({low} to {high})",
+        tables.mebibytes(row.get("peak_bytes")),
+        f"{max(row['errors'].values()):.0e}",
+    ]
 
 
 def reason(backend: str, call: Call) -> str:
@@ -126,9 +130,9 @@ def _models(args: argparse.Namespace, options: run.Options) -> Iterator[str]:
     rows = []
     for name in (n for n in list_models() if n.endswith(("_tiny", "_small", "_base"))):
         case = _case(argparse.Namespace(**{**vars(args), "what": name}))
-        parameters, flops = count(case, Candidate("auto", module={}), replace(options, modes=MODES[:1]))
+        parameters, flops = count(case, Candidate("auto", module=cases.make_module), replace(options, modes=MODES[:1]))
         rows.append([f"`{name}`", f"{parameters:,}", f"{flops['forward'] / 1e9:.2f}"])
-    yield report.table(["model", "parameters", f"GFLOP at {'x'.join(map(str, args.size))}"], rows, 2)
+    yield tables.table(["model", "parameters", f"GFLOP at {'x'.join(map(str, args.size))}"], rows, 2)
 
 
 def _case(args: argparse.Namespace) -> cases.Case:

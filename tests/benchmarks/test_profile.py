@@ -118,14 +118,14 @@ class TestProfile:
     def test_a_model_runs_on_one_backend_throughout(self):
         case = cases.Case("model", "models", "km_unet_tiny", {"b": 1, "h": 32, "w": 32})
         found = run.whole(case)
-        module, _ = cases.make_module(case, **found[2].module)
+        module, _ = found[2].module(case, "cpu")
         assert {layer.backend for layer in module.modules() if hasattr(layer, "backend")} == {"chunked"}
 
     def test_a_wrong_backend_is_not_timed(self, monkeypatch):
         make = cases.make_module
 
-        def spoiled(case, **arguments):
-            module, x = make(case, **arguments)
+        def spoiled(*args, **arguments):
+            module, x = make(*args, **arguments)
             if arguments["backend"] == "chunked":
                 module.register_forward_hook(lambda module, args, y: 1.01 * y)
             return module, x
