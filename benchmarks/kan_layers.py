@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.candidates import Candidate, supported_backends
-from benchmarks.cases import Case, make_kan
+from benchmarks.cases import Case, make_module
 from benchmarks.peers import load, made
 from kan_mamba_layers import KANLinear
 
@@ -26,16 +26,15 @@ PYKAN_NAMES = {"coef": "spline_weight", "scale_base": "base_weight", "scale_sp":
 PYKAN_LAYOUT = {"spline_weight": (1, 0, 2), "base_weight": (1, 0), "spline_scaler": (1, 0)}  # i o g+s, i o, i o
 
 
-Make = Callable[[KANLinear, Tensor], tuple[nn.Module, Tensor]]  # from our layer and its input
+Make = Callable[[Any, Tensor], tuple[nn.Module, Tensor]]  # from our layer and its input
 
 
 def layer(name: str, make: Make, **settings: Any) -> Candidate:
     """A candidate that is made from our layer and its input."""
 
     def module(case: Case, device: str) -> tuple[nn.Module, Tensor]:
-        ours, x = make_kan(case)
         with torch.no_grad():
-            return make(ours.to(device), x.to(device))
+            return make(*make_module(case, device))
 
     return Candidate(name, module=module, **settings)
 

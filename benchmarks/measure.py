@@ -169,7 +169,7 @@ def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype:
         return allocated_peak(bound, mode)
     before = _reset_peak()
     _once(bound, mode)
-    return max(0, _peak() - before)
+    return max(0, _status("VmHWM") - before)
 
 
 def allocated_peak(bound: Bound, mode: Mode) -> int:
@@ -211,25 +211,10 @@ def _once(bound: Bound, mode: Mode) -> None:
 
 
 def _reset_peak() -> int:
-    """Set the peak to what the process holds now, where the system can (Linux), and return it."""
-    if sys.platform == "linux":  # give back what is free, or the call would use it uncounted; glibc alone can
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    # ru_maxrss of a process that was forked may be its parent's, so it is only the second choice.
-    try:
-        return _status("VmHWM")
-    except OSError:
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    """Set the peak to what the process holds now, and return it; only Linux can."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # what is free would be used uncounted; only glibc can
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:

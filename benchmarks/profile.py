@@ -21,7 +21,6 @@ from benchmarks import cases, run, tables
 from benchmarks.candidates import BACKENDS, MODES, Candidate
 from benchmarks.command import make_parser
 from benchmarks.measure import Checker
-from benchmarks.record import Row
 from kan_mamba_layers import SS2D, KANLinear, list_models, resolve
 
 CHECKED = 16 * 16  # pixels or rows: `reference` takes one step of a scan at a time
@@ -30,7 +29,7 @@ Call = tuple[str, Tensor, dict[str, Tensor]]  # of an op: its name, its first ar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table with a row for each backend."""
+    """Print a line for each mode and backend."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -64,25 +63,8 @@ def profile(case: cases.Case, options: run.Options, dry: bool = False) -> Iterat
     part = "" if corner == case else f" on {where.format(**corner.sizes)} alone"
     yield f"Checked against {truth.name} in float64{part}. Medians with quartiles, and peaks above the inputs:"
     checker = Checker(corner, options.device, run.DTYPES[options.dtype], truth)
-    rows = run.measure_case(case, able, options, checker)
-    lines = [["backend", *(head for mode in options.modes for head in (f"{mode}, ms", "peak, MiB", "error"))]]
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        lines.append([name, *(cell for row in rows if row["candidate"] == name for cell in _cells(row))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    yield from ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    yield from tables.notes(rows)
+    yield from map(run.line, run.measure_case(case, able, options, checker))
     yield from (f"* {why}" for why in refused.values() if why)
-
-
-def _cells(row: Row) -> list[str]:
-    if row["status"] != "ok":
-        return [row["status"], "", ""]
-    low, middle, high = (tables.three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
-    return [
-        f"{middle} ({low} to {high})",
-        tables.mebibytes(row.get("peak_bytes")),
-        f"{max(row['errors'].values()):.0e}",
-    ]
 
 
 def reason(backend: str, call: Call) -> str:
@@ -97,12 +79,11 @@ def reason(backend: str, call: Call) -> str:
 def _calls(case: cases.Case, options: run.Options) -> Iterator[Call]:
     """The calls of ops in a layer, without memory for their input; of a model one for each op, of unknown size."""
     sizes, value = case.sizes, torch.empty((), device=options.device, dtype=run.DTYPES[options.dtype])
-    if case.op == "kan_linear":
-        layer = cases.make_kan(case.limited(1, 1))[0]
-        x = value.expand(sizes["rows"], sizes["in"])
-        yield "kan_linear", x, {"spline_weight": layer.spline_weight, "grid": layer.grid}
-        return
     module = cases.make_module(case.limited(1, 1))[0]
+    if isinstance(module, KANLinear):
+        x = value.expand(sizes["rows"], sizes["in"])
+        yield "kan_linear", x, {"spline_weight": module.spline_weight, "grid": module.grid}
+        return
     if isinstance(module, SS2D):
         weight = module.dt_projs_weight
         x = value.expand(sizes["b"], sizes["h"], sizes["w"], weight.shape[1])

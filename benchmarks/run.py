@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import kan_layers, limit, machine
 from benchmarks.candidates import MODES, Candidate, Mode, backends, baselines, on_backend, whole
-from benchmarks.cases import CASES, QUICK, SUITES, Case, scaling_cases
+from benchmarks.cases import CASES, QUICK, SUITES, Case
 from benchmarks.command import make_parser, peer_path
 from benchmarks.measure import (
     Checker,
@@ -37,6 +37,7 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import peers
 from benchmarks.record import SCHEMA, Row, save
+from benchmarks.tables import mebibytes, three_digits
 
 SHARED = ("case", "suite", "sizes", "axis", "device", "dtype", "threads")  # by all rows of a case
 KEPT = ("candidate", "mode", "reason", "median_s", "quartiles_s", "peak_bytes", "saved_bytes")  # of a row
@@ -57,23 +58,16 @@ class Options:
     memory: bool = True
     modes: tuple[Mode, ...] = MODES
     whole: bool = False  # all of a layer or model on each backend, and no other candidates
-    peers: tuple[tuple[str, str], ...] = ()
+    peers: Sequence[tuple[str, str]] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for and write the results."""
     args = _parser().parse_args(arguments)
-    options = Options(
-        device=args.device,
-        dtype=args.dtype,
-        candidates=args.candidates,
-        rounds=3 if args.quick else args.reps,
-        budget=0.3 if args.quick else args.budget,
-        longest=1.0 if args.quick else args.longest,
-        memory=args.memory and not args.quick,
-        peers=tuple(args.peers_path),
-    )
-    cases = select(args.suites, args.cases, args.quick, args.max_side, args.device)
+    options = Options(**{name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__})
+    if args.quick:
+        options = replace(options, rounds=3, budget=0.3, longest=1.0, memory=False)
+    cases = select(args.suites, args.cases, args.quick, args.device)
     if not cases:
         raise SystemExit(f"no case for {args.device!r} matches --cases {args.cases!r}; see --list")
     if args.list:
@@ -82,13 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure(cases, args.threads, options, args.out)
 
 
-def select(
-    suites: Iterable[str], pattern: str = "*", quick: bool = False, max_side: int = 1024, device: str = "cpu"
-) -> list[Case]:
+def select(suites: Iterable[str], pattern: str = "*", quick: bool = False, device: str = "cpu") -> list[Case]:
     """The cases of the suites whose names match, and that are for the device."""
-    every = list(QUICK) if quick else [*CASES, *scaling_cases(max_side, machine.usable_cores())]
     wanted = set(suites) or {"ops", "blocks", "models"}
-    found = [case for case in every if case.suite in wanted and fnmatch.fnmatch(case.name, pattern)]
+    found = [c for c in (QUICK if quick else CASES) if c.suite in wanted and fnmatch.fnmatch(c.name, pattern)]
     return [case for case in found if case.device in ("", device)]
 
 
@@ -110,13 +101,11 @@ def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out
     }
     for count in threads:
         for case in cases:
-            if case.threads and count != threads[0]:
-                continue  # it names its own number of threads: once is enough
-            torch.set_num_threads(case.threads or count)
+            torch.set_num_threads(count)
             of_case = replace(options, dtype=case.dtype or options.dtype)
             measured.append(measure_case(case, candidates_of(case, of_case), of_case))
             for row in measured[-1]:
-                print(line(row), flush=True)
+                print(f"{case.name:34} t{count} {line(row)}", flush=True)
             rates = limit.faster(rates, limit.measure(options.device))
             if out is not None:  # all limits anew, since a busy machine can hide its true rate
                 save(out, {**record, "limit": rates, "cases": [pack(rows, rates) for rows in measured]})
@@ -220,12 +209,13 @@ def _examine(candidate: Candidate, case: Case, mode: Mode, checker: Checker, opt
 
 def line(row: Row) -> str:
     """A row for the screen."""
-    head = f"{row['case']:34} t{row['threads']} {row['mode']:9} {row['candidate']:28}"
+    head = f"{row['mode']:9} {row['candidate']:28}"
     if row["status"] != "ok":
         return f"{head} {row['reason'] or row['status']}"
-    text = f"{head} {1e3 * row['median_s']:10.2f} ms  error {max(row['errors'].values()):.0e}"
+    low, middle, high = (three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
+    text = f"{head} {middle} ms ({low} to {high})  error {max(row['errors'].values()):.0e}"
     sizes = {"peak": row.get("peak_bytes"), "saved": row.get("saved_bytes")}
-    return text + "".join(f"  {what} {n / 2**20:.1f} MiB" for what, n in sizes.items() if n is not None)
+    return text + "".join(f"  {what} {mebibytes(n)} MiB" for what, n in sizes.items() if n is not None)
 
 
 def _peak_elsewhere(case: Case, candidate: str, mode: Mode, options: Options) -> int | None:
@@ -254,11 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the maps; parameters are float32")
-    parser.add_argument("--reps", type=int, default=Options.rounds, metavar="N", help="rounds")
+    parser.add_argument(
+        "--rounds", type=int, default=Options.rounds, metavar="N", help="in which candidates take turns"
+    )
     parser.add_argument("--budget", type=float, default=Options.budget, metavar="S", help="seconds for each candidate")
     parser.add_argument("--longest", type=float, default=Options.longest, metavar="S", help="seconds of one call")
-    parser.add_argument("--max-side", type=int, default=1024, help="largest height and width of the scaling suite")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
-    parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
+    parser.add_argument("--peers-path", dest="peers", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser

@@ -59,7 +59,7 @@ def measurements(rows: list[Row]) -> Iterator[str]:
 
 
 def _threads(row: Row) -> str:
-    if row["device"] == "cuda" or row["suite"] == "scaling":  # whose cases name their number of threads
+    if row["device"] == "cuda":
         return ""
     return ", 1 thread" if row["threads"] == 1 else f", {row['threads']} threads"
 

@@ -50,9 +50,6 @@ def _skipped(part: Summary) -> Iterator[str]:
 
 def speed_section(speed: Summary) -> Iterator[str]:
     yield "## Speed"
-    for build in speed["builds"]:
-        if build["code"] != 0:
-            yield f"A build failed ({build['code']}): `{build['command']}`"
     if speed["cases"]:
         yield from (f"#{text}" if text.startswith("##") else text for text in measurements(rows_of(speed["cases"])))
 

@@ -129,9 +129,8 @@ def _check(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, A
 def _speed(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:
     """A case for each task, with a row for each mode and candidate."""
     rates = ends.get("limits", {}).get("rates")
-    builds = [{"command": r["command"], "code": r["code"]} for r in records if r["event"] == "build"]
     cases = [pack(end["rows"], rates or {}) for end in ends.values() if end.get("rows")]
-    return {"limits": rates, "builds": builds, "cases": cases}
+    return {"limits": rates, "cases": cases}
 
 
 def _tune(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:

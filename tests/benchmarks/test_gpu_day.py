@@ -402,15 +402,5 @@ class TestRules:
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="name a part"):
         gpu_day.main(["--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2 numbers for 3 parts"):
-        gpu_day.main(["check", "speed", "tune", "--seconds", "1", "2", "--out", str(tmp_path)])
     with pytest.raises(Skip, match="not installed"):
         find_program("no-such-program")
-
-
-def test_builds_run_beside_the_parts_and_one_that_fails_is_told(tmp_path: Path, capsys) -> None:
-    builds = {c: gpu_day._in_background(c, Setting(out=tmp_path)) for c in ("echo built", "exit 3")}
-    gpu_day._await(builds, Setting(out=tmp_path), time.time() + 30)
-    records = Journal(tmp_path / "speed.jsonl").records()
-    assert [(r["command"], r["code"]) for r in records] == [("echo built", 0), ("exit 3", 3)]
-    assert "build failed (3)" in capsys.readouterr().out and "built" in (tmp_path / "build.txt").read_text()

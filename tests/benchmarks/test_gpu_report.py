@@ -95,7 +95,6 @@ def check(day: Day) -> None:
 
 def speed(day: Day) -> None:
     day.session("speed", 10)
-    day.journal("speed").append(event="build", command=f"pip install {SECRET} https://u@host.example/x", code=1)
     day.task("speed", "limits", rates=RATES)
     rows = []
     for mode, factor in (("forward", 1), ("training", 3)):
@@ -270,7 +269,6 @@ class TestPage:
         assert text.startswith("# Measured on NVIDIA H100 80GB HBM3\n")
         assert "80 GiB, 132 multiprocessors; python 3.11.7, torch 2.13.0, cuda 12.8; commit abc123." in text
         assert "1000 G exponentials per second. TFLOP/s of a large product: bf16 600." in text
-        assert "A build failed (1): `pip install kernels.py URL`" in text
 
     def test_check(self, text):
         found = section(text, "Check")

@@ -120,7 +120,7 @@ class TestCases:
 
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_layers_are_fresh_and_the_same_each_time(self, case):
-        (first, x), (second, again) = cases.make_kan(case), cases.make_kan(case)
+        (first, x), (second, again) = cases.make_module(case), cases.make_module(case)
         assert torch.equal(x, again) and x.shape == (50, 6)
         for name, value in first.state_dict().items():
             assert torch.equal(value, second.state_dict()[name])
@@ -128,7 +128,7 @@ class TestCases:
         assert first.has_uniform_grid == (case is not ADAPTIVE)
 
     def test_input_is_standard_normal(self):
-        _, x = cases.make_kan(cases.kan(4096, 8, 2))
+        _, x = cases.make_module(cases.kan(4096, 8, 2))
         assert abs(x.mean()) < 0.03 and abs(x.std() - 1) < 0.03  # five standard errors and more
 
 
@@ -147,13 +147,13 @@ class TestCandidates:
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_gemm_is_the_product_that_the_layer_comes_down_to(self, case):
         product = layers(case)[kan_layers.GEMM].bind(case, "cpu")
-        layer, x = cases.make_kan(case)
+        layer, x = cases.make_module(case)
         assert product.leaves["x"].shape == (50, 6 * (case.sizes["g"] + 4))
         assert relative_l2(product.run(), layer(x)) < 1e-5
 
     def test_linear_has_the_same_features(self):
         bound = layers(UNIFORM)["nn.Linear"].bind(UNIFORM, "cpu")
-        layer, x = cases.make_kan(UNIFORM)
+        layer, x = cases.make_module(UNIFORM)
         assert torch.equal(bound.run(), F.linear(x, layer.base_weight))
 
     def test_every_backend_of_ours_is_measured_and_auto_first(self):
