@@ -157,16 +157,14 @@ def seconds_per_call(call: Callable[[], object], repeats: int, device: str) -> f
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype: torch.dtype) -> int:
-    """Memory that one call takes above its inputs; to be asked once, in a process of its own."""
-    bound = candidate.bind(case, device, dtype)
+def peak_bytes(candidate: Candidate, case: Case, mode: Mode, dtype: torch.dtype) -> int:
+    """Memory that one call takes on a CPU above its inputs; to be asked once, in a process of its own."""
+    bound = candidate.bind(case, "cpu", dtype)
     # Load and compile everything; what torch.compile makes is for this size alone.
     small = case.limited(1, 64 * 64 if case.suite == "models" else 64)  # which halve their image
-    call_of(bound if candidate.compiled else candidate.bind(small, device, dtype), mode)()
+    call_of(bound if candidate.compiled else candidate.bind(small, "cpu", dtype), mode)()
     bound.train(mode == "training")
     gc.collect()
-    if device == "cuda":
-        return allocated_peak(bound, mode)
     before = _reset_peak()
     _once(bound, mode)
     return max(0, _status("VmHWM") - before)

@@ -174,7 +174,7 @@ def _from_file(name: str, paths: Mapping[str, str]) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module
     try:
-        with _stand_ins(), _on_path(root), redirect_stdout(StringIO()), warnings.catch_warnings():
+        with _stand_ins(root), redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec.loader.exec_module(module)
     except Exception as error:  # whatever a stranger's file raises, it cannot be measured
@@ -195,21 +195,15 @@ class _StandIn(ModuleType):
 
 
 @contextmanager
-def _stand_ins() -> Iterator[None]:
+def _stand_ins(root: Path) -> Iterator[None]:
+    """Modules that are found in a checkout, and empty ones for what it imports and does not use."""
     names = {".".join(name.split(".")[:depth]) for name in STAND_INS for depth in range(1, name.count(".") + 2)}
     added = [name for name in sorted(names) if name not in sys.modules]
     sys.modules.update({name: _StandIn(name) for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
-
-
-@contextmanager
-def _on_path(root: Path) -> Iterator[None]:
     sys.path.insert(0, str(root))
     try:
         yield
     finally:
         sys.path.remove(str(root))
+        for name in added:
+            del sys.modules[name]

@@ -231,7 +231,7 @@ def _peak_elsewhere(case: Case, candidate: str, mode: Mode, options: Options) ->
 def _peak_here(case: Case, candidate: str, mode: Mode, options: Options, threads: int) -> int:
     torch.set_num_threads(threads)
     chosen = next(c for c in candidates_of(case, options) if c.name == candidate)
-    return peak_bytes(chosen, case, mode, options.device, DTYPES[options.dtype])
+    return peak_bytes(chosen, case, mode, DTYPES[options.dtype])
 
 
 def _parser() -> argparse.ArgumentParser:

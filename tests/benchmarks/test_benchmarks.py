@@ -212,14 +212,14 @@ class TestMeasuring:
             return x * held[-1]
 
         case = cases.cross(1, 16, 16, 16, 2, 1)
-        peak = measure.peak_bytes(candidates.Candidate("hungry", hungry), case, "forward", "cpu", torch.float32)
+        peak = measure.peak_bytes(candidates.Candidate("hungry", hungry), case, "forward", torch.float32)
         assert (100 << 20) < peak < (1 << 30)
 
     @pytest.mark.parametrize("mode", candidates.MODES)
     def test_peak_memory_of_a_model(self, mode):
         """Which halves its image so often that the smallest cannot warm it up."""
         case = cases.model("km_unet_tiny", side=64)
-        assert measure.peak_bytes(candidates.whole(case)[2], case, mode, "cpu", torch.float32) >= 0
+        assert measure.peak_bytes(candidates.whole(case)[2], case, mode, torch.float32) >= 0
 
 
 RATES: dict[str, float | None] = {"elements_per_second": 1e9, "copy_bytes_per_second": 1e10}

@@ -228,17 +228,6 @@ def options(**changes: object) -> run.Options:
 
 
 class TestMeasuring:
-    def test_a_wrong_layer_is_not_timed(self):
-        rows = run.measure_case(UNIFORM, [planted(lambda layer, x: 1.001 * layer(x))], options())
-        assert [row["status"] for row in rows] == ["wrong", "wrong"]
-
-    def test_a_wrong_gradient_is_not_timed(self):
-        def detached(layer: KANLinear, x: Tensor) -> Tensor:
-            return layer(x.detach()) + 0 * x.sum()
-
-        rows = run.measure_case(UNIFORM, [planted(detached)], options())
-        assert [row["status"] for row in rows] == ["ok", "wrong"] and "grad x" in rows[1]["reason"]
-
     def test_saved_bytes_count_each_storage_once_and_no_inputs(self):
         def saves(layer: KANLinear, x: Tensor) -> Tensor:
             there = torch.exp(x)  # saved by exp, by both factors, and through a view
@@ -265,7 +254,7 @@ class TestMeasuring:
             return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
         case = cases.kan(100, 6, 5)
-        peak = measure.peak_bytes(layers(case)["compiled reference"], case, "training", "cpu", torch.float32)
+        peak = measure.peak_bytes(layers(case)["compiled reference"], case, "training", torch.float32)
         assert peak < 64 << 20 and sizes[0] == counter() > 0
 
 
