@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table
+from benchmarks.tables import table
 
 BASELINE_OF_ABLATIONS = "full"
 HEAD = ("model", "IoU", "Dice", "pooled Dice", "HD95", "surface Dice", "against `unet`: Dice, 95 % interval", "minutes")
