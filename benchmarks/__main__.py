@@ -6,9 +6,9 @@ import sys
 COMMANDS = {
     "profile": "time, memory and FLOPs of one layer or model on this machine, with every backend",
     "run": "error, time and memory of ops, layers and models, beside textbook forms and peers, as JSON",
-    "report": "tables and plots of such files",
+    "report": "such records as pages of tables",
     "gpu_day": "check, time, tune and train on a GPU that is available for minutes",
-    "gpu_report": "its results as JSON, a page and a plot",
+    "gpu_report": "its results as a record, and its failures by kernel",
 }
 
 

@@ -1,7 +1,7 @@
 """The selective scan as textbooks have it: step by step, and as a parallel scan. Both hold all states at once.
 
 The four directions are explicit copies of the map, as in VMamba's first version and in the many repositories that
-descend from it; peers are called through the same two functions, with the memory layout that they are made for.
+descend from it; peers are called through the same functions, with the memory layout that they are made for.
 """
 
 from collections.abc import Callable
@@ -78,9 +78,19 @@ def _sweep(a: Tensor, x: Tensor) -> None:
     x[:, 2::2].addcmul_(a[:, 2::2], x[:, 1 : length - 1 : 2])
 
 
-def exact(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: float32, or float64 if that is what x has."""
-    return torch.promote_types(x.dtype, torch.float32)
+def sequence_channels_first(
+    scan: Scan, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """One direction over `u`, `delta`, `z` of `b d l` and `B`, `C` of `b n l`, with the gate of Mamba's block."""
+    return scan(u, delta, A, B[:, None], C[:, None], D, delta_bias) * F.silu(z)
+
+
+def sequence_channels_last(
+    scan: Scan, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """The same over `b l d` and `b l n`."""
+    u, delta, B, C = (x[:, :, None] for x in (u, delta, B, C))  # b l 1 d, b l 1 n
+    return scan(u, delta, A[None], B, C, D[None], delta_bias[None])[:, :, 0] * F.silu(z)
 
 
 def cross_scan_channels_first(
@@ -95,7 +105,7 @@ def cross_scan_channels_first(
     """Four copies of the map as sequences `b 4 d l`, one scan of `4 d` channels, and the sum in image order."""
     batch, channels, height, width = x.shape
     rank, states = dt_proj_weight.shape[2], A_log.shape[1]
-    there = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1).to(exact(x))  # b 2 d l
+    there = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1).to(torch.promote_types(x.dtype, torch.float32))
     sequences = torch.cat([there, there.flip(-1)], 1)  # b 4 d l
     maps = torch.einsum("bkdl,kcd->bkcl", sequences, x_proj_weight)
     low, B, C = maps.split([rank, states, states], 2)
@@ -126,7 +136,9 @@ def cross_scan_channels_last(
     """The same with sequences `b l 4 d`."""
     height, width = x.shape[1:3]
     rank, states = dt_proj_weight.shape[2], A_log.shape[1]
-    there = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], 2).to(exact(x))  # b l 2 d
+    there = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], 2).to(
+        torch.promote_types(x.dtype, torch.float32)
+    )
     sequences = torch.cat([there, there.flip(1)], 2)  # b l 4 d
     maps = torch.einsum("blkd,kcd->blkc", sequences, x_proj_weight)
     low, B, C = maps.split([rank, states, states], -1)

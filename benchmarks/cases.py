@@ -1,8 +1,8 @@
-"""What is measured: every case with its sizes and its inputs. The tests share them.
+"""The cases: ops, layers and models at fixed sizes, and their inputs.
 
-Inputs are those of a freshly initialised layer: normal maps, uniform weights of scale 1/sqrt(fan-in),
-`A = -(1, ..., n)` and biases whose steps are log-uniform in [1e-3, 1e-1]. They depend on the sizes alone. A KANLinear
-is fresh too and its input standard normal, so that of a grid on [-1, 1] a third of the input lies outside.
+Inputs are those of a freshly initialised layer: standard normal maps, uniform weights of scale 1/sqrt(fan-in),
+`A = -(1, ..., n)`, and biases whose step sizes are log-uniform in [1e-3, 1e-1]. They depend only on the sizes. A
+KANLinear is freshly initialised and its input standard normal, so a third of it lies outside the grid on [-1, 1].
 """
 
 import math
@@ -22,14 +22,13 @@ GRID_SAMPLES = 4096  # that an adaptive grid is fitted to
 
 @dataclass(frozen=True)
 class Case:
-    """One op, layer or model at one size; `axis` names what varies in a scaling curve."""
+    """One op, layer or model at one size; `axis` names the size that a scaling curve varies."""
 
     name: str
     suite: str  # one of SUITES
     op: str  # "cross_selective_scan", "selective_scan", "kan_linear", "ss2d", "ema" or a name that create_model takes
     sizes: dict[str, int] = field(hash=False)  # b h w d r n | b d l n | rows in out g s adaptive | b h w c n | b h w
     axis: str = ""
-    threads: int = 0  # 0: as many as the run uses
     device: str = ""  # the only one that measures it
     dtype: str = ""  # instead of that of the run
 
@@ -42,7 +41,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Updates of a state, b k l d n, or bases and activations, rows i 1+g+s; others count their pixels."""
+        """State updates, b k l d n; bases and activations of a linear layer, rows i 1+g+s; else pixels."""
         if self.op == "kan_linear":
             return self.length * self.sizes["in"] * (1 + self.sizes["g"] + self.sizes["s"])
         if self.op not in ("cross_selective_scan", "selective_scan"):
@@ -51,7 +50,7 @@ class Case:
         return directions * self.sizes["b"] * self.length * self.sizes["d"] * self.sizes["n"]
 
     def limited(self, batch: int, length: int) -> "Case":
-        """The same case with at most so many images and steps, or rows."""
+        """The same case with at most `batch` images and `length` steps or rows."""
         if self.op == "kan_linear":
             return replace(self, sizes={**self.sizes, "rows": min(self.length, length)})
         sizes = {**self.sizes, "b": min(self.sizes["b"], batch)}
@@ -105,46 +104,40 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 
 def make_module(
-    case: Case, backend: str = "auto", use_ss2d: bool = True, splines: str = "auto"
+    case: Case, device: str = "cpu", backend: str = "auto", use_ss2d: bool = True, splines: str = "auto"
 ) -> tuple[nn.Module, Tensor]:
-    """The layer or model of a case with fresh weights, its scans and splines on the given backends, and its input."""
+    """The layer or model of a case with fresh weights, its scans and splines on the given backends, and its input.
+
+    An adaptive grid is fitted to the quantiles of such an input.
+    """
     sizes = case.sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if case.op == "ss2d":
-            module: nn.Module = SS2D(sizes["c"], d_state=sizes["n"])
-            shape = (sizes["b"], sizes["h"], sizes["w"], sizes["c"])
+        if case.op == "kan_linear":
+            module: nn.Module = KANLinear(sizes["in"], sizes["out"], grid_size=sizes["g"], spline_order=sizes["s"])
+            if sizes["adaptive"]:
+                module.grid_mode = "adaptive"
+                module.update_grid(torch.randn(GRID_SAMPLES, sizes["in"]))
+            x = torch.randn(sizes["rows"], sizes["in"])
+        elif case.op == "ss2d":
+            module = SS2D(sizes["c"], d_state=sizes["n"])
+            x = torch.randn(sizes["b"], sizes["h"], sizes["w"], sizes["c"])
         elif case.op == "ema":
             module = EMA(sizes["c"])
-            shape = (sizes["b"], sizes["c"], sizes["h"], sizes["w"])
+            x = torch.randn(sizes["b"], sizes["c"], sizes["h"], sizes["w"])
         else:
-            changed = {} if use_ss2d else {"use_ss2d": False}
-            module = create_model(case.op, backend=splines, **changed)
-            shape = (sizes["b"], 3, sizes["h"], sizes["w"])
-        x = torch.randn(shape)
+            module = create_model(case.op, backend=splines, **({} if use_ss2d else {"use_ss2d": False}))
+            x = torch.randn(sizes["b"], 3, sizes["h"], sizes["w"])
     for layer in module.modules():
         if isinstance(layer, SS2D):
             layer.backend = backend
-    return module, x
+    return module.to(device), x.to(device)
 
 
-def make_kan(case: Case) -> tuple[KANLinear, Tensor]:
-    """A fresh KANLinear and its input; an adaptive grid has followed the quantiles of such an input."""
-    sizes = case.sizes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layer = KANLinear(sizes["in"], sizes["out"], grid_size=sizes["g"], spline_order=sizes["s"])
-        if sizes["adaptive"]:
-            layer.grid_mode = "adaptive"
-            layer.update_grid(torch.randn(GRID_SAMPLES, sizes["in"]))
-        return layer, torch.randn(sizes["rows"], sizes["in"])
-
-
-def cross(b: int, h: int, w: int, d: int, n: int, r: int, suite: str = "ops", axis: str = "", threads: int = 0) -> Case:
+def cross(b: int, h: int, w: int, d: int, n: int, r: int, suite: str = "ops", axis: str = "") -> Case:
     """A case of `cross_selective_scan`."""
-    parts = [f"scaling-{axis}" if axis else "cross", f"b{b}", f"d{d}", f"{h}x{w}", f"n{n}", f"r{r}"]
-    name = "-".join([*parts, *([f"t{threads}"] if threads else [])])
-    return Case(name, suite, "cross_selective_scan", {"b": b, "h": h, "w": w, "d": d, "n": n, "r": r}, axis, threads)
+    name = "-".join([f"scaling-{axis}" if axis else "cross", f"b{b}", f"d{d}", f"{h}x{w}", f"n{n}", f"r{r}"])
+    return Case(name, suite, "cross_selective_scan", {"b": b, "h": h, "w": w, "d": d, "n": n, "r": r}, axis)
 
 
 def scan(b: int, d: int, length: int, n: int) -> Case:
@@ -193,10 +186,8 @@ def _cases() -> Iterator[Case]:
     for rows, width in (*KAN_SHAPES, (1048576, 64)):
         yield kan(rows, width, width, device="cuda", dtype="bfloat16")
 
-
-def scaling_cases(max_side: int = 1024, max_threads: int = 1) -> Iterator[Case]:
-    """One size varied at a time, from b1 d64 64x64 n16 r4; pixels vary at the width of a first level, d32."""
-    for side in (s for s in (32, 64, 128, 256, 512, 1024) if s <= max_side):
+    # One size varied at a time, from b1 d64 64x64 n16 r4; pixels vary at the width of a first level, d32.
+    for side in (32, 64, 128, 256, 512, 1024):
         yield cross(1, side, side, 32, 16, 1, "scaling", "pixels")
     for d in (16, 32, 64, 128, 256, 512):
         yield cross(1, 64, 64, d, 16, 4, "scaling", "d")
@@ -204,9 +195,6 @@ def scaling_cases(max_side: int = 1024, max_threads: int = 1) -> Iterator[Case]:
         yield cross(1, 64, 64, 64, n, 4, "scaling", "n")
     for b in (1, 2, 4, 8, 16):
         yield cross(b, 64, 64, 64, 16, 4, "scaling", "b")
-    counts = [2**i for i in range(max_threads.bit_length())]
-    for threads in counts if counts[-1] == max_threads else [*counts, max_threads]:
-        yield cross(1, 64, 64, 256, 16, 8, "scaling", "threads", threads)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())

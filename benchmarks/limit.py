@@ -38,9 +38,8 @@ Rates = dict[str, float | None]
 
 def measure(device: str) -> Rates:
     """Elements (CPU, of one core) or exponentials (GPU) per second, and bytes read and written per second by a copy."""
-    if device == "cuda":
-        return {"elements_per_second": _gpu_exponentials(), "copy_bytes_per_second": _copy_rate(device)}
-    return {"elements_per_second": cpu_elements_per_second(), "copy_bytes_per_second": _copy_rate(device)}
+    elements = _gpu_exponentials() if device == "cuda" else cpu_elements_per_second()
+    return {"elements_per_second": elements, "copy_bytes_per_second": _copy_rate(device)}
 
 
 def faster(first: Rates, second: Rates) -> Rates:
@@ -53,7 +52,7 @@ def seconds(case: Case, rates: Rates, device: str, threads: int, value_bytes: in
 
     `value_bytes` are those of one value of the map, which a GPU's kernels read and write in its own dtype.
     """
-    rate, copy = rates["elements_per_second"], rates["copy_bytes_per_second"]
+    rate, copy = rates.get("elements_per_second"), rates.get("copy_bytes_per_second")
     if case.op not in ("cross_selective_scan", "selective_scan") or rate is None or copy is None:
         return None
     if device == "cuda":  # the map is read and written once, whatever happens between

@@ -13,30 +13,17 @@ import torch
 
 import kan_mamba_layers
 
-FLAGS = ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "asimd", "sve")
 LIBRARIES = ("torch", "numpy", "numba", "llvmlite", "triton", "mambapy", "mamba_ssm")
 
 
 def describe() -> dict[str, Any]:
     """Processor, cores, memory and GPU."""
-    info = _cpu_info()
-    flags = info.get("flags", info.get("Features", "")).split()
-    machine = {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cpu": info.get("model name", platform.processor() or platform.machine()),
-        "cores": usable_cores(),
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "memory_bytes": memory_bytes(),
-        "gpu": None,
-    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: dict[str, Any] = {"cpu": _processor(), "cores": cores, "gpu": None}
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        machine["gpu"] = {
-            "name": gpu.name,
-            "multiprocessors": gpu.multi_processor_count,
-            "memory_bytes": gpu.total_memory,
-        }
+        multiprocessors, memory = gpu.multi_processor_count, gpu.total_memory
+        machine["gpu"] = {"name": gpu.name, "multiprocessors": multiprocessors, "memory_bytes": memory}
     return machine
 
 
@@ -54,11 +41,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def memory_bytes() -> int | None:
     """Main memory, where the system tells."""
     if not hasattr(os, "sysconf"):
@@ -66,12 +48,11 @@ def memory_bytes() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cpu_info() -> dict[str, str]:
+def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    lines = (line.partition(":") for line in path.read_text().splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines if key.strip()}
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

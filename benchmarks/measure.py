@@ -8,8 +8,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,22 +24,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # weights have little to do with those of float64, so they only have to be finite.
 AUTOCAST_LIMIT, MODEL_TRAINING_LIMIT, FINITE = 5e-2, 5e-2, sys.float_info.max
 CHECK_BATCH, CHECK_LENGTH, CHECK_MODEL_LENGTH = 2, 128 * 128, 64 * 64
-SAMPLE_SECONDS = 5e-3  # a sample repeats a short call until it lasts this long
-
-
-@dataclass
-class Timing:
-    """Samples of one candidate: seconds per call, one value for each round."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    repeats: int = 1
-
-    @property
-    def quartiles(self) -> list[float]:
-        """Of the wall times, with the median in the middle; of one round three times its value."""
-        samples = self.wall if len(self.wall) > 1 else 2 * self.wall
-        return statistics.quantiles(samples, method="inclusive")
+SAMPLE_SECONDS = 5e-3
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
@@ -67,24 +51,27 @@ def check_version(case: Case) -> Case:
 
 
 class Checker:
-    """Compares candidates with float64, whose results it computes once for each case."""
+    """Compares candidates with `truth` in float64, or with themselves, and computes each expected result once."""
 
-    def __init__(self, case: Case, device: str, dtype: torch.dtype, oracle: Candidate | None = None) -> None:
-        self.case, self.device, self.dtype = check_version(case), device, dtype
-        self.oracle = oracle  # instead of the candidates' own
-        self._expected: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, case: Case, device: str, dtype: torch.dtype, truth: Candidate) -> None:
+        self.case, self.device, self.dtype, self.truth = check_version(case), device, dtype, truth
+        self._expected: dict[tuple[str, Mode], dict[str, Tensor]] = {}
 
-    def errors(self, candidate: Candidate, mode: Mode) -> tuple[dict[str, float], float]:
-        """Relative L2 error of the output and of every gradient, and how long the candidate took."""
-        oracle = self.oracle or candidate.oracle(self.case)
-        key = f"{oracle.name} {oracle.module} {mode}"
-        if key not in self._expected:
-            self._expected[key] = _results(oracle.bind(self.case, self.device, self.dtype, exact=True), mode)
-        bound = candidate.bind(self.case, self.device, self.dtype)
+    def errors(self, candidate: Candidate, mode: Mode, longest: float = math.inf) -> tuple[dict[str, float], float]:
+        """Relative L2 errors of the output and of every gradient, and the seconds of a call.
+
+        A call that takes longer than `longest` is timed again, since the first may compile.
+        """
+        truth = self.truth if candidate.same else candidate
+        if (truth.name, mode) not in self._expected:
+            exact = truth.bind(self.case, self.device, self.dtype, exact=True)
+            self._expected[truth.name, mode] = _results(exact, mode)
+        bound, expected = candidate.bind(self.case, self.device, self.dtype), self._expected[truth.name, mode]
         start = time.perf_counter()
         actual = _results(bound, mode)
         seconds = time.perf_counter() - start
-        expected = self._expected[key]
+        if seconds > longest:
+            seconds = seconds_per_call(call_of(bound, mode), 1, self.device)
         return {name: relative_l2(value, expected[name]) for name, value in actual.items()}, seconds
 
 
@@ -119,25 +106,29 @@ def _restored(name: str, value: Tensor, bound: Bound) -> Tensor:
 
 def time_in_rounds(
     bounds: Mapping[str, Bound], mode: Mode, device: str, rounds: int, budget: float
-) -> dict[str, Timing]:
-    """Every candidate once in each round, in turning order; one that has used up its budget of seconds rests."""
-    timings = {name: Timing() for name in bounds}
-    calls: dict[str, Callable[[], object]] = {}
-    for name, bound in bounds.items():
-        calls[name] = call_of(bound, mode)
-        calls[name]()  # compiles, and fills caches
-        seconds, _ = _sample(calls[name], 1, device)
-        timings[name].repeats = max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-6))))
+) -> dict[str, list[float]]:
+    """Seconds per call of every candidate, once in each round, in varying order, until its budget of seconds is used.
+
+    A sample repeats a short call until it lasts `SAMPLE_SECONDS`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in bounds}
+    calls = {name: call_of(bound, mode) for name, bound in bounds.items()}
+    repeats = {}
+    for name, call in calls.items():
+        call()  # compiles, and fills caches
+        seconds = max(seconds_per_call(call, 1, device), 1e-6)
+        repeats[name] = max(1, min(1000, math.ceil(SAMPLE_SECONDS / seconds)))
     names = list(bounds)
     for turn in range(rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            timing = timings[name]
-            if len(timing.wall) >= 2 and sum(timing.wall) * timing.repeats > budget:
-                continue
-            wall, cpu = _sample(calls[name], timing.repeats, device)
-            timing.wall.append(wall)
-            timing.cpu.append(cpu)
-    return timings
+            if len(samples[name]) < 2 or sum(samples[name]) * repeats[name] <= budget:
+                samples[name].append(seconds_per_call(calls[name], repeats[name], device))
+    return samples
+
+
+def quartiles(samples: Sequence[float]) -> list[float]:
+    """With the median in the middle; of one sample three times its value."""
+    return statistics.quantiles(samples if len(samples) > 1 else 2 * list(samples), method="inclusive")
 
 
 def call_of(bound: Bound, mode: Mode) -> Callable[[], object]:
@@ -166,26 +157,17 @@ def seconds_per_call(call: Callable[[], object], repeats: int, device: str) -> f
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-def _sample(call: Callable[[], object], repeats: int, device: str) -> tuple[float, float]:
-    """Seconds per call, by the device's clock, and CPU seconds, those of all threads."""
-    cpu = time.process_time()
-    wall = seconds_per_call(call, repeats, device)
-    return wall, (time.process_time() - cpu) / repeats
-
-
-def peak_bytes(candidate: Candidate, case: Case, mode: Mode, device: str, dtype: torch.dtype) -> int:
-    """Memory that one call takes above its inputs; to be asked once, in a process of its own."""
-    bound = candidate.bind(case, device, dtype)
+def peak_bytes(candidate: Candidate, case: Case, mode: Mode, dtype: torch.dtype) -> int:
+    """Memory that one call takes on a CPU above its inputs; to be asked once, in a process of its own."""
+    bound = candidate.bind(case, "cpu", dtype)
     # Load and compile everything; what torch.compile makes is for this size alone.
     small = case.limited(1, 64 * 64 if case.suite == "models" else 64)  # which halve their image
-    call_of(bound if candidate.compiled else candidate.bind(small, device, dtype), mode)()
+    call_of(bound if candidate.compiled else candidate.bind(small, "cpu", dtype), mode)()
     bound.train(mode == "training")
     gc.collect()
-    if device == "cuda":
-        return allocated_peak(bound, mode)
     before = _reset_peak()
     _once(bound, mode)
-    return max(0, _peak() - before)
+    return max(0, _status("VmHWM") - before)
 
 
 def allocated_peak(bound: Bound, mode: Mode) -> int:
@@ -227,25 +209,10 @@ def _once(bound: Bound, mode: Mode) -> None:
 
 
 def _reset_peak() -> int:
-    """Set the peak to what the process holds now, where the system can (Linux), and return it."""
-    if sys.platform == "linux":  # give back what is free, or the call would use it uncounted; glibc alone can
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    # ru_maxrss of a process that was forked may be its parent's, so it is only the second choice.
-    try:
-        return _status("VmHWM")
-    except OSError:
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    """Set the peak to what the process holds now, and return it; only Linux can."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # what is free would be used uncounted; only glibc can
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:

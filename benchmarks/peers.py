@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import cross_scan_channels_first, cross_scan_channels_last
-from benchmarks.candidates import CHANNELS_FIRST, Candidate, Layout, gated
+from benchmarks import baselines
+from benchmarks.candidates import CHANNELS_FIRST, CHANNELS_LAST, Candidate
 from benchmarks.cases import Case
 
 MAMBAPY, MAMBA_REF, VMAMBA_TORCH = "mambapy pscan", "mamba_ssm selective_scan_ref", "VMamba selective_scan_torch"
@@ -40,7 +40,6 @@ STAND_INS = (
     *("causal_conv1d.cpp_functions", "mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm"),
     *("sklearn.linear_model", "yaml"),
 )
-LAST: Layout = dict.fromkeys(("u", "delta", "B", "C", "z", "y"), (0, 2, 1))
 
 
 class PeerError(Exception):
@@ -51,15 +50,10 @@ def peers(case: Case, device: str, paths: Mapping[str, str]) -> list[Candidate]:
     """The peers of an op; those that cannot run here say why."""
     if case.op not in ("cross_selective_scan", "selective_scan"):
         return []
-    crossing = case.op == "cross_selective_scan"
-    makers: dict[str, Callable[[bool, Mapping[str, str]], Candidate]] = {
-        MAMBAPY: _mambapy,
-        MAMBA_REF: _mamba_reference,
-        VMAMBA_TORCH: _vmamba_torch,
-    }
+    makers = {MAMBAPY: _mambapy, MAMBA_REF: _mamba_reference, VMAMBA_TORCH: _vmamba_torch}
     if device == "cuda":
         makers |= {MAMBA_CUDA: _mamba_cuda, VMAMBA_CUDA: _vmamba_cuda}
-    return [c for name, make in makers.items() for c in made(name, partial(lambda make: [make(crossing, paths)], make))]
+    return [c for name, make in makers.items() for c in made(name, partial(make, case, paths))]
 
 
 def made(name: str, make: Callable[[], list[Candidate]]) -> list[Candidate]:
@@ -70,19 +64,11 @@ def made(name: str, make: Callable[[], list[Candidate]]) -> list[Candidate]:
         return [Candidate(name, absent=str(error))]
 
 
-def _mambapy(crossing: bool, paths: Mapping[str, str]) -> Candidate:
-    module = load("mambapy.mamba", "mambapy", paths)
-    if crossing:
-        scan = partial(_with_pscan, module.pscan)
-        return Candidate(MAMBAPY, partial(cross_scan_channels_last, scan), copies=12)
-
-    def run(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-    ) -> Tensor:
-        delta = torch.nn.functional.softplus(delta + delta_bias)
-        return gated(module.MambaBlock.selective_scan(None, u, delta, A, B, C, D), z)
-
-    return Candidate(MAMBAPY, run, layout=LAST, copies=12)
+def _mambapy(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
+    scan = partial(_with_pscan, load("mambapy.mamba", "mambapy", paths).pscan)
+    if case.op == "cross_selective_scan":
+        return [Candidate(MAMBAPY, partial(baselines.cross_scan_channels_last, scan), copies=12)]
+    return [Candidate(MAMBAPY, partial(baselines.sequence_channels_last, scan), layout=CHANNELS_LAST, copies=12)]
 
 
 def _with_pscan(
@@ -102,56 +88,44 @@ def _with_pscan(
     return (states.unflatten(2, A.shape[:2]) @ C[..., None])[..., 0] + D * u
 
 
-def _mamba_reference(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+def _mamba_reference(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
     function = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths).selective_scan_ref
-    return _steps(MAMBA_REF, function, crossing, grouped=False)
+    return [_like_mamba(case, MAMBA_REF, function, max_backward_length=256, copies=4)]
 
 
-def _vmamba_torch(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+def _vmamba_torch(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
     function = _from_file("vmamba", paths).selective_scan_torch
-    return _steps(VMAMBA_TORCH, function, crossing, grouped=True)
+    return [_like_mamba(case, VMAMBA_TORCH, function, gated=False, max_backward_length=256, copies=4)]
 
 
-def _steps(name: str, function: Callable[..., Tensor], crossing: bool, grouped: bool) -> Candidate:
-    candidate = _like_mamba(name, function, crossing, grouped)
-    return Candidate(name, candidate.function, layout=candidate.layout, max_backward_length=256, copies=4)
+def _like_mamba(case: Case, name: str, function: Callable[..., Tensor], gated: bool = True, **limits: int) -> Candidate:
+    """A function with Mamba's arguments, with or without the gate `z` among them."""
+
+    def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+        return function(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+    if case.op == "cross_selective_scan":
+        cross = partial(baselines.cross_scan_channels_first, scan)
+        return Candidate(name, cross, layout=CHANNELS_FIRST, **limits)
+    with_gate = partial(function, delta_softplus=True)
+    return Candidate(name, with_gate if gated else partial(baselines.sequence_channels_first, scan), **limits)
 
 
-def _like_mamba(name: str, function: Callable[..., Tensor], crossing: bool, grouped: bool) -> Candidate:
-    """A function with Mamba's arguments; `grouped`: it takes `B`, `C` as `b g n l` only, and has no gate."""
-    if crossing:
-
-        def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
-            return function(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
-
-        return Candidate(name, partial(cross_scan_channels_first, scan), layout=CHANNELS_FIRST)
-
-    def run(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-    ) -> Tensor:
-        if not grouped:
-            return function(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True)
-        y = function(u, delta, A, B[:, None], C[:, None], D, delta_bias=delta_bias, delta_softplus=True)
-        return gated(y, z)
-
-    return Candidate(name, run)
-
-
-def _mamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+def _mamba_cuda(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
     module = load("mamba_ssm.ops.selective_scan_interface", "mamba_ssm", paths)
     if getattr(module, "selective_scan_cuda", None) is None:
         raise PeerError("its CUDA extension is not built")
-    return _like_mamba(MAMBA_CUDA, module.selective_scan_fn, crossing, grouped=False)
+    return [_like_mamba(case, MAMBA_CUDA, module.selective_scan_fn)]
 
 
-def _vmamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
+def _vmamba_cuda(case: Case, paths: Mapping[str, str]) -> list[Candidate]:
     """Its newer form: a Triton kernel makes the four copies, a CUDA kernel scans, a Triton kernel merges."""
     if not importlib.util.find_spec("selective_scan_cuda_oflex"):
         raise PeerError("its CUDA extension is not built")
     scan = _from_file("vmamba", paths).selective_scan_fn
+    if case.op == "selective_scan":
+        return [_like_mamba(case, VMAMBA_CUDA, scan, gated=False)]
     copies = _from_file("vmamba_cross", paths)
-    if not crossing:
-        return _like_mamba(VMAMBA_CUDA, scan, crossing, grouped=True)
 
     def run(
         x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A_log: Tensor, D: Tensor
@@ -167,7 +141,7 @@ def _vmamba_cuda(crossing: bool, paths: Mapping[str, str]) -> Candidate:
         y = copies.cross_merge_fn(y.view(batch, 4, channels, height, width))  # b d l
         return y.transpose(1, 2).reshape(batch, height, width, channels).to(x.dtype)
 
-    return Candidate(VMAMBA_CUDA, run, layout=CHANNELS_FIRST)
+    return [Candidate(VMAMBA_CUDA, run, layout=CHANNELS_FIRST)]
 
 
 def load(module: str, name: str, paths: Mapping[str, str]) -> Any:
@@ -200,7 +174,7 @@ def _from_file(name: str, paths: Mapping[str, str]) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module
     try:
-        with _stand_ins(), _on_path(root), redirect_stdout(StringIO()), warnings.catch_warnings():
+        with _stand_ins(root), redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec.loader.exec_module(module)
     except Exception as error:  # whatever a stranger's file raises, it cannot be measured
@@ -221,21 +195,15 @@ class _StandIn(ModuleType):
 
 
 @contextmanager
-def _stand_ins() -> Iterator[None]:
+def _stand_ins(root: Path) -> Iterator[None]:
+    """Modules that are found in a checkout, and empty ones for what it imports and does not use."""
     names = {".".join(name.split(".")[:depth]) for name in STAND_INS for depth in range(1, name.count(".") + 2)}
     added = [name for name in sorted(names) if name not in sys.modules]
     sys.modules.update({name: _StandIn(name) for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
-
-
-@contextmanager
-def _on_path(root: Path) -> Iterator[None]:
     sys.path.insert(0, str(root))
     try:
         yield
     finally:
         sys.path.remove(str(root))
+        for name in added:
+            del sys.modules[name]

@@ -3,7 +3,7 @@
 python -m benchmarks profile ss2d --dim 96 --size 512 512 --training
 python -m benchmarks profile kan_linear --in-features 256 --out-features 256 --rows 4096 --grid-size 5
 python -m benchmarks profile ema --dim 64 --size 128 128 --dtype bfloat16 --device cuda
-python -m benchmarks profile km_unet_tiny --size 256 256 --dry-run    # runs nothing: which backends can serve it
+python -m benchmarks profile km_unet_tiny --size 256 256 --dry-run    # runs nothing: which backends can run it
 python -m benchmarks profile models --size 256 256                    # parameters and FLOPs of every named model
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, report, run
+from benchmarks import cases, run, tables
 from benchmarks.candidates import BACKENDS, MODES, Candidate
 from benchmarks.command import make_parser
 from benchmarks.measure import Checker
@@ -29,7 +29,7 @@ Call = tuple[str, Tensor, dict[str, Tensor]]  # of an op: its name, its first ar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table with a row for each backend."""
+    """Print a line for each mode and backend."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -55,30 +55,16 @@ def profile(case: cases.Case, options: run.Options, dry: bool = False) -> Iterat
         return
     wanted = [backend for backend, why in refused.items() if not why] or ["pytorch"]
     able = [c for c in run.candidates_of(case, options) if c.name in wanted]
-    oracle = next((c for c in able if c.name == "reference"), able[0])
+    truth = next((c for c in able if c.name == "reference"), able[0])
     parameters, flops = count(case, able[0], options)
     yield f"{parameters:,} parameters; {', '.join(f'{n / 1e9:.3g} GFLOP {mode}' for mode, n in flops.items())}"
     corner = replace(case, sizes=CHECKED_OF_MODELS) if case.suite == "models" else case.limited(1, CHECKED)
     where = "{rows} rows" if "rows" in case.sizes else "{b} images of {h}x{w} pixels"
     part = "" if corner == case else f" on {where.format(**corner.sizes)} alone"
-    yield f"Checked against {oracle.name} in float64{part}. Medians with quartiles, and peaks above the inputs:"
-    checker = Checker(corner, options.device, run.DTYPES[options.dtype], oracle)
-    rows = run.measure_case(case, able, options, checker)
-    lines = [["backend", *(head for mode in options.modes for head in (f"{mode}, ms", "peak, MiB", "error"))]]
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        lines.append([name, *(cell for row in rows if row["candidate"] == name for cell in _cells(row))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    yield from ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    yield from report.notes(rows)
+    yield f"Checked against {truth.name} in float64{part}. Medians with quartiles, and peaks above the inputs:"
+    checker = Checker(corner, options.device, run.DTYPES[options.dtype], truth)
+    yield from map(run.line, run.measure_case(case, able, options, checker))
     yield from (f"* {why}" for why in refused.values() if why)
-
-
-def _cells(row: report.Row) -> list[str]:
-    if row["status"] != "ok":
-        return [row["status"], "", ""]
-    low, middle, high = (report.three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
-    peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}"
-    return [f"{middle} ({low} to {high})", peak, f"{max(row['errors'].values()):.0e}"]
 
 
 def reason(backend: str, call: Call) -> str:
@@ -93,12 +79,11 @@ def reason(backend: str, call: Call) -> str:
 def _calls(case: cases.Case, options: run.Options) -> Iterator[Call]:
     """The calls of ops in a layer, without memory for their input; of a model one for each op, of unknown size."""
     sizes, value = case.sizes, torch.empty((), device=options.device, dtype=run.DTYPES[options.dtype])
-    if case.op == "kan_linear":
-        layer = cases.make_kan(case.limited(1, 1))[0]
-        x = value.expand(sizes["rows"], sizes["in"])
-        yield "kan_linear", x, {"spline_weight": layer.spline_weight, "grid": layer.grid}
-        return
     module = cases.make_module(case.limited(1, 1))[0]
+    if isinstance(module, KANLinear):
+        x = value.expand(sizes["rows"], sizes["in"])
+        yield "kan_linear", x, {"spline_weight": module.spline_weight, "grid": module.grid}
+        return
     if isinstance(module, SS2D):
         weight = module.dt_projs_weight
         x = value.expand(sizes["b"], sizes["h"], sizes["w"], weight.shape[1])
@@ -126,9 +111,9 @@ def _models(args: argparse.Namespace, options: run.Options) -> Iterator[str]:
     rows = []
     for name in (n for n in list_models() if n.endswith(("_tiny", "_small", "_base"))):
         case = _case(argparse.Namespace(**{**vars(args), "what": name}))
-        parameters, flops = count(case, Candidate("auto", module={}), replace(options, modes=MODES[:1]))
+        parameters, flops = count(case, Candidate("auto", module=cases.make_module), replace(options, modes=MODES[:1]))
         rows.append([f"`{name}`", f"{parameters:,}", f"{flops['forward'] / 1e9:.2f}"])
-    yield report.table(["model", "parameters", f"GFLOP at {'x'.join(map(str, args.size))}"], rows, 2)
+    yield tables.table(["model", "parameters", f"GFLOP at {'x'.join(map(str, args.size))}"], rows, 2)
 
 
 def _case(args: argparse.Namespace) -> cases.Case:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import json
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,13 +23,24 @@ from typing import Any
 import torch
 
 from benchmarks import kan_layers, limit, machine
-from benchmarks.candidates import MODES, Candidate, Mode, baselines, describe_layout, own, whole
-from benchmarks.cases import CASES, QUICK, SUITES, Case, scaling_cases
+from benchmarks.candidates import MODES, Candidate, Mode, backends, baselines, on_backend, whole
+from benchmarks.cases import CASES, QUICK, SUITES, Case
 from benchmarks.command import make_parser, peer_path
-from benchmarks.measure import Checker, allocated_peak, error_limit, peak_bytes, saved_bytes, time_in_rounds
+from benchmarks.measure import (
+    Checker,
+    allocated_peak,
+    error_limit,
+    peak_bytes,
+    quartiles,
+    saved_bytes,
+    time_in_rounds,
+)
 from benchmarks.peers import peers
+from benchmarks.record import SCHEMA, Row, save
+from benchmarks.tables import mebibytes, three_digits
 
-SCHEMA = 1
+SHARED = ("case", "suite", "sizes", "axis", "device", "dtype", "threads")  # by all rows of a case
+KEPT = ("candidate", "mode", "reason", "median_s", "quartiles_s", "peak_bytes", "saved_bytes")  # of a row
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY_SHARE = 0.6  # of the main memory, that a candidate may need
 
@@ -49,23 +58,16 @@ class Options:
     memory: bool = True
     modes: tuple[Mode, ...] = MODES
     whole: bool = False  # all of a layer or model on each backend, and no other candidates
-    peers: tuple[tuple[str, str], ...] = ()
+    peers: Sequence[tuple[str, str]] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for and write the results."""
     args = _parser().parse_args(arguments)
-    options = Options(
-        device=args.device,
-        dtype=args.dtype,
-        candidates=args.candidates,
-        rounds=3 if args.quick else args.reps,
-        budget=0.3 if args.quick else args.budget,
-        longest=1.0 if args.quick else args.longest,
-        memory=args.memory and not args.quick,
-        peers=tuple(args.peers_path),
-    )
-    cases = select(args.suites, args.cases, args.quick, args.max_side, args.device)
+    options = Options(**{name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__})
+    if args.quick:
+        options = replace(options, rounds=3, budget=0.3, longest=1.0, memory=False)
+    cases = select(args.suites, args.cases, args.quick, args.device)
     if not cases:
         raise SystemExit(f"no case for {args.device!r} matches --cases {args.cases!r}; see --list")
     if args.list:
@@ -74,58 +76,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure(cases, args.threads, options, args.out)
 
 
-def select(
-    suites: Iterable[str], pattern: str = "*", quick: bool = False, max_side: int = 1024, device: str = "cpu"
-) -> list[Case]:
+def select(suites: Iterable[str], pattern: str = "*", quick: bool = False, device: str = "cpu") -> list[Case]:
     """The cases of the suites whose names match, and that are for the device."""
-    every = list(QUICK) if quick else [*CASES, *scaling_cases(max_side, machine.usable_cores())]
     wanted = set(suites) or {"ops", "blocks", "models"}
-    found = [case for case in every if case.suite in wanted and fnmatch.fnmatch(case.name, pattern)]
+    found = [c for c in (QUICK if quick else CASES) if c.suite in wanted and fnmatch.fnmatch(c.name, pattern)]
     return [case for case in found if case.device in ("", device)]
 
 
-def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out: Path | None = None) -> dict[str, Any]:
+def measure(cases: Sequence[Case], threads: Sequence[int], options: Options, out: Path | None = None) -> None:
     """Measure the limit and every case, with every number of threads; `out` is written anew after each case."""
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {
+    rates, measured = limit.measure(options.device), []
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "versions": machine.versions(),
         "settings": {
             "device": options.device,
-            "dtype": options.dtype,
-            "threads": list(threads),
             "rounds": options.rounds,
             "budget_s": options.budget,
             "longest_s": options.longest,
         },
-        "limit": limit.measure(options.device),
-        "rows": rows,
     }
     for count in threads:
         for case in cases:
-            if case.threads and count != threads[0]:
-                continue  # it names its own number of threads: once is enough
-            torch.set_num_threads(case.threads or count)
+            torch.set_num_threads(count)
             of_case = replace(options, dtype=case.dtype or options.dtype)
-            rows += measure_case(case, candidates_of(case, of_case), of_case)
-            result["limit"] = limit.faster(result["limit"], limit.measure(options.device))
-            _set_limits(rows, {case.name: case for case in cases}, result["limit"])
-            for row in rows:
-                if row["case"] == case.name and row["threads"] == torch.get_num_threads():
-                    print(line(row), flush=True)
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(to_text(result), encoding="utf-8")
-    return result
+            measured.append(measure_case(case, candidates_of(case, of_case), of_case))
+            for row in measured[-1]:
+                print(f"{case.name:34} t{count} {line(row)}", flush=True)
+            rates = limit.faster(rates, limit.measure(options.device))
+            if out is not None:  # all limits anew, since a busy machine can hide its true rate
+                save(out, {**record, "limit": rates, "cases": [pack(rows, rates) for rows in measured]})
 
 
-def to_text(result: dict[str, Any]) -> str:
-    """The result as JSON, one row per line."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
-    return json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
+def pack(rows: Sequence[Row], rates: limit.Rates) -> dict[str, Any]:
+    """What a record keeps of the rows of a case, with the least time of the forward pass of a scan."""
+    first = rows[0]
+    case = Case(first["case"], first["suite"], first["op"], first["sizes"])
+    least = limit.seconds(case, rates, first["device"], first["threads"], DTYPES[first["dtype"]].itemsize)
+    kept = [{name: row[name] for name in KEPT if row.get(name) not in (None, "")} for row in rows]
+    for short, row in zip(kept, rows, strict=True):
+        short |= {"status": row["status"]} if row["status"] != "ok" else {}
+        if errors := row.get("errors"):
+            gradients = [error for name, error in errors.items() if name != "output"]
+            short["errors"] = {"output": errors["output"], **({"gradients": max(gradients)} if gradients else {})}
+    shared = {name: first[name] for name in SHARED if first[name] != ""}
+    return {**shared, **({"limit_s": least} if least else {}), "rows": kept}
 
 
 def candidates_of(case: Case, options: Options) -> list[Candidate]:
@@ -135,62 +133,48 @@ def candidates_of(case: Case, options: Options) -> list[Candidate]:
     elif case.op == "kan_linear":
         found = kan_layers.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
     else:
-        found = own(case, options.device, DTYPES[options.dtype]) + baselines(case)
+        found = backends(case, options.device, DTYPES[options.dtype]) + baselines(case)
         if case.suite != "scaling":
             found += peers(case, options.device, dict(options.peers))
     return [c for c in found if fnmatch.fnmatch(c.name, options.candidates)]
 
 
-def _set_limits(rows: Iterable[dict[str, Any]], cases: dict[str, Case], rates: limit.Rates) -> None:
-    """The least time of every forward pass; again after each case, since a busy machine can hide its true rate."""
-    for row in rows:
-        if row["status"] == "ok" and row["mode"] == "forward":
-            bytes_of_value = DTYPES[row["dtype"]].itemsize
-            least = limit.seconds(cases[row["case"]], rates, row["device"], row["threads"], bytes_of_value)
-            if least is not None:
-                row |= {"limit_s": least, "limit_fraction": least / row["median_s"]}
+def ground_truth(case: Case) -> Candidate:
+    """What is computed in float64 to compare with; the tests compare `chunked` with the recurrence."""
+    return kan_layers.TEXTBOOK if case.op == "kan_linear" else on_backend(case, "chunked")
 
 
 def measure_case(
     case: Case, candidates: Sequence[Candidate], options: Options, checker: Checker | None = None
-) -> list[dict[str, Any]]:
-    """One row for each mode and candidate; ratios are to the first candidate that was timed."""
+) -> list[Row]:
+    """One row for each mode and candidate."""
     dtype = DTYPES[options.dtype]
-    checker = checker or Checker(case, options.device, dtype)
-    rows = []
+    checker = checker or Checker(case, options.device, dtype, ground_truth(case))
+    rows: list[Row] = []
     for mode in options.modes:
         of_mode = {c.name: _examine(c, case, mode, checker, options) for c in candidates}
-        good = [c for c in candidates if of_mode[c.name]["status"] == "ok"]
-        bounds = {c.name: c.bind(case, options.device, dtype) for c in good}
-        timings = time_in_rounds(bounds, mode, options.device, options.rounds, options.budget)
-        if mode == "training":
-            for name, bound in bounds.items():
+        bounds = {c.name: c.bind(case, options.device, dtype) for c in candidates if of_mode[c.name]["status"] == "ok"}
+        samples = time_in_rounds(bounds, mode, options.device, options.rounds, options.budget)
+        for name, bound in bounds.items():
+            of_mode[name]["quartiles_s"] = quartiles(samples[name])
+            of_mode[name]["median_s"] = of_mode[name]["quartiles_s"][1]
+            if mode == "training":
                 of_mode[name]["saved_bytes"] = saved_bytes(bound)
-        if options.memory and options.device == "cuda":
-            for name, bound in bounds.items():
+            if options.memory and options.device == "cuda":
                 of_mode[name]["peak_bytes"] = allocated_peak(bound, mode)
+        timed = list(bounds)
         del bounds
-        base = statistics.median(timings[good[0].name].wall) if good else 0.0
-        for candidate in good:
-            row, timing = of_mode[candidate.name], timings[candidate.name]
-            row |= {
-                "repeats": timing.repeats,
-                "quartiles_s": timing.quartiles,
-                "median_s": statistics.median(timing.wall),
-                "min_s": min(timing.wall),
-                "median_cpu_s": statistics.median(timing.cpu),
-            }
-            row["ratio"] = row["median_s"] / base
-            if options.memory and options.device != "cuda":
-                row["peak_bytes"] = _peak_elsewhere(case, candidate, mode, options)
+        if options.memory and options.device != "cuda":
+            for name in timed:
+                of_mode[name]["peak_bytes"] = _peak_elsewhere(case, name, mode, options)
         rows += of_mode.values()
     return rows
 
 
-def _examine(candidate: Candidate, case: Case, mode: Mode, checker: Checker, options: Options) -> dict[str, Any]:
+def _examine(candidate: Candidate, case: Case, mode: Mode, checker: Checker, options: Options) -> Row:
     """The row of a candidate before its times: whether it may be timed, and its errors."""
     limit_of_error = error_limit(case, mode, DTYPES[options.dtype])
-    row: dict[str, Any] = {
+    row: Row = {
         "case": case.name,
         "suite": case.suite,
         "op": case.op,
@@ -200,61 +184,54 @@ def _examine(candidate: Candidate, case: Case, mode: Mode, checker: Checker, opt
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "candidate": candidate.name,
-        "layout": describe_layout(candidate),
         "mode": mode,
         "status": "ok",
         "reason": "",
     }
     main_memory = machine.memory_bytes() if options.device == "cpu" else None
     memory = MEMORY_SHARE * main_memory if main_memory else float("inf")
-    if reason := candidate.refuses(case, mode, memory):
+    if reason := candidate.skip_reason(case, mode, memory):
         return row | {"status": "not measured" if candidate.absent else "not run", "reason": reason}
+    scale = case.elements / checker.case.elements
     try:
-        errors, seconds = checker.errors(candidate, mode)
-        scale = case.elements / checker.case.elements
-        if seconds * scale > options.longest:  # the first call may have compiled something
-            seconds = checker.errors(candidate, mode)[1]
+        errors, seconds = checker.errors(candidate, mode, options.longest / scale)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         print(f"{candidate.name} on {case.name}: {error}", file=sys.stderr)
         return row | {"status": "failed", "reason": type(error).__name__}
-    row |= {"error_limit": limit_of_error, "checked_on": checker.case.sizes, "errors": errors}
+    row |= {"error_limit": limit_of_error, "errors": errors}
     if not all(error <= limit_of_error for error in errors.values()):
         worst = max(errors, key=lambda name: errors[name])
         return row | {"status": "wrong", "reason": f"not timed: relative error {errors[worst]:.1e} of {worst}"}
     if seconds * scale > options.longest:
-        return row | {"status": "not run", "reason": f"not run (about {seconds * scale:.0f} s a call)"}
+        return row | {"status": "not run", "reason": f"not run (about {seconds * scale:.2g} s per call)"}
     return row
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row for the screen."""
-    head = f"{row['case']:34} t{row['threads']} {row['mode']:9} {row['candidate']:28}"
+    head = f"{row['mode']:9} {row['candidate']:28}"
     if row["status"] != "ok":
         return f"{head} {row['reason'] or row['status']}"
-    text = f"{head} {1e3 * row['median_s']:10.2f} ms {row['ratio']:8.2f}x  error {max(row['errors'].values()):.0e}"
-    if "limit_fraction" in row:
-        text += f"  {100 * row['limit_fraction']:.1f} % of the limit"
-    if row.get("peak_bytes") is not None:
-        text += f"  {row['peak_bytes'] / 2**20:.0f} MiB"
-    if "saved_bytes" in row:
-        text += f"  saved {row['saved_bytes'] / 2**20:.1f} MiB"
-    return text
+    low, middle, high = (three_digits(1e3 * seconds) for seconds in row["quartiles_s"])
+    text = f"{head} {middle} ms ({low} to {high})  error {max(row['errors'].values()):.0e}"
+    sizes = {"peak": row.get("peak_bytes"), "saved": row.get("saved_bytes")}
+    return text + "".join(f"  {what} {mebibytes(n)} MiB" for what, n in sizes.items() if n is not None)
 
 
-def _peak_elsewhere(case: Case, candidate: Candidate, mode: Mode, options: Options) -> int | None:
+def _peak_elsewhere(case: Case, candidate: str, mode: Mode, options: Options) -> int | None:
     """Peak memory above the inputs, measured in a fresh process; None if that process fails."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return pool.submit(_peak_here, case, candidate.name, mode, options, torch.get_num_threads()).result()
+            return pool.submit(_peak_here, case, candidate, mode, options, torch.get_num_threads()).result()
         except Exception as error:  # whatever ends it, even the system for want of memory
-            print(f"{candidate.name} on {case.name}: {error!r}"[:500], file=sys.stderr)
+            print(f"{candidate} on {case.name}: {error!r}"[:500], file=sys.stderr)
             return None
 
 
 def _peak_here(case: Case, candidate: str, mode: Mode, options: Options, threads: int) -> int:
     torch.set_num_threads(threads)
     chosen = next(c for c in candidates_of(case, options) if c.name == candidate)
-    return peak_bytes(chosen, case, mode, options.device, DTYPES[options.dtype])
+    return peak_bytes(chosen, case, mode, DTYPES[options.dtype])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,11 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], metavar="N")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the maps; parameters are float32")
-    parser.add_argument("--reps", type=int, default=Options.rounds, metavar="N", help="rounds")
+    parser.add_argument(
+        "--rounds", type=int, default=Options.rounds, metavar="N", help="in which candidates take turns"
+    )
     parser.add_argument("--budget", type=float, default=Options.budget, metavar="S", help="seconds for each candidate")
     parser.add_argument("--longest", type=float, default=Options.longest, metavar="S", help="seconds of one call")
-    parser.add_argument("--max-side", type=int, default=1024, help="largest height and width of the scaling suite")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
-    parser.add_argument("--peers-path", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
+    parser.add_argument("--peers-path", dest="peers", nargs="+", type=peer_path, default=[], metavar="NAME=PATH")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser

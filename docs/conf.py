@@ -17,12 +17,15 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "benchmarks/*", "results/*"]  # the tables are included by benchmarks.md
+exclude_patterns = ["_build", "_benchmarks/*", "results/*"]  # the tables are included by benchmarks.md
 
-# The figures are drawn from the code and the records, and are not kept.
+# The figures and the tables of benchmarks are made from the code and the records, and are not kept.
 here = Path(__file__).resolve().parent
 environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
 subprocess.run([sys.executable, here / "figures", here / "_figures"], check=True, env=environment)
+records = sorted((here.parent / "benchmarks" / "results").glob("*.json"))
+report = ["-m", "benchmarks", "report", *records, "--out", here / "_benchmarks"]
+subprocess.run([sys.executable, *report], check=True, env=environment)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

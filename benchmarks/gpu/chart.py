@@ -1,4 +1,4 @@
-"""The times of a GPU day as bars, ours in colour."""
+"""The times on a GPU as bars, ours in colour."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.summary import OURS, flat_rows
-from benchmarks.report import three_digits
+from benchmarks.record import Row, rows_of
+from benchmarks.tables import three_digits
 
-Row = Mapping[str, Any]
-
+OURS = "triton"
 PANELS = {"ops-b8": "Scans in four directions, 8 images", "kan": "KANLinear"}  # in bfloat16, forward and backward
 # What is drawn, and its name: what a user would take, and what cannot be passed. The tables hold the rest.
 DRAWN = {
@@ -56,12 +55,12 @@ def plot(day: Mapping[str, Any], file: Path) -> bool:
     return True
 
 
-def _rows(day: Mapping[str, Any], suite: str) -> list[dict[str, Any]]:
+def _rows(day: Mapping[str, Any], suite: str) -> list[Row]:
     speed = day["parts"].get("speed", {"cases": []})
     wanted = [name for name in DRAWN if name not in LEFT_OUT.get(suite, ())]
     rows = [
         row
-        for row in flat_rows(speed)
+        for row in rows_of(speed["cases"])
         if (row["suite"], row["dtype"], row["mode"], row["status"]) == (suite, "bfloat16", "training", "ok")
         and row["candidate"] in wanted
     ]
@@ -91,7 +90,7 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
             milliseconds = 1e3 * of_case[name]["median_s"]
             ours = name == OURS
             panel.barh(place, milliseconds, 0.8, color=COLOUR if ours else GREY)
-            text = f"{three_digits(milliseconds)} ms" if ours else f"{three_digits(of_case[name]['ratio'])}x"
+            text = f"{three_digits(milliseconds)} ms" if ours else f"{three_digits(of_case[name]['ratios'][0])}x"
             panel.annotate(
                 text,
                 (milliseconds, place),
@@ -118,7 +117,7 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
 def case_name(row: Row) -> str:
     """The sizes of a case in words."""
     sizes = row["sizes"]
-    if row["op"] == "kan_linear":
+    if row["suite"] == "kan":
         return f"{sizes['rows']:,} rows, {sizes['in']} features"
     states = "1 state" if sizes["n"] == 1 else f"{sizes['n']} states"
     return f"{sizes['h']}x{sizes['w']}, {sizes['d']} channels, {states}"

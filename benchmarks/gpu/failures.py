@@ -123,7 +123,7 @@ def _wrong_rows(task: str, rows: Sequence[Record]) -> Iterator[dict[str, Any]]:
 
 
 def _failure(part: str, task: str, kernels: Sequence[str], status: str, reason: str, saved: bool) -> dict[str, Any]:
-    short = " ".join(reason.split())
+    short = " ".join(word for word in reason.split() if word.strip("^~"))  # without the marks of a traceback
     if len(short) > REASON_HEAD + REASON_TAIL:
         short = f"{short[:REASON_HEAD]} ... {short[-REASON_TAIL:]}"
     return {

@@ -1,4 +1,4 @@
-"""The page of a GPU day: failures by kernel, errors, times, choices, trainings."""
+"""The page of sessions on a GPU: failures by kernel, errors, times, choices, trainings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.candidates import BACKENDS
-from benchmarks.gpu.sections import SUITES, Summary, check_section, speed_section, table, train_section, tune_section
-from benchmarks.gpu.summary import OURS, flat_rows
+from benchmarks.gpu.chart import OURS
+from benchmarks.gpu.sections import Summary, check_section, speed_section, train_section, tune_section
 from benchmarks.kan_layers import GEMM
-from benchmarks.report import three_digits
+from benchmarks.record import rows_of
+from benchmarks.tables import SUITES, table, three_digits
 
 SECTIONS: dict[str, Callable[[Summary], Iterator[str]]] = {
     "check": check_section,
@@ -20,12 +21,12 @@ SECTIONS: dict[str, Callable[[Summary], Iterator[str]]] = {
 }
 # Our own backends, and what does less than the whole; `torch.compile` of our formula is an alternative.
 NO_ALTERNATIVES = (*BACKENDS, GEMM, "nn.Linear", "without SS2D")
-REASON = 240  # characters of a reason in a table
+REASON = 120, 240  # characters of a reason in a table: of its head, and of its end, which tells the most
 
 
 def render(day: Summary, images: Iterable[str] = ()) -> str:
     """The whole page."""
-    parts = [*_head(day), *(f"![Times of this day]({image})" for image in images), sessions(day)]
+    parts = [*_head(day), *(f"![Times on this GPU]({image})" for image in images), sessions(day)]
     parts += _failures(day["failures"])
     for part, section in SECTIONS.items():
         if part in day["parts"]:
@@ -37,11 +38,11 @@ def _head(day: Summary) -> list[str]:
     if day["device"] == "cpu":
         return [
             f"# A rehearsal on a CPU, no measurements: {day['name']}",
-            "These are no measurements: the kit was tried on a CPU, at small sizes and in Triton's interpreter.",
+            "These are no measurements: the commands ran on a CPU, at small sizes and in Triton's interpreter.",
             environment(day),
         ]
     told = "\n".join(f"* {line}" for line in headlines(day))
-    return [f"# A day on {day['machine']['gpu']['name']}", environment(day), *([told] if told else [])]
+    return [f"# Measured on {day['machine']['gpu']['name']}", environment(day), *([told] if told else [])]
 
 
 def environment(day: Summary) -> str:
@@ -50,10 +51,9 @@ def environment(day: Summary) -> str:
     where = day["machine"]["cpu"]
     if gpu:
         where = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['multiprocessors']} multiprocessors"
-    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit")
     begun = [session for part in day["parts"].values() for session in part["sessions"]]
     commits = list(dict.fromkeys(str(session["commit"] or "unknown") for session in begun))
-    text = f"{day['date'][:10]}: {where}; {libraries}; commit {', '.join(commits)}."
+    text = f"{day['date'][:10]}: {where}; {libraries(versions)}; commit {', '.join(commits)}."
     gpus = list(dict.fromkeys(session["gpu"] for session in begun if session["gpu"]))
     if len(gpus) > 1:
         text += f" The sessions ran on several GPUs, {', '.join(gpus)}: times of different sessions do not compare."
@@ -68,11 +68,16 @@ def environment(day: Summary) -> str:
     return text
 
 
+def libraries(versions: Mapping[str, str | None]) -> str:
+    """Names and versions of what was used."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "commit")
+
+
 def headlines(day: Summary) -> list[str]:
     """The numbers that tell the most: the kernels beside what else there is, and beside their own best."""
     found = []
     speed = day["parts"].get("speed", {"cases": []})
-    rows = [row for row in flat_rows(speed) if (row["dtype"], row["mode"]) == ("bfloat16", "training")]
+    rows = [row for row in rows_of(speed["cases"]) if (row["dtype"], row["mode"]) == ("bfloat16", "training")]
     for suite in ("ops-b8", "kan"):
         ratios = _fastest_others([row for row in rows if row["suite"] == suite])
         if ratios:
@@ -86,38 +91,41 @@ def headlines(day: Summary) -> list[str]:
         worst = max(choices, key=lambda choice: choice["today_over_best"])
         mean = geometric_mean(choice["today_over_best"] for choice in choices)
         found.append(
-            f"Today's plans and tiles take {three_digits(mean)} times the time of the fastest, the geometric mean of "
-            f"{len(choices)}; at worst {three_digits(worst['today_over_best'])} times: "
+            f"The chosen plans and tiles take {three_digits(mean)} times the time of the fastest, the geometric mean "
+            f"of {len(choices)}; at worst {three_digits(worst['today_over_best'])} times: "
             f"{worst['kernel']}, {worst['shape']}."
         )
     return found
 
 
 def _fastest_others(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each case the least time of an alternative over ours."""
-    timed = [row for row in rows if row["status"] == "ok"]
-    ours = {row["case"]: row["median_s"] for row in timed if row["candidate"] == OURS}
-    others: dict[str, float] = {}
-    for row in timed:
-        if row["candidate"] not in NO_ALTERNATIVES:
-            others[row["case"]] = min(row["median_s"], others.get(row["case"], row["median_s"]))
-    return [others[case] / seconds for case, seconds in ours.items() if case in others]
+    """For each case the least time of an alternative over ours; an installed one without a time may be faster yet."""
+    found = []
+    for ours in (row for row in rows if row["candidate"] == OURS and row["status"] == "ok"):
+        others = [row for row in rows if row["case"] == ours["case"] and row["candidate"] not in NO_ALTERNATIVES]
+        others = [row for row in others if row["status"] != "not measured"]
+        if others and all(row["status"] == "ok" for row in others):
+            found.append(min(row["median_s"] for row in others) / ours["median_s"])
+    return found
 
 
 def sessions(day: Summary) -> str:
-    """A row for each part: how its tasks ended, what is left, and the time it took."""
+    """A row for each part: how its tasks ended, what was not reached, and the time it took."""
     rows = []
     for part, content in day["parts"].items():
         budget = ", ".join(f"{s['used_s']:.0f} of {s['allowed_s']:.0f}" for s in content["sessions"])
         ended = ", ".join(f"{count} {status}" for status, count in content["counts"].items())
-        rows.append([part, ended, _kinds(content["left"]), budget, f"{content['task_seconds']:.0f}"])
+        rows.append([part, ended, _tasks(content["left"]), budget, f"{content['task_seconds']:.0f}"])
     return table(["part", "tasks", "not reached", "seconds of each session", "seconds of the tasks"], rows)
 
 
-def _kinds(tasks: Sequence[str]) -> str:
-    """How many tasks of each kind."""
-    kinds = [task.partition("/")[0] for task in tasks]
-    return ", ".join(f"{kinds.count(kind)} `{kind}`" for kind in dict.fromkeys(kinds))
+def _tasks(names: Sequence[str]) -> str:
+    """Names of tasks, those of a kind together."""
+    kinds: dict[str, list[str]] = {}
+    for kind, _, rest in (name.partition("/") for name in names):
+        kinds.setdefault(kind, []).append(rest)
+    told = {kind: ", ".join(f"`{rest}`" for rest in found if rest) for kind, found in kinds.items()}
+    return "; ".join(f"{kind} {rest}".strip() for kind, rest in told.items())
 
 
 def by_kernel(failures: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -136,11 +144,15 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"### {kernel}"
         rows = []
         for f in of_kernel:
-            reason = f["reason"] if len(f["reason"]) <= REASON else f"{f['reason'][:REASON]} ..."
             others = ", ".join(f"`{name}`" for name in f["kernels"][1:])
             saved = "yes" if f["inputs_saved"] else "no"
-            rows.append([f["part"], f"`{f['task']}`", f["status"], reason, others, saved])
+            rows.append([f["part"], f"`{f['task']}`", f["status"], _short(f["reason"]), others, saved])
         yield table(["part", "task", "status", "what is wrong", "or in", "inputs saved"], rows)
+
+
+def _short(reason: str) -> str:
+    head, end = REASON
+    return reason if len(reason) <= head + end else f"{reason[:head]} ... {reason[-end:]}"
 
 
 def terminal(day: Summary) -> str:
@@ -151,5 +163,5 @@ def terminal(day: Summary) -> str:
         lines.append(f"{part}: {', '.join(f'{count} {status}' for status, count in counts)}")
     for kernel, of_kernel in by_kernel(day["failures"]).items():
         lines.append(f"{kernel}: {len(of_kernel)} failures")
-        lines += [f"  {f['status']:8} {f['part']} {f['task']}: {f['reason'][:REASON]}" for f in of_kernel]
+        lines += [f"  {f['status']:8} {f['part']} {f['task']}: {_short(f['reason'])}" for f in of_kernel]
     return "\n".join([*lines, *([] if day["device"] == "cpu" else headlines(day))])

@@ -1,28 +1,15 @@
-"""The parts of a GPU day as Markdown, in tables."""
+"""The parts of a GPU record as Markdown, in tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.summary import DTYPES, OURS, flat_rows
-from benchmarks.kan_layers import GEMM
-from benchmarks.report import MODES, errors, limit_table, memory_table, notes, table, three_digits, time_table
+from benchmarks.gpu.sweep import DTYPES
+from benchmarks.record import rows_of
+from benchmarks.tables import measurements, table, three_digits
 
 Summary = Mapping[str, Any]
-
-SUITES = {
-    "ops-b8": "Scans, batch 8",
-    "kan": "KANLinear",
-    "blocks": "SS2D",
-    "ops": "Scans, batch 1",
-    "models": "Models",
-}
-PRODUCTS = (GEMM, "nn.Linear")  # which are no such layers
-LIMITS = {
-    "kan": f"Share of the limit, the time of the bare product `{GEMM}`:",
-    "ops": "Share of the physical limit, all exponentials or one pass over the map:",
-}
 
 
 def check_section(check: Summary) -> Iterator[str]:
@@ -37,6 +24,12 @@ def check_section(check: Summary) -> Iterator[str]:
             texts = [f"{_share(row['share'])}, {row['result']} of `{row['case']}`" if row else "" for row in found]
             rows.append([f"`{op}`", *texts])
         yield table(["op", *DTYPES], rows)
+    if check["checkers"]:
+        writes = [task for task, found in check["checkers"].items() if found["shared_writes"]]
+        yield f"NVIDIA's memory checkers found no fault in {', '.join(f'`{task}`' for task in check['checkers'])}."
+        if writes:
+            told = ", ".join(f"`{task}`" for task in writes)
+            yield f"In {told} lanes write to one address, and the same value: the results repeat bit for bit."
     if check["kernels"]:
         spilling = [f"`{row['kernel']}`" for row in check["kernels"] if row["spilling"]]
         yield f"Kernels that spill registers: {', '.join(spilling) or 'none'}. The largest of all compiled variants:"
@@ -56,43 +49,16 @@ def _skipped(part: Summary) -> Iterator[str]:
 
 
 def speed_section(speed: Summary) -> Iterator[str]:
-    rows = flat_rows(speed)
     yield "## Speed"
-    yield (
-        f"Median milliseconds, and the ratio to `{OURS}`, or to the first candidate that was timed where `{OURS}` was "
-        "not. Memory is the peak above the inputs, in MiB. Errors are relative L2 errors against float64."
-    )
-    for build in speed["builds"]:
-        if build["code"] != 0:
-            yield f"A build failed ({build['code']}): `{build['command']}`"
-    for suite, title in SUITES.items():
-        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["suite"] == suite):
-            for mode, name in MODES.items():
-                found = [r for r in rows if (r["suite"], r["dtype"], r["mode"]) == (suite, dtype, mode)]
-                if found:
-                    yield f"### {title}, {dtype}, {name.lower()}"
-                    yield from _tables(found, LIMITS["kan" if suite == "kan" else "ops"])
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        yield f"### Largest errors, {dtype}"
-        yield errors({"rows": [row for row in rows if row["dtype"] == dtype]})
-
-
-def _tables(rows: list[dict[str, Any]], of_limit: str) -> Iterator[str]:
-    yield time_table(rows)
-    yield from notes(rows)
-    if any("limit_s" in row for row in rows):
-        yield of_limit
-        yield limit_table([row for row in rows if row["candidate"] not in PRODUCTS])
-    if any("peak_bytes" in row for row in rows):
-        yield "Peak memory:"
-        yield memory_table(rows)
+    if speed["cases"]:
+        yield from (f"#{text}" if text.startswith("##") else text for text in measurements(rows_of(speed["cases"])))
 
 
 def tune_section(tune: Summary) -> Iterator[str]:
     yield "## Choices"
     yield from _skipped(tune)
     if tune["choices"]:
-        yield "What a launcher chooses today, what of it the fastest choice changes, and the ratio of their times."
+        yield "The launcher's choice, what the fastest choice changes of it, and the ratio of their times."
     for kernel in dict.fromkeys(choice["kernel"] for choice in tune["choices"]):
         yield f"### {kernel}"
         rows = []
@@ -104,7 +70,9 @@ def tune_section(tune: Summary) -> Iterator[str]:
                 times = [three_digits(1e3 * c[name]) for name in ("today_s", "best_s")]
                 cells = [f"`{c['shape']}`", _fields(chosen), _fields(changed) or "the same", str(c["timed"])]
                 rows.append([*cells, *times, f"{three_digits(c['today_over_best'])}x"])
-        yield table(["shape", "today", "fastest", "timed", "today, ms", "fastest, ms", "today over fastest"], rows, 4)
+        yield table(
+            ["shape", "chosen", "fastest", "timed", "chosen, ms", "fastest, ms", "chosen over fastest"], rows, 4
+        )
     wrong = [(c, plan) for c in tune["choices"] for plan in c["wrong"]]
     if wrong:
         told = [[c["kernel"], f"`{c['shape']}`", _fields(dict(zip(c["fields"], p, strict=True)))] for c, p in wrong]
@@ -112,8 +80,8 @@ def tune_section(tune: Summary) -> Iterator[str]:
         yield table(["kernel", "shape", "choice"], told)
     if tune["refused"]:
         refused = [[f"`{task}`", str(len(plans))] for task, plans in tune["refused"].items()]
-        yield "Choices that the GPU refused:"
-        yield table(["kernel and shape", "refused"], refused, 1)
+        yield "Choices that the GPU cannot launch:"
+        yield table(["kernel and shape", "choices"], refused, 1)
     if tune["rules"]:
         yield "Rules, and the geometric mean of their times over those of the fastest plans:"
         rules = []
@@ -121,7 +89,7 @@ def tune_section(tune: Summary) -> Iterator[str]:
             fields = [_fields(dict(zip(rule["fields"], rule[which], strict=True))) for which in ("today", "best")]
             ratios = [_share(rule[which]) for which in ("today_over_fastest", "worst_shape_today", "best_over_fastest")]
             rules.append([name, str(rule["shapes"]), fields[0], *ratios[:2], fields[1], ratios[2]])
-        yield table(["pass", "shapes", "today's rule", "mean", "worst", "best rule", "mean"], rules)
+        yield table(["pass", "shapes", "rule in use", "mean", "worst", "best rule", "mean"], rules)
     if tune["counters"]:
         titles = list(dict.fromkeys(title for found in tune["counters"].values() for title in found))
         counted = [[f"`{k}`", *(found.get(title, "") for title in titles)] for k, found in tune["counters"].items()]
@@ -159,13 +127,16 @@ def train_section(train: Summary) -> Iterator[str]:
         rows.append([*cells, *(_score(run.get("test"), path) for path in scores.values())])
     if rows:
         yield "Scores on the test subjects, means over images; the circumference is its mean absolute error."
-        head = ["task", "network", "steps", "best epoch", "seconds", "ms a step", *scores]
+        head = ["task", "network", "steps", "best epoch", "seconds", "ms per step", *scores]
         filled = [i for i in range(len(head)) if i < 3 or any(row[i] for row in rows)]
         yield table([head[i] for i in filled], [[row[i] for i in filled] for row in rows], len(filled) - 2)
     if train["unfinished"]:
         names = list(dict.fromkeys(name for last in train["unfinished"].values() for name in last))
-        begun = [[f"`{t}`", *(str(last.get(name, "")) for name in names)] for t, last in train["unfinished"].items()]
-        yield "Not done; the last epoch that was seen:"
+        begun = [
+            [f"`{t}`", *(f"{last[name]:g}" if name in last else "" for name in names)]
+            for t, last in train["unfinished"].items()
+        ]
+        yield "Not finished; the last epoch that was recorded:"
         yield table(["training", *names], begun, len(names))
 
 

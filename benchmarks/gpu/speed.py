@@ -65,7 +65,7 @@ def warm(case: Case, dtype: str, setting: Setting) -> None:
         if candidate.absent or candidate.name == TUNED:  # which must choose its tiles on a quiet GPU
             continue
         for mode in MODES:
-            if not candidate.refuses(case, mode):
+            if not candidate.skip_reason(case, mode):
                 try:
                     call_of(candidate.bind(case, setting.device, run.DTYPES[dtype]), mode)()
                 except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""Everything that a GPU day came to, from its journals: what is kept of it, and what its page is made from.
+"""The record of sessions on a GPU, from their journals.
 
 Of several sessions the last end of each task counts. Samples are left out, and so are paths, which name machines and
 users.
@@ -6,30 +6,18 @@ users.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import limit
-from benchmarks.cases import Case
 from benchmarks.gpu.failures import failures
 from benchmarks.gpu.journal import FAILURES, OK, SKIPPED, Journal, Record, ended
 from benchmarks.gpu.rules import best_rules
+from benchmarks.gpu.sanitizer import CHECKERS
 from benchmarks.gpu.sweep import DTYPES
-from benchmarks.kan_layers import GEMM
-from benchmarks.report import GPU_DAY, SCHEMA
+from benchmarks.record import GPU_SESSIONS, SCHEMA
+from benchmarks.run import pack
 
-OURS = "triton"
-DIGITS = 4  # of a number
-SHARED = ("case", "suite", "op", "sizes", "dtype", "device", "threads")  # by all rows of a case
-URL = re.compile(r"\b\w[\w+.-]*://\S+")
-# A slash at the start of a word, or behind a compiler's flag; the name of a file of a known kind is kept.
-PATH = re.compile(r"(?:(?<![\w.)\]>/-])|(?<=-[IL]))~?/[\w.+@~-]+(?:/[\w.+@~-]*)*")
-FILE = re.compile(r"[^/]+\.(?:py|c|cpp|cu|h|so|o|ptx|cubin|json|jsonl|xml|txt|log|tar)$")
 # Of the counters of one launch, by what their names contain; the first that is there is taken.
 COUNTERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "time": (("gpu__time_duration.sum",),),
@@ -40,7 +28,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "L1 hits, %": (("l1tex__t_sector_hit_rate",), ("l1tex", "hit_rate")),
     "L2 hits, %": (("lts__t_sector_hit_rate",), ("lts", "hit_rate")),
     "occupancy, %": (("warps_active", "pct"),),
-    "registers a thread": (("launch__registers_per_thread",), ("registers_per_thread",)),
+    "registers per thread": (("launch__registers_per_thread",), ("registers_per_thread",)),
 }
 
 
@@ -57,9 +45,9 @@ def summarise(folder: Path, name: str) -> dict[str, Any]:
     ends = {part: ended(found) for part, found in records.items()}
     saved = {record["task"] for record in Journal(folder / "failures.jsonl").records()}
     last = begun[-1]
-    result = {
+    return {
         "schema": SCHEMA,
-        "kind": GPU_DAY,
+        "kind": GPU_SESSIONS,
         "name": name,
         "date": begun[0]["date"],
         "device": last["device"],
@@ -71,37 +59,6 @@ def summarise(folder: Path, name: str) -> dict[str, Any]:
             for part, found in records.items()
         },
     }
-    cleaned: dict[str, Any] = clean(result)
-    return cleaned
-
-
-def clean(value: Any) -> Any:
-    """The same without addresses and paths, and with numbers of a few digits that JSON can hold."""
-    if isinstance(value, str):
-        return PATH.sub(lambda path: _file(path[0]), URL.sub("URL", value))
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {clean(key): clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    return value
-
-
-def flat_rows(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `speed` as `report` wants them: one for each case, mode and candidate."""
-    found = []
-    for case in speed["cases"]:
-        shared = {name: case[name] for name in SHARED}
-        for row in case["rows"]:
-            errors = {name: float(error) for name, error in row.get("errors", {}).items()}  # JSON holds no infinity
-            found.append({"reason": "", **shared, **row, **({"errors": errors} if errors else {})})
-    return found
-
-
-def _file(path: str) -> str:
-    kept = FILE.search(path)
-    return kept[0] if kept else "PATH"
 
 
 def _progress(records: Sequence[Record], ends: Mapping[str, Record]) -> dict[str, Any]:
@@ -161,53 +118,23 @@ def _check(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, A
         kernel["spilling"] += bool(row["spills"])
         for name in ("registers", "spills", "shared"):
             kernel[name] = max(kernel.get(name, 0), row[name])
-    return {"worst": list(worst.values()), "kernels": list(kernels.values())}
+    checkers = {
+        task: {"faults": end["faults"], "shared_writes": end["shared_writes"]}
+        for task, end in ends.items()
+        if task.startswith(CHECKERS) and end["status"] == OK
+    }
+    return {"worst": list(worst.values()), "kernels": list(kernels.values()), "checkers": checkers}
 
 
 def _speed(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:
     """A case for each task, with a row for each mode and candidate."""
     rates = ends.get("limits", {}).get("rates")
-    builds = [{"command": r["command"], "code": r["code"]} for r in records if r["event"] == "build"]
-    cases = [_case(end["rows"], rates) for end in ends.values() if end.get("rows")]
-    return {"limits": rates, "builds": builds, "cases": cases}
-
-
-def _case(rows: Sequence[Record], rates: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Ratios are to our time, or to the first that was timed where we were not."""
-    shared = {name: rows[0][name] for name in SHARED}
-    case = Case(shared["case"], shared["suite"], shared["op"], shared["sizes"])
-    kept = []
-    for row in rows:
-        timed = [r for r in rows if r["mode"] == row["mode"] and r["status"] == "ok"]
-        base = next((r for r in timed if r["candidate"] == OURS), timed[0] if timed else None)
-        kept.append(_row(row, base, _limit(case, row, timed, rates)))
-    return {**shared, "rows": kept}
-
-
-def _row(row: Record, base: Record | None, least: float | None) -> dict[str, Any]:
-    names = ("candidate", "mode", "status", "reason", "median_s", "min_s", "peak_bytes", "saved_bytes")
-    found = {name: row[name] for name in names if row.get(name) not in (None, "")}
-    if errors := row.get("errors"):
-        gradients = [error for name, error in errors.items() if name != "output"]
-        found["errors"] = {"output": errors["output"], **({"gradients": max(gradients)} if gradients else {})}
-    if row["status"] == "ok" and base is not None:
-        found["ratio"] = row["median_s"] / base["median_s"]
-        if least is not None:
-            found |= {"limit_s": least, "limit_fraction": least / row["median_s"]}
-    return found
-
-
-def _limit(case: Case, row: Record, timed: Sequence[Record], rates: Mapping[str, Any] | None) -> float | None:
-    """The least time: of a KANLinear that of the bare product, of a scan's forward pass what the GPU's rates allow."""
-    if case.op == "kan_linear":
-        return next((r["median_s"] for r in timed if r["candidate"] == GEMM), None)
-    if rates is None or row["mode"] != "forward":
-        return None
-    return limit.seconds(case, dict(rates), row["device"], row["threads"], getattr(torch, row["dtype"]).itemsize)
+    cases = [pack(end["rows"], rates or {}) for end in ends.values() if end.get("rows")]
+    return {"limits": rates, "cases": cases}
 
 
 def _tune(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:
-    """Today's choice and the best for each kernel and shape, the rules, and a few of the hardware's counters."""
+    """The launcher's choice and the best for each kernel and shape, the rules, and some of the hardware's counters."""
     choices = []
     for task, end in ends.items():
         if not end.get("times"):

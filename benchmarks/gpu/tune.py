@@ -49,7 +49,7 @@ ROUNDS, SAMPLE_SECONDS = 7, 2e-3
 
 
 def plans(shape: tuple[int, ...], back: bool, multiprocessors: int) -> list[Any]:
-    """Today's plan, those of all rules, and today's with other warps and stages."""
+    """The plan in use, those of all rules, and the one in use with other warps and stages."""
     choose = partial(launchers.scan.choose_plan, launchers.scan.Sizes(*sizes(shape)), multiprocessors, back=back)
     today = choose()
     found = [today, *(choose(rule=launchers.scan.Rule(*rule)) for rule in RULES)]
@@ -72,7 +72,7 @@ def scan_calls(shape: tuple[int, ...], back: bool, setting: Setting) -> Calls:
 
 
 def tiles(kernel: str, job: Any, gpu: Any) -> list[Any]:
-    """Today's tiles of a KAN kernel, and those with one or two of them changed."""
+    """The tiles in use of a KAN kernel, and those with one or two of them changed."""
     today = getattr(launchers.kan, f"{kernel}_tiles")(job, gpu)
     found = [today]
     for rows in {today.rows // 2, today.rows, 2 * today.rows}:

@@ -39,23 +39,23 @@ MODES = {"forward": "inference", "training": "training step"}
 
 def scans() -> Figure:
     """The scan of one image in four directions; the dashed line is the least time of its arithmetic."""
-    record = _record("cpu")
-    threads = record["rows"][0]["threads"]
+    rows = _rows("cpu")
+    threads = rows[0]["threads"]
     title = f"Four-direction scan of one image, {threads} threads, float32, 16 states; dashed: limit of the arithmetic"
-    return _figure(record, SCAN_CASES, SCANS, lambda case, mode, rows: rows["cpu", case, mode].get("limit_s"), title)
+    return _figure(rows, SCAN_CASES, SCANS, lambda case, mode, rows: rows["cpu", case, mode].get("limit_s"), title)
 
 
 def layers() -> Figure:
     """A KAN layer; the dashed line is the time of the dense product that the layer is equal to."""
-    record = _record("cpu-kan")
-    threads = record["rows"][0]["threads"]
+    rows = _rows("cpu-kan")
+    threads = rows[0]["threads"]
     title = f"KAN layer, cubic splines on 5 intervals, {threads} thread, float32; dashed: the dense product"
-    return _figure(record, LAYER_CASES, LAYERS, lambda case, mode, rows: rows["gemm", case, mode]["median_s"], title)
+    return _figure(rows, LAYER_CASES, LAYERS, lambda case, mode, rows: rows["gemm", case, mode]["median_s"], title)
 
 
 def memory() -> Figure:
     """Peak memory of a training step above its inputs, against the number of pixels."""
-    rows = [r for r in _record("cpu-scaling")["rows"] if r["axis"] == "pixels" and r.get("peak_bytes")]
+    rows = [r for r in _rows("cpu-scaling") if r["axis"] == "pixels" and r.get("peak_bytes")]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for name, colour, label in (("cpu", OURS, "backend cpu"), ("chunked", OTHERS, "backend chunked (PyTorch)")):
@@ -70,14 +70,16 @@ def memory() -> Figure:
     return figure
 
 
-def _record(name: str) -> dict[str, Any]:
-    return json.loads((RECORDS / f"{name}.json").read_text())
+def _rows(name: str) -> list[dict[str, Any]]:
+    """One for each case, mode and candidate that was timed."""
+    cases = json.loads((RECORDS / f"{name}.json").read_text())["cases"]
+    return [{**case, **row} for case in cases for row in case["rows"] if "median_s" in row]
 
 
 def _figure(
-    record: dict[str, Any], cases: dict[str, str], candidates: dict[str, str], bound: Any, title: str
+    timed: list[dict[str, Any]], cases: dict[str, str], candidates: dict[str, str], bound: Any, title: str
 ) -> Figure:
-    rows = {(r["candidate"], r["case"], r["mode"]): r for r in record["rows"] if r["status"] == "ok"}
+    rows = {(r["candidate"], r["case"], r["mode"]): r for r in timed}
     figure = Figure(figsize=(11, 1.1 + 1.12 * len(cases)), layout="constrained")
     grid = figure.subplots(len(cases), 2, sharex="col", squeeze=False)
     for panels, (case, label) in zip(grid, cases.items(), strict=True):

@@ -25,7 +25,7 @@ if find_spec("triton") is None:
 if release("triton") < (3, 7) and release("numpy") >= (2, 4):
     pytest.skip("needs numpy below 2.4 for the interpreter of Triton before 3.7", allow_module_level=True)
 
-from benchmarks import gpu_day, gpu_report
+from benchmarks import gpu_day, gpu_report, report
 from benchmarks.gpu import check, sanitizer, speed, tune
 from benchmarks.gpu.archive import pack, unpack
 from benchmarks.gpu.compare import judge, same_bits
@@ -91,11 +91,11 @@ class TestRehearsal:
         sizes = {file.name: file.stat().st_size for file in out.rglob("*") if file.is_file()}
         assert len(sizes) <= 8 and max(sizes.values()) < 16 << 20, sizes
 
-        folders = [f"--results={tmp_path / 'results'}", f"--docs={tmp_path / 'docs'}"]
-        gpu_report.main([str(out), "--name=rehearsal", *folders])
-        result = json.loads((tmp_path / "results" / "gpu-rehearsal.json").read_text())
-        assert result["kind"] == "gpu day" and set(result["parts"]) == set(PARTS)
-        assert "no measurements" in (tmp_path / "docs" / "gpu-rehearsal.md").read_text()
+        gpu_report.main([str(out), "--name=rehearsal", f"--results={tmp_path}"])
+        report.main([str(tmp_path / "gpu-rehearsal.json"), f"--out={tmp_path}"])
+        result = json.loads((tmp_path / "gpu-rehearsal.json").read_text())
+        assert result["kind"] == "gpu sessions" and set(result["parts"]) == set(PARTS)
+        assert "no measurements" in (tmp_path / "gpu-rehearsal.md").read_text()
 
     def test_a_wrong_kernel_is_caught_and_its_inputs_are_saved(self, tmp_path: Path) -> None:
         package = tmp_path / "kan_mamba_layers"
@@ -402,15 +402,5 @@ class TestRules:
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="name a part"):
         gpu_day.main(["--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2 numbers for 3 parts"):
-        gpu_day.main(["check", "speed", "tune", "--seconds", "1", "2", "--out", str(tmp_path)])
     with pytest.raises(Skip, match="not installed"):
         find_program("no-such-program")
-
-
-def test_builds_run_beside_the_parts_and_one_that_fails_is_told(tmp_path: Path, capsys) -> None:
-    builds = {c: gpu_day._in_background(c, Setting(out=tmp_path)) for c in ("echo built", "exit 3")}
-    gpu_day._await(builds, Setting(out=tmp_path), time.time() + 30)
-    records = Journal(tmp_path / "speed.jsonl").records()
-    assert [(r["command"], r["code"]) for r in records] == [("echo built", 0), ("exit 3", 3)]
-    assert "build failed (3)" in capsys.readouterr().out and "built" in (tmp_path / "build.txt").read_text()

@@ -85,8 +85,8 @@ def test_directions(figures: dict[str, ModuleType]) -> None:
 def test_ratios(figures: dict[str, ModuleType], name: str, record: str) -> None:
     """The numbers at the bars are the medians on record, or their ratios to ours."""
     speed = figures["speed"]
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{record}.json").read_text())["rows"]
-    medians = {(r["case"], r["mode"], r["candidate"]): r.get("median_s") for r in rows}
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{record}.json").read_text())["cases"]
+    medians = {(case["case"], r["mode"], r["candidate"]): r.get("median_s") for case in found for r in case["rows"]}
     cases, candidates = (speed.SCAN_CASES, speed.SCANS) if name == "scans" else (speed.LAYER_CASES, speed.LAYERS)
     expected = []
     for case in cases:
