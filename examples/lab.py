@@ -116,9 +116,6 @@ class Lab(LightningCLI):
             for name, value in FIXED.items():
                 if settings.trainer[name] != value:
                     raise ValueError(f"trainer.{name} {settings.trainer[name]} would skip validations: leave it out")
-            own = self.run_folder / "split.json"
-            if settings.resume and settings.data.split is None and own.exists():
-                settings.data.split = own  # so that files added since cannot move a subject to another side
             return
         self.run_folder, self.checkpoint = find_run(settings.run)
         for name, value in SINGLE.items():
@@ -160,15 +157,19 @@ class Lab(LightningCLI):
     def fit(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Train, score the best epoch on the validation subjects, and leave the run folder behind."""
         run, trainer, resume = self.run_folder, self.trainer, self.settings.resume
+        own_split = run / "split.json"
+        if resume and datamodule.split is None and own_split.exists():
+            datamodule.split = own_split  # so that files added since cannot move a subject to another side
         datamodule.setup("fit")
-        self.prepare_folder()
+        if trainer.is_global_zero:  # other processes start when the folder is there
+            self.prepare_folder()
         continued, refused = latest_checkpoint(run / "checkpoints") if resume else (None, [])
         for sentence in refused:
             say(sentence, "yellow")
         if continued is not None:
             datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
         if trainer.is_global_zero:
-            write_split(run / "split.json", datamodule.table)
+            write_split(own_split, datamodule.table)
         sizes = [len(datamodule.train_set), len(datamodule.val_set), len(datamodule.test_items)]
         say(
             f"{model.task.title}: {self.settings.model.network}, {count_parameters(model) / 1e6:.2f} M parameters, "
@@ -263,10 +264,9 @@ class Lab(LightningCLI):
                         f"{name} is {value!r}, but the run in {str(run)!r} was started with {before[name]!r}: "
                         "resume with the same settings, or give another --run"
                     )
-        if self.trainer.is_global_zero:
-            run.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as draft:
-                draft.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+        run.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as draft:
+            draft.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
 
     def finish(self, model: Segmentation, data: SegmentationData) -> None:
         """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours."""

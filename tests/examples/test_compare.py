@@ -255,13 +255,13 @@ def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
     assert json.loads((out / "results.json").read_text()) == results
     text = (out / "report.md").read_text()
     unet, net, *_ = (re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| `"))
-    assert unet == ["`unet`", "1", "0.436", "0.600", "4.0", "0.500", "0.667", "0.800"]
+    assert unet == ["`unet`", "1", "0.436", "0.600", "0.600", "4.0", "0.500", "0.667", "0.800"]
     assert net[:4] == ["`<i>net<i>`", "1", "0.484", "0.650"]
     assert re.search(r"\| `<i>net<i>` \| +\+0\.050 \|", text) and re.search(r"\| `unet` +\| +1,234,567 \|", text)
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
     assert "<i>" not in page and "<broken>" not in page
-    assert page.count("<td>0.600</td>") == 1 and "href=" not in page
+    assert page.count("<td>0.600</td>") == 2 and "href=" not in page
     assert "This is a small budget (at most 2 epochs, images of 64x64 pixels" in page
     assert set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)) == {
         *("cost.png", "curves.png", "../runs/unet-seed0/test/cases.png", "../runs/<i>net<i>-seed0/test/cases.png")

@@ -6,7 +6,7 @@ understood is said in `formats`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -168,14 +168,14 @@ class SegmentationData(lightning.LightningDataModule):
         self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
         self.limit, self.split = limit, split
         self.seed, self.augment, self.num_workers, self.side = seed, augment, num_workers, side or "test"
-        self._done: set[str] = set()
+        self._done: set[Callable[[], None]] = set()
 
     def setup(self, stage: str) -> None:
         """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
-        stage = "fit" if stage == "validate" else stage
-        if stage not in self._done:
-            {"fit": self._setup_fit, "test": self._setup_test, "predict": self._setup_predict}[stage]()
-            self._done.add(stage)
+        setups = {"fit": self._setup_fit, "validate": self._setup_fit, "test": self._setup_test}
+        if (setup := setups.get(stage, self._setup_predict)) not in self._done:
+            setup()
+            self._done.add(setup)
 
     def _setup_fit(self) -> None:
         items = self._find()
@@ -193,7 +193,7 @@ class SegmentationData(lightning.LightningDataModule):
             setattr(self, f"{side}_set", ImageSet(self.task, *pairs, side == "train", self.seed, self.augment))
 
     def _setup_test(self) -> None:
-        items = self.items if "fit" in self._done else self._find()
+        items = self.items if self._setup_fit in self._done else self._find()
         self.test_items = [item for item in items if self.side in ("all", item.split)]
         if not self.test_items:
             raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")

@@ -25,8 +25,9 @@ def demo_set(name: str, size: int, number: int, training: bool, seed: int = 0) -
     return ImageSet(task, items, images, masks, training, seed)
 
 
-def ready(task: str, folder=None, stage: str = "fit", **options) -> SegmentationData:
+def ready(task: str, folder=None, stage: str = "fit", inputs=(), **options) -> SegmentationData:
     data = SegmentationData(task, folder, **options)
+    data.inputs = inputs
     data.setup(stage)
     return data
 
@@ -166,13 +167,19 @@ def test_copies_of_an_image_stay_on_one_side(folder):
     assert len({item.group for item in data.items}) == 7
 
 
-def test_sides_to_test_on(folder):
-    root = folder("fetal_head", number=15)
-    data = {side: ready("fetal_head", root, "test", side=side).test_items for side in ("train", "val", "test", "all")}
-    assert [len(items) for items in data.values()] == [9, 3, 3, 15]
+def test_sides_to_test_on(folder, tmp_path):
+    """After a training and with a split file they are those of training; without, those that the data set names."""
+    root, split = folder("fetal_head", number=15), tmp_path / "split.json"
     fit = ready("fetal_head", root)
+    fit.setup("test")
+    write_split(split, fit.table)
+    sides = ("train", "val", "test", "all")
+    data = {side: ready("fetal_head", root, "test", side=side, split=split).test_items for side in sides}
+    assert [len(items) for items in data.values()] == [9, 3, 3, 15]
     assert [item.id for item in data["test"]] == [item.id for item in fit.test_items]
     assert {item.id for side in ("train", "val", "test") for item in data[side]} == {item.id for item in data["all"]}
+    with pytest.raises(ValueError, match=r"data.side 'test' holds no image"):
+        ready("fetal_head", root, "test", side="test")
 
 
 def test_a_side_without_images(tmp_path):
@@ -201,7 +208,9 @@ def test_a_trainer_gets_items_to_test_and_paths_to_predict(folder):
     inputs = [root / "images", (root / "masks" / "0.png").rename(root / "masks" / "mask.png")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer, reader = lightning.Trainer(**quiet), Reader()
-    trainer.predict(reader, datamodule=SegmentationData("lumbar_spine", inputs=inputs))
+    data = SegmentationData("lumbar_spine")
+    data.inputs = inputs
+    trainer.predict(reader, datamodule=data)
     assert reader.seen == [*sorted((root / "images").iterdir()), inputs[1]]
     reader.seen.clear()
     trainer.test(reader, datamodule=SegmentationData("lumbar_spine", limit=6, side="all"), verbose=False)
