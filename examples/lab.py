@@ -299,7 +299,7 @@ class Lab(LightningCLI):
         cases = []
         for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
             image, truth = item.read()
-            cases.append(Case(item.id, image, truth, model.classes_of(image), model.task.class_names))
+            cases.append(Case(item.id, image, truth, model.eval().classes_of(image), model.task.class_names))
         draw_cases(run / "cases.png", cases)
         if hasattr(model.network, "save_pretrained"):
             model.network.save_pretrained(run / "model")

@@ -64,7 +64,7 @@ def quickstart(
             if network == networks[0]:
                 image, truth = data.test_items[0].read()
                 names = module.task.class_names
-                cases.append(Case(module.task.title, image, truth, module.classes_of(image), names))
+                cases.append(Case(module.task.title, image, truth, module.eval().classes_of(image), names))
     draw_cases(out / "overview.png", cases)
     console.print(table)
     say(f"scores, masks and overview.png are in {out}")
