@@ -16,7 +16,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operations on ``x``'s device keep the dtypes they are given."""
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in _DEVICES else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
 
 
 def autocast_is_on(x: Tensor) -> bool:

@@ -142,7 +142,7 @@ def forward(call: KANCall, save: bool, *, tiles: Tiles | None = None) -> tuple[T
 def backward(
     call: KANCall,
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     *,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),

@@ -118,7 +118,7 @@ def forward(
 def backward(
     call: ScanCall,
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     *,
     plan: Plan | None = None,
@@ -127,6 +127,8 @@ def backward(
     call = ScanCall(*contiguous(call))
     u, s = call.u, _sizes(call)
     grad_y, grad_last = contiguous(grads)
+    if grad_y is None:
+        grad_y = torch.zeros_like(u)
     if u.numel() == 0:
         return [torch.zeros_like(x) if isinstance(x, Tensor) else None for x in call[: len(wanted)]]
     plan = plan or choose_plan(s, _multiprocessors(u), back=True)
