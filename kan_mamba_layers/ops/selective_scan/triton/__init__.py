@@ -5,6 +5,7 @@ with adjoints, between ``step_sizes`` and ``step_gradients``. Nothing is added a
 so results repeat bit for bit.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.limits import against_addresses
 from kan_mamba_layers.ops.operator import contiguous
-from kan_mamba_layers.ops.selective_scan.call import ScanCall
+from kan_mamba_layers.ops.selective_scan.call import LOG2E, ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 TILE = 16  # steps between two saved states
@@ -92,10 +93,10 @@ def forward(
     call = ScanCall(*contiguous(call))
     u, s = call.u, _sizes(call)
     y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
-    last = _empty(u, s.b, s.k, s.n, s.d)
-    saved = _empty(u, *(saved_shape(*s[:-1]) if save else (0,)))
+    last = _empty(u, s.b, s.k, s.d, s.n)
+    saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
     if u.numel() == 0:
-        return y, last.mT.contiguous(), saved.flatten()
+        return y, last, saved
     plan = plan or choose_plan(s, _multiprocessors(u))
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
@@ -112,7 +113,7 @@ def forward(
             **launch.step_constants,
         )
         _merge(partials, u, call.D, y)
-    return y, last.mT.contiguous(), saved.flatten()
+    return y, last, saved
 
 
 def backward(
@@ -137,27 +138,30 @@ def backward(
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
         # Ready-made steps in place of what makes them.
-        ready = (launch.coeffs, steps, call.dt_proj_weight, torch.zeros_like(call.dt_proj_bias))
+        ready = (launch.coeffs, steps, call.dt_proj_weight, call.dt_proj_bias)
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         partials = _empty(u, s.k, s.b, s.l, s.d)
-        grad_bc = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
-        grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
-        in_front = _empty(u, s.b, s.k, s.n, s.d)
+        grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
+        parts = launch.blocks // s.g
+        grad_bc = grad_coeffs if parts == 1 else _empty(u, parts, s.b, s.l, s.k * s.g, 2 * s.n)
+        grad_a = _empty(u, s.b, launch.chunks, s.k, s.d, s.n)
+        in_front = _empty(u, s.b, s.k, s.d, s.n)
         inputs = (grad_y, u, launch.coeffs, launch.a2, saved[0], behind, scratch)
         outputs = (partials, grad_bc, steps, grad_a, in_front)
-        launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block)
+        launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block, GRAD_ROW=grad_bc.shape[-1])
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
         _merge(partials, grad_y, call.D, grad_u)
 
-        grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
-        torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
+        if parts > 1:
+            torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
         ranges = _blocks(s.b * s.l, PIXELS)
-        grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
-        grad_bias = _empty(u, ranges, s.k, s.d)
-        launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
+        grad_weight = _empty(u, ranges, s.k, s.d, launch.rank)
+        grad_bias, grad_skip = _empty(u, ranges, s.k, s.d), _empty(u, ranges, s.d)
+        tensors = (steps, grad_coeffs, grad_weight, grad_bias, grad_y, u, grad_skip)
+        launch.over_pixels(steps_kernel.step_gradients, *tensors)
 
-    grad_weight = grad_weight.sum(0).mT
+    grad_weight = grad_weight.sum(0)
     if s.r > launch.rank and call.delta is None:  # a high rank, whose steps a matrix product made
         z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
         low = launch.coeffs[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
@@ -169,11 +173,11 @@ def backward(
         grad_coeffs,
         None,
         steps if call.delta is not None else None,
-        grad_weight.contiguous(),
+        grad_weight,
         grad_bias.sum(0),
-        grad_a.sum((0, 1)).mT.contiguous(),
-        (grad_y.float() * u.float()).sum((0, 1)),
-        in_front.mT.contiguous(),
+        grad_a.sum((0, 1)),
+        grad_skip.sum(0),
+        in_front,
     )
 
 
@@ -190,7 +194,7 @@ class _Launch:
             rank = 0
         self.s, self.plan, self.height, self.width = s, plan, call.height, call.width
         self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
-        self.a2 = call.log2_decay.mT.contiguous()  # k n d
+        self.a2 = torch.mul(call.A.mT, LOG2E, out=_empty(call.u, s.k, s.n, s.d))  # k n d
         self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
         self.dt_proj_weight, self.dt_proj_bias = call.dt_proj_weight.mT.contiguous(), call.dt_proj_bias
         self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
@@ -217,12 +221,12 @@ class _Launch:
             constants["num_stages"] = plan.stages
         kernel[(blocks * directions * self.chunks * s.b,)](*tensors, *numbers, **constants)
 
-    def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
+    def over_pixels(self, kernel: Any, *tensors: Tensor) -> None:
         """Launch a kernel of the step sizes."""
         s = self.s
         block = max(16, min(32, _power_of_two(s.d // s.g)))
         kernel[(_blocks(s.b * s.l, PIXELS), s.k * s.g)](
-            *self.step_inputs, *outputs, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
+            *self.step_inputs, *tensors, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
             R=self.rank, RP=max(16, _power_of_two(max(self.rank, 1))), SOFTPLUS=self.softplus, **self.sizes,
             ROWS=PIXELS, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -232,10 +236,7 @@ class _Launch:
     ) -> Tensor:  # b k c n d
         """The state that enters each chunk, or (back) the adjoint that comes from behind it."""
         s = self.s
-        if start is None:
-            start = torch.zeros(s.b, s.k, s.n, s.d, dtype=torch.float32, device=x.device)
-        else:
-            start = start.mT.contiguous()
+        start = _empty(x, s.b, s.k, s.n, s.d).zero_() if start is None else start.mT.contiguous()
         if self.chunks == 1:
             return start
         ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
@@ -267,7 +268,7 @@ def _merge(partials: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _multiprocessors(u: Tensor) -> int:
