@@ -11,7 +11,7 @@ _DEVICES = tuple(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torc
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, otherwise float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:

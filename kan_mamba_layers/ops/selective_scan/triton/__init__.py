@@ -7,6 +7,7 @@ so results repeat bit for bit.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
     return b, k, _blocks(l, TILE), n, d
 
 
+@cache
 def choose_plan(s: Sizes, multiprocessors: int, *, back: bool = False, rule: Rule | None = None) -> Plan:
     """Give every multiprocessor work.
 
@@ -97,7 +99,7 @@ def forward(
     saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
     if u.numel() == 0:
         return y, last, saved
-    plan = plan or choose_plan(s, _multiprocessors(u))
+    plan = plan or choose_plan(s, _multiprocessors(u.device))
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
@@ -132,7 +134,7 @@ def backward(
         grad_y = torch.zeros_like(u)
     if u.numel() == 0:
         return [torch.zeros_like(x) if isinstance(x, Tensor) else None for x in call[: len(wanted)]]
-    plan = plan or choose_plan(s, _multiprocessors(u), back=True)
+    plan = plan or choose_plan(s, _multiprocessors(u.device), back=True)
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
@@ -271,9 +273,10 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
     return like.new_empty(shape, dtype=dtype)
 
 
-def _multiprocessors(u: Tensor) -> int:
+@cache
+def _multiprocessors(device: torch.device) -> int:
     """Of the GPU; for tensors on the CPU, which only the interpreter runs, those of an H200."""
-    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _coeffs(call: ScanCall) -> Tensor:
