@@ -234,10 +234,11 @@ def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b h w d
 
 
 def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b h w d
+    u = call.u.contiguous()  # or the projection, the forward and the backward pass would each make a copy
     weight, coeffs = call.x_proj_weight, None
     if backend == "triton":
-        weight, coeffs = None, _coefficients(call.u.to(call.A.dtype), call)  # b l k r+2n
-    y, _ = fused_scan(call._replace(u=_for_fused(call.u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
+        weight, coeffs = None, _coefficients(u.to(call.A.dtype), call)  # b l k r+2n
+    y, _ = fused_scan(call._replace(u=_for_fused(u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
     return y.unflatten(1, (call.height, call.width))
 
 
