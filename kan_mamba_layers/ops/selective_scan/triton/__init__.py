@@ -95,10 +95,10 @@ def forward(
     call = ScanCall(*contiguous(call))
     u, s = call.u, _sizes(call)
     y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
-    last = _empty(u, s.b, s.k, s.d, s.n)
+    last = _empty(u, s.b, s.k, s.n, s.d)
     saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
     if u.numel() == 0:
-        return y, last, saved
+        return y, last.mT.contiguous(), saved
     plan = plan or choose_plan(s, _multiprocessors(u.device))
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
@@ -115,7 +115,7 @@ def forward(
             **launch.step_constants,
         )
         _merge(partials, u, call.D, y)
-    return y, last, saved
+    return y, last.mT.contiguous(), saved
 
 
 def backward(
@@ -140,15 +140,15 @@ def backward(
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
         # Ready-made steps in place of what makes them.
-        ready = (launch.coeffs, steps, call.dt_proj_weight, call.dt_proj_bias)
+        ready = (launch.coeffs, steps, call.dt_proj_weight, torch.zeros_like(call.dt_proj_bias))
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         partials = _empty(u, s.k, s.b, s.l, s.d)
         grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
         parts = launch.blocks // s.g
         grad_bc = grad_coeffs if parts == 1 else _empty(u, parts, s.b, s.l, s.k * s.g, 2 * s.n)
-        grad_a = _empty(u, s.b, launch.chunks, s.k, s.d, s.n)
-        in_front = _empty(u, s.b, s.k, s.d, s.n)
+        grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
+        in_front = _empty(u, s.b, s.k, s.n, s.d)
         inputs = (grad_y, u, launch.coeffs, launch.a2, saved[0], behind, scratch)
         outputs = (partials, grad_bc, steps, grad_a, in_front)
         launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block, GRAD_ROW=grad_bc.shape[-1])
@@ -158,12 +158,11 @@ def backward(
         if parts > 1:
             torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
         ranges = _blocks(s.b * s.l, PIXELS)
-        grad_weight = _empty(u, ranges, s.k, s.d, launch.rank)
-        grad_bias, grad_skip = _empty(u, ranges, s.k, s.d), _empty(u, ranges, s.d)
-        tensors = (steps, grad_coeffs, grad_weight, grad_bias, grad_y, u, grad_skip)
-        launch.over_pixels(steps_kernel.step_gradients, *tensors)
+        grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
+        grad_bias = _empty(u, ranges, s.k, s.d)
+        launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
 
-    grad_weight = grad_weight.sum(0)
+    grad_weight = grad_weight.mT.sum(0)  # the sum is contiguous
     if s.r > launch.rank and call.delta is None:  # a high rank, whose steps a matrix product made
         z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
         low = launch.coeffs[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
@@ -177,9 +176,9 @@ def backward(
         steps if call.delta is not None else None,
         grad_weight,
         grad_bias.sum(0),
-        grad_a.sum((0, 1)),
-        grad_skip.sum(0),
-        in_front,
+        grad_a.mT.sum((0, 1)),
+        (grad_y.float() * u.float()).sum((0, 1)),
+        in_front.mT.contiguous() if wanted[-1] else None,
     )
 
 
@@ -223,12 +222,12 @@ class _Launch:
             constants["num_stages"] = plan.stages
         kernel[(blocks * directions * self.chunks * s.b,)](*tensors, *numbers, **constants)
 
-    def over_pixels(self, kernel: Any, *tensors: Tensor) -> None:
+    def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
         """Launch a kernel of the step sizes."""
         s = self.s
         block = max(16, min(32, _power_of_two(s.d // s.g)))
         kernel[(_blocks(s.b * s.l, PIXELS), s.k * s.g)](
-            *self.step_inputs, *tensors, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
+            *self.step_inputs, *outputs, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
             R=self.rank, RP=max(16, _power_of_two(max(self.rank, 1))), SOFTPLUS=self.softplus, **self.sizes,
             ROWS=PIXELS, BLOCK=block, num_warps=4,
         )  # fmt: skip

@@ -30,8 +30,8 @@ def scan_backward(
     partials,  # k b l d: gradients of u
     grad_coeffs,  # j b l k*g m: gradients of B and C at the end of each row, one part per block of channels
     steps,  # b l k d: step sizes, then their gradients
-    grad_a,  # b c k d n
-    in_front,  # b k d n: adjoint of the initial state
+    grad_a,  # b c k n d
+    in_front,  # b k n d: adjoint of the initial state
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, GRAD_ROW: tl.constexpr,
@@ -47,7 +47,6 @@ def scan_backward(
     n = tl.arange(0, NP)
     inside = (n < N)[:, None] & keep[None, :]
     tile = n[:, None] * channels + d[None, :]
-    turned = d[None, :] * N + n[:, None]
     local = n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
 
@@ -61,7 +60,7 @@ def scan_backward(
     steps += b * (length * (DIRECTIONS * channels)) + k * channels
     partials += (k * batch + b) * (length * channels)
     grad_coeffs += (j * batch + b) * (length * (DIRECTIONS * GROUPS * GRAD_ROW))
-    grad_coeffs += (k * GROUPS + g + 1) * GRAD_ROW - 2 * N
+    grad_coeffs += (k * GROUPS + g) * GRAD_ROW + (GRAD_ROW - 2 * N)
     scratch += ((bk * chunks + c) * blocks + block) * (TILE * NP * BLOCK)
 
     back = tl.load(behind + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
@@ -120,6 +119,6 @@ def scan_backward(
             h = before
             dt, x, gy, bt, ct, before = next_dt, next_x, next_gy, next_b, next_c, next_before
         tl.debug_barrier()  # the next tile uses the scratch again
-    tl.store(grad_a + ((b * chunks + c) * DIRECTIONS + k) * (N * channels) + turned, sum_a, mask=inside)
+    tl.store(grad_a + ((b * chunks + c) * DIRECTIONS + k) * (N * channels) + tile, sum_a, mask=inside)
     if c == tl.where(up, 0, chunks - 1):
-        tl.store(in_front + bk * (N * channels) + turned, back, mask=inside)
+        tl.store(in_front + bk * (N * channels) + tile, back, mask=inside)

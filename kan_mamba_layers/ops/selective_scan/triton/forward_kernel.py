@@ -132,7 +132,7 @@ def chunk_ends(
     tile = n[:, None] * channels + d[None, :]
     a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
     w = tl.load(weight + (k * R + r[:, None]) * channels + d[None, :], mask=(r < R)[:, None] & keep[None, :], other=0.0)
-    bi = 0.0 if BACK else tl.load(bias + k * channels + d, mask=keep, other=0.0)  # with BACK the steps are ready
+    bi = tl.load(bias + k * channels + d, mask=keep, other=0.0)
 
     first = c * chunk
     steps = tl.minimum(chunk, length - first)
@@ -216,7 +216,7 @@ def scan(
     entering,  # b k c n d: state that enters each chunk
     partials,  # j b l d: sums over n of C h, one buffer per pair of directions or direction
     saved,  # b k t n d: state that enters each tile
-    last,  # b k d n
+    last,  # b k n d
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
     DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
@@ -277,7 +277,7 @@ def scan(
             tl.store(out, y, mask=keep)
             xt, low, bt, ct = next_x, next_low, next_b, next_c
         if c == tl.where(up, chunks - 1, 0):
-            tl.store(last + bk * (N * channels) + d[None, :] * N + n[:, None], h, mask=inside)
+            tl.store(last + bk * (N * channels) + tile, h, mask=inside)
         tl.debug_barrier()  # the way back reads what the way there wrote
 
 

@@ -72,15 +72,13 @@ def step_gradients(
     bias,  # k d
     grad_steps,  # m k d: gradients of the steps; where R = 0 those of delta take their index
     grad_coeffs,  # m k*g r+2n: the first r are written
-    grad_weight,  # t k d r: one part for each range of pixels
+    grad_weight,  # t k r d: one part for each range of pixels
     grad_bias,  # t k d
-    grad_y, u,  # m d
-    grad_skip,  # t d
     pixels, channels, group, blocks,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Through softplus and the low-rank product. The programs of direction 0 also sum the gradient of the skip."""
+    """Through softplus and the low-rank product."""
     ROW: tl.constexpr = RANK + 2 * N
     PITCH: tl.constexpr = DIRECTIONS * GROUPS * ROW
     part = tl.program_id(0).to(tl.int64)
@@ -105,21 +103,16 @@ def step_gradients(
         w = load_weight(weight, r, d, keep, channels, R)
         z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, DIRECTIONS)
         _, slope = step_size(z, SOFTPLUS)
-        at_steps = grad_steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :]
-        grad_z = tl.load(at_steps, mask=mask, other=0.0) * slope
+        at = grad_steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :]
+        grad_z = tl.load(at, mask=mask, other=0.0) * slope
         tl.store(grad_bias + d, tl.sum(grad_z, 0), mask=keep)
-        if k == 0:
-            at = rows[:, None] * channels + d[None, :]
-            gy = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(grad_skip + part * channels + d, tl.sum(gy * x, 0), mask=keep)
         if R > 0:
             grad_low = tl.dot(grad_z, tl.trans(w), grad_low, input_precision="ieee")
             product = tl.dot(tl.trans(low), grad_z, input_precision="ieee")  # r d
-            to = grad_weight + d[None, :] * R + r[:, None]
+            to = grad_weight + r[:, None] * channels + d[None, :]
             tl.store(to, product, mask=(r < R)[:, None] & keep[None, :])
         else:
-            tl.store(at_steps, grad_z, mask=mask)
+            tl.store(at, grad_z, mask=mask)
     if R > 0:
         to = grad_coeffs + first + rows[:, None] * PITCH + r[None, :]
         tl.store(to, grad_low, mask=inside[:, None] & (r < R)[None, :])
