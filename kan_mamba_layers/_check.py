@@ -19,12 +19,14 @@ def check_tensor(name: str, x: Any) -> None:
 def check_shape(name: str, x: Any, shape: Sequence[int | str], letters: str) -> None:
     """``x`` is a floating-point tensor of the given shape; a string stands for any size."""
     check_tensor(name, x)
-    fits = x.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
-    )
+    sizes = x.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for want, got in zip(shape, sizes, strict=True):  # ops ask many times per call, and `all` takes longer
+            fits = fits and (isinstance(want, str) or want == got)
     if not fits:
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({letters}) = ({wanted}), got {tuple(x.shape)}; reshape or slice it")
+        raise ValueError(f"{name} must have shape ({letters}) = ({wanted}), got {tuple(sizes)}; reshape or slice it")
 
 
 def check_int(name: str, value: Any, minimum: int) -> None:

@@ -80,6 +80,11 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     check_backend(op, backend)
     check_tensor("x", x)
     _check_arguments(op, arguments)
+    return select(op, backend, x, **arguments)
+
+
+def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> str:
+    """What ``resolve`` returns, for an op that has checked the name of the backend and its arguments."""
     if backend == "auto":
         chosen = _choose(op, x, arguments)
     else:

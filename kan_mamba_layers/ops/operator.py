@@ -6,6 +6,7 @@ work under ``torch.func``, and would answer a second differentiation with silent
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
@@ -28,8 +29,11 @@ class FusedBackend(Protocol):
     def forward(self, call: Call, save: bool) -> Tensors:
         """Return the results and, behind them, what the backward pass needs of them: empty unless ``save``."""
 
-    def backward(self, call: Call, saved: Tensors, grads: Tensors, wanted: Sequence[bool]) -> Grads:
-        """Return the gradients of the call's tensors in the order of its fields, None or any where not wanted."""
+    def backward(self, call: Call, saved: Tensors, grads: Grads, wanted: Sequence[bool]) -> Grads:
+        """Return the gradients of the call's tensors in the order of its fields, None or any where not wanted.
+
+        ``grads`` are those of the results, None for a result that nothing depends on, but not all of them None.
+        """
 
 
 class FusedOp(NamedTuple):
@@ -78,18 +82,26 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
         call, wanted = arguments[:width], arguments[-2]
         return _unpacked([_like(call[i], call[0], want) for i, want in zip(tensors, wanted, strict=True)])
 
-    given = [f"Tensor saved_{i}" for i in range(op.saved)] + [f"Tensor grad_{i}" for i in range(op.results)]
+    given = [f"Tensor saved_{i}" for i in range(op.saved)] + [f"Tensor? grad_{i}" for i in range(op.results)]
     operator = _define(op.name, [*fields, "bool save", "str backend"], op.results + op.saved, forward, forward_shapes)
     arguments = [*fields, *given, "bool[] wanted", "str backend"]
     gradient = _define(f"{op.name}_backward", arguments, len(tensors), backward, backward_shapes)
     register_formula(operator, lambda *shapes, **_: op.flops(record(*shapes[:width])))
     register_formula(gradient, lambda *shapes, **_: op.gradient_flops(record(*shapes[:width]), shapes[-2]))
-    no_vmap = (
-        f"the fused {op.name} has no vmap; put the mapped dimension into the batch, or call it with backend='reference'"
-    )
+
+    def refuse_vmap(*_: Any) -> None:
+        raise RuntimeError(
+            f"the fused {op.name} has no vmap; put the mapped dimension into the batch, or call it with "
+            "backend='reference'"
+        )
+
+    for name in (op.name, f"{op.name}_backward"):
+        _LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
 
     class Gradient(torch.autograd.Function):
         """The gradient as a node of its own, so that whoever differentiates it gets an error and not zeros."""
+
+        generate_vmap_rule = True  # the operator refuses
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -100,10 +112,6 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             pass
 
         @staticmethod
-        def vmap(*_: Any) -> None:
-            raise RuntimeError(no_vmap)
-
-        @staticmethod
         def backward(ctx: Any, *_: Tensor) -> None:
             raise RuntimeError(
                 f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
@@ -111,6 +119,8 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
     class Fused(torch.autograd.Function):
         """The op with its gradient."""
+
+        generate_vmap_rule = True  # the operator refuses
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -124,25 +134,28 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             ctx.save_for_backward(*(inputs[i] for i in tensors), *saved)
             ctx.numbers = [None if i in tensors else value for i, value in enumerate(inputs[:width])]
             ctx.backend = inputs[-1]
+            if not torch.compiler.is_compiling():
+                ctx.set_materialize_grads(False)  # or zeros of the size of what is saved would be made
 
         @staticmethod
-        def vmap(*_: Any) -> None:
-            raise RuntimeError(no_vmap)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
+        def backward(ctx: Any, *grads: Any) -> Any:
+            of_argument: list[Tensor | None] = [None] * (width + 2)
+            if all(grad is None for grad in grads[: op.results]):
+                return tuple(of_argument)
             call, saved = list(ctx.numbers), ctx.saved_tensors
             for i, x in zip(tensors, saved[: len(tensors)], strict=True):
                 call[i] = x
             wanted = [ctx.needs_input_grad[i] and i not in plain for i in tensors]
-            # A compiled backward pass refuses a second differentiation by itself.
-            differentiate = gradient if torch.compiler.is_compiling() else Gradient.apply
+            # Only with a graph can it be differentiated again, which a compiled backward pass refuses by itself.
+            graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            differentiate = Gradient.apply if graph else gradient
             found = differentiate(*call, *saved[len(tensors) :], *grads[: op.results], wanted, ctx.backend)
-            of_argument: list[Tensor | None] = [None] * (width + 2)
             for i, grad in zip(tensors, found, strict=True):
                 if ctx.needs_input_grad[i]:
                     of_argument[i] = plain[i](grads) if i in plain else grad
             return tuple(of_argument)
+
+    Fused.forward.__signature__ = signature(Fused.forward)  # type: ignore[attr-defined]  # or found at each call
 
     def run(call: Call, backend: str) -> Tensors:
         save = torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad for i in tensors)

@@ -11,12 +11,12 @@ _DEVICES = tuple(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torc
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, otherwise float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operations on ``x``'s device keep the dtypes they are given."""
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in _DEVICES else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
 
 
 def autocast_is_on(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_shape, check_tensor
-from kan_mamba_layers.ops.backend import Backend, resolve
+from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.bspline import EXTRAPOLATIONS, Extrapolation, check_features
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
@@ -87,13 +87,14 @@ def kan_linear(
         check_shape("spline_scaler", spline_scaler, (out_features, in_features), "o, i")
     if bias is not None:
         check_shape("bias", bias, (out_features,), "o")
+    check_backend("kan_linear", backend)
     check_choice("extrapolation", extrapolation, EXTRAPOLATIONS)
     check_tensor("x", x)
     check_features("x", x, in_features)
     if x.dtype != base_weight.dtype and not autocast_is_on(x):
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
-    chosen = resolve("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
-    scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler[..., None]
+    chosen = select("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
+    scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler.unsqueeze(-1)
     if chosen == "reference":
         return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
     casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products

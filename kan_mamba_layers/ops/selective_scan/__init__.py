@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
-from kan_mamba_layers.ops.backend import Backend, resolve
+from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
@@ -98,7 +98,8 @@ def selective_scan(
     given.check()
     if z is not None:
         check_shape("z", z, tuple(u.shape), "b, d, l")
-    chosen = resolve("selective_scan", backend, u, A=A, B=B, C=C)
+    check_backend("selective_scan", backend)
+    chosen = select("selective_scan", backend, u, A=A, B=B, C=C)
     dtype = compute_dtype(u)
     with autocast_off(u):
         # With a gate, y is rounded once, after it: a fused backend must not round y to half precision before.
@@ -199,8 +200,9 @@ def cross_selective_scan(
         Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
     _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    chosen = resolve("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
-    dtype, (height, width) = compute_dtype(x), x.shape[1:3]
+    check_backend("cross_selective_scan", backend)
+    chosen = select("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
+    dtype, (height, width, channels) = compute_dtype(x), x.shape[1:]
     with autocast_off(x):
         call = ScanCall(
             u=x.flatten(1, 2),  # b l d
@@ -209,8 +211,8 @@ def cross_selective_scan(
             delta=None,
             dt_proj_weight=dt_proj_weight.to(dtype),
             dt_proj_bias=dt_proj_bias.to(dtype),
-            A=-torch.exp(A_log.to(dtype)).unflatten(0, (NUM_DIRECTIONS, -1)),  # k d n
-            D=D.to(dtype).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0),  # d
+            A=-torch.exp(A_log.to(dtype)).view(NUM_DIRECTIONS, channels, A_log.shape[1]),  # k d n
+            D=D.to(dtype).view(NUM_DIRECTIONS, channels).sum(0),  # d
             initial_state=None,
             height=height,
             width=width,
@@ -232,11 +234,11 @@ def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b h w d
 
 
 def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b h w d
-    call = call._replace(u=_for_fused(call.u, backend))
+    u = call.u.contiguous()  # or the projection, the forward and the backward pass would each make a copy
+    weight, coeffs = call.x_proj_weight, None
     if backend == "triton":
-        coeffs = _coefficients(call.u.to(call.A.dtype), call)  # b l k r+2n
-        call = call._replace(coeffs=coeffs, x_proj_weight=None)
-    y, _ = fused_scan(call, backend)
+        weight, coeffs = None, _coefficients(u.to(call.A.dtype), call)  # b l k r+2n
+    y, _ = fused_scan(call._replace(u=_for_fused(u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
     return y.unflatten(1, (call.height, call.width))
 
 

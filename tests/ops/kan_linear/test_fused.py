@@ -127,6 +127,23 @@ class TestGradients:
         assert seen == [(True, True), (False, True), (True, False), (False, False)]
 
     @fused
+    def test_no_gradient_of_the_output(self, backend: str) -> None:
+        class Stop(torch.autograd.Function):
+            """Has no gradient, unlike one that is zero."""
+
+            @staticmethod
+            def forward(ctx: object, y: Tensor) -> Tensor:
+                return y.clone()
+
+            @staticmethod
+            def backward(ctx: object, grad: Tensor) -> None:
+                return None
+
+        inputs = {k: v.requires_grad_(k != "grid") for k, v in kan_inputs().items()}
+        Stop.apply(kan_linear(**inputs, backend=backend)).sum().backward()
+        assert all(x.grad is None or not x.grad.any() for x in inputs.values())
+
+    @fused
     def test_only_the_spline_or_only_the_base_is_learned(self, backend: str) -> None:
         inputs = kan_inputs()
         expected = gradients(kan("reference", inputs["grid"]), {k: v for k, v in inputs.items() if k != "grid"})[1]

@@ -35,7 +35,7 @@ def forward(call: KANCall, save: bool) -> tuple[Tensor]:  # rows o
 
 
 def backward(
-    call: KANCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+    call: KANCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are wanted."""
     call, (grad_y,), want = KANCall(*contiguous(call)), contiguous(grads), Wanted.of(wanted)

@@ -60,6 +60,7 @@ class Tiles(NamedTuple):
 # knots take more registers.
 
 
+@cache
 def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
     """Few, large tiles where they fill the GPU; all slots unrolled, so that the bases go to the products in registers.
 
@@ -87,6 +88,7 @@ def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
     return Tiles(64, 16, outs, 4, stages, slots)
 
 
+@cache
 def grad_input_tiles(job: Job, gpu: Gpu) -> Tiles:
     """All outputs at once where shared memory holds them."""
     if job.full:
@@ -102,6 +104,7 @@ def grad_input_tiles(job: Job, gpu: Gpu) -> Tiles:
     return Tiles(rows, _width(job.i, 32), outs, 8 if many else 4, stages=3 if job.half and outs <= 128 else 2)
 
 
+@cache
 def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
     """A group of slots side by side, and the rows split so that every multiprocessor has two programs."""
     if job.full:
@@ -142,7 +145,7 @@ def forward(call: KANCall, save: bool, *, tiles: Tiles | None = None) -> tuple[T
 def backward(
     call: KANCall,
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     *,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
@@ -236,7 +239,7 @@ class _Launch:
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _blocks(size: int, block: int) -> int:

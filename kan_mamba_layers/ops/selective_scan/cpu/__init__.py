@@ -53,12 +53,13 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # b l
 
 
 def backward(
-    call: ScanCall, saved: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
+    call: ScanCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all tensors that are given."""
     u, weight, launch = call.u, call.x_proj_weight, _Launch(call)
     b, l, k, n, r, d = launch.batch, launch.length, launch.directions, launch.states, launch.rank, launch.padded
-    grad_y, grad_last = grads
+    grad_y = torch.zeros_like(u) if grads[0] is None else grads[0]
+    grad_last = u.new_zeros(b, k, launch.channels, n) if grads[1] is None else grads[1]
     weights = launch.weights(call)
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_coeffs = None if call.coeffs is None else torch.empty_like(call.coeffs, memory_format=torch.contiguous_format)

@@ -5,7 +5,9 @@ with adjoints, between ``step_sizes`` and ``step_gradients``. Nothing is added a
 so results repeat bit for bit.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.limits import against_addresses
 from kan_mamba_layers.ops.operator import contiguous
-from kan_mamba_layers.ops.selective_scan.call import ScanCall
+from kan_mamba_layers.ops.selective_scan.call import LOG2E, ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
 TILE = 16  # steps between two saved states
@@ -62,6 +64,7 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
     return b, k, _blocks(l, TILE), n, d
 
 
+@cache
 def choose_plan(s: Sizes, multiprocessors: int, *, back: bool = False, rule: Rule | None = None) -> Plan:
     """Give every multiprocessor work.
 
@@ -93,10 +96,10 @@ def forward(
     u, s = call.u, _sizes(call)
     y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
     last = _empty(u, s.b, s.k, s.n, s.d)
-    saved = _empty(u, *(saved_shape(*s[:-1]) if save else (0,)))
+    saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
     if u.numel() == 0:
-        return y, last.mT.contiguous(), saved.flatten()
-    plan = plan or choose_plan(s, _multiprocessors(u))
+        return y, last.mT.contiguous(), saved
+    plan = plan or choose_plan(s, _multiprocessors(u.device))
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
@@ -112,13 +115,13 @@ def forward(
             **launch.step_constants,
         )
         _merge(partials, u, call.D, y)
-    return y, last.mT.contiguous(), saved.flatten()
+    return y, last.mT.contiguous(), saved
 
 
 def backward(
     call: ScanCall,
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     *,
     plan: Plan | None = None,
@@ -127,9 +130,11 @@ def backward(
     call = ScanCall(*contiguous(call))
     u, s = call.u, _sizes(call)
     grad_y, grad_last = contiguous(grads)
+    if grad_y is None:
+        grad_y = torch.zeros_like(u)
     if u.numel() == 0:
         return [torch.zeros_like(x) if isinstance(x, Tensor) else None for x in call[: len(wanted)]]
-    plan = plan or choose_plan(s, _multiprocessors(u), back=True)
+    plan = plan or choose_plan(s, _multiprocessors(u.device), back=True)
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         steps = _empty(u, s.b, s.l, s.k, s.d)
@@ -139,23 +144,25 @@ def backward(
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         partials = _empty(u, s.k, s.b, s.l, s.d)
-        grad_bc = _empty(u, launch.blocks // s.g, s.b, s.l, s.k * s.g, 2 * s.n)
+        grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
+        parts = launch.blocks // s.g
+        grad_bc = grad_coeffs if parts == 1 else _empty(u, parts, s.b, s.l, s.k * s.g, 2 * s.n)
         grad_a = _empty(u, s.b, launch.chunks, s.k, s.n, s.d)
         in_front = _empty(u, s.b, s.k, s.n, s.d)
         inputs = (grad_y, u, launch.coeffs, launch.a2, saved[0], behind, scratch)
         outputs = (partials, grad_bc, steps, grad_a, in_front)
-        launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block)
+        launch(backward_kernel.scan_backward, s.k, (*inputs, *outputs), plan.block, GRAD_ROW=grad_bc.shape[-1])
         grad_u = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
         _merge(partials, grad_y, call.D, grad_u)
 
-        grad_coeffs = _empty(u, s.b, s.l, s.k * s.g, s.r + 2 * s.n)
-        torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
+        if parts > 1:
+            torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
         ranges = _blocks(s.b * s.l, PIXELS)
         grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
         grad_bias = _empty(u, ranges, s.k, s.d)
         launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
 
-    grad_weight = grad_weight.sum(0).mT
+    grad_weight = grad_weight.mT.sum(0)  # the sum is contiguous
     if s.r > launch.rank and call.delta is None:  # a high rank, whose steps a matrix product made
         z = steps.view(s.b * s.l, s.k * s.g, -1).transpose(0, 1)  # k*g b*l d/g
         low = launch.coeffs[..., : s.r].flatten(0, 1).transpose(0, 1)  # k*g b*l r
@@ -167,11 +174,11 @@ def backward(
         grad_coeffs,
         None,
         steps if call.delta is not None else None,
-        grad_weight.contiguous(),
+        grad_weight,
         grad_bias.sum(0),
-        grad_a.sum((0, 1)).mT.contiguous(),
+        grad_a.mT.sum((0, 1)),
         (grad_y.float() * u.float()).sum((0, 1)),
-        in_front.mT.contiguous(),
+        in_front.mT.contiguous() if wanted[-1] else None,
     )
 
 
@@ -188,7 +195,7 @@ class _Launch:
             rank = 0
         self.s, self.plan, self.height, self.width = s, plan, call.height, call.width
         self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
-        self.a2 = call.log2_decay.mT.contiguous()  # k n d
+        self.a2 = torch.mul(call.A.mT, LOG2E, out=_empty(call.u, s.k, s.n, s.d))  # k n d
         self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
         self.dt_proj_weight, self.dt_proj_bias = call.dt_proj_weight.mT.contiguous(), call.dt_proj_bias
         self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
@@ -230,10 +237,7 @@ class _Launch:
     ) -> Tensor:  # b k c n d
         """The state that enters each chunk, or (back) the adjoint that comes from behind it."""
         s = self.s
-        if start is None:
-            start = torch.zeros(s.b, s.k, s.n, s.d, dtype=torch.float32, device=x.device)
-        else:
-            start = start.mT.contiguous()
+        start = _empty(x, s.b, s.k, s.n, s.d).zero_() if start is None else start.mT.contiguous()
         if self.chunks == 1:
             return start
         ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
@@ -265,12 +269,13 @@ def _merge(partials: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
-def _multiprocessors(u: Tensor) -> int:
+@cache
+def _multiprocessors(device: torch.device) -> int:
     """Of the GPU; for tensors on the CPU, which only the interpreter runs, those of an H200."""
-    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _coeffs(call: ScanCall) -> Tensor:

@@ -28,15 +28,15 @@ def scan_backward(
     behind,  # b k c n d: adjoint of the state, from behind each chunk
     scratch,  # one tile of states for each program
     partials,  # k b l d: gradients of u
-    grad_coeffs,  # j b l k*g 2n: gradients of B and C, one part per block of channels
+    grad_coeffs,  # j b l k*g m: gradients of B and C at the end of each row, one part per block of channels
     steps,  # b l k d: step sizes, then their gradients
     grad_a,  # b c k n d
     in_front,  # b k n d: adjoint of the initial state
     height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, GRAD_ROW: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one chunk."""
+    """The gradients of one chunk; GRAD_ROW is ``m``."""
     ROW: tl.constexpr = RANK + 2 * N
     length = height * width
     block, k, c, b = this_program(blocks, chunks, DIRECTIONS)
@@ -59,7 +59,8 @@ def scan_backward(
     coeffs += b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW + RANK
     steps += b * (length * (DIRECTIONS * channels)) + k * channels
     partials += (k * batch + b) * (length * channels)
-    grad_coeffs += (j * batch + b) * (length * (DIRECTIONS * GROUPS * 2 * N)) + (k * GROUPS + g) * (2 * N)
+    grad_coeffs += (j * batch + b) * (length * (DIRECTIONS * GROUPS * GRAD_ROW))
+    grad_coeffs += (k * GROUPS + g) * GRAD_ROW + (GRAD_ROW - 2 * N)
     scratch += ((bk * chunks + c) * blocks + block) * (TILE * NP * BLOCK)
 
     back = tl.load(behind + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
@@ -105,7 +106,7 @@ def scan_backward(
             next_before = tl.load(scratch + tl.maximum(count - 2 - s, 0) * (NP * BLOCK) + local)
             x, gy = x.to(tl.float32), gy.to(tl.float32)
             grad_h = gy[None, :] * ct[:, None] + back
-            grad_row = grad_coeffs + here * (DIRECTIONS * GROUPS * 2 * N)
+            grad_row = grad_coeffs + here * (DIRECTIONS * GROUPS * GRAD_ROW)
             tl.store(grad_row + n, tl.sum(grad_h * (dt * x)[None, :], 1), mask=n < N)
             tl.store(grad_row + N + n, tl.sum(gy[None, :] * h, 1), mask=n < N)
             back = tl.exp2(dt[None, :] * a) * grad_h

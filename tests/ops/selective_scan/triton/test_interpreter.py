@@ -172,13 +172,14 @@ def call_of(case: Case, inputs: dict[str, Tensor | None]) -> ScanCall:
     return ScanCall(**inputs, x_proj_weight=None, height=case.h, width=case.w, softplus=case.softplus)
 
 
-def run(case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor, grad_last: Tensor | None) -> dict[str, Tensor]:
+def run(
+    case: Case, inputs: dict[str, Tensor | None], grad_y: Tensor | None, grad_last: Tensor | None
+) -> dict[str, Tensor]:
     """What `oracle_gradients` returns, by the Triton kernels."""
     call = call_of(case, inputs)
     y, last, saved = launcher.forward(call, True, plan=case.plan)
     back_plan = case.plan and case.plan._replace(pair=False)
-    grads = (grad_y, torch.zeros_like(last) if grad_last is None else grad_last)
-    found = launcher.backward(call, [saved], grads, [True] * 9, plan=back_plan)
+    found = launcher.backward(call, [saved], (grad_y, grad_last), [True] * 9, plan=back_plan)
     named = {f"d{k}": grad for k, grad in zip(ScanCall._fields, found, strict=False) if grad is not None}
     for name in INPUTS:
         like = inputs[name]
@@ -196,6 +197,7 @@ def make_grads(case: Case) -> tuple[Tensor, Tensor | None]:
 @pytest.fixture(autouse=True)
 def buffers() -> Iterator[list[Tensor]]:
     """Puts every buffer of the launcher between sentinels, checked afterwards."""
+    launcher.choose_plan.cache_clear()  # other tests have another TILE
     with guarded(launcher) as found:
         yield found
 
@@ -255,6 +257,17 @@ def test_inference_gives_the_same_and_saves_nothing() -> None:
     expected, expected_last, expected_saved = launcher.forward(call, True)
     assert torch.equal(y, expected) and torch.equal(last, expected_last)
     assert saved.shape == (0,) and expected_saved.numel() == math.prod(launcher.saved_shape(1, 10, 5, 4, 1, 4))
+
+
+def test_no_gradient_is_a_gradient_of_zero() -> None:
+    case = Case(h=2, w=3, initial=True)
+    inputs, (grad_y, grad_last) = make_inputs(case), make_grads(case)
+    for given, same in (
+        ((None, grad_last), (torch.zeros_like(grad_y), grad_last)),
+        ((grad_y, None), (grad_y, torch.zeros_like(grad_last))),
+    ):
+        first, second = run(case, inputs, *given), run(case, inputs, *same)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_gradient_in_any_layout() -> None:
