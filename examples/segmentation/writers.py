@@ -55,7 +55,7 @@ class ScoreWriter(Callback):
             image, truth = self._items[row["id"]].read()
             path = self._mask(row["id"])
             found = to_classes(read_values(path), task.labels, path)
-            label = f"{name}: Dice {row['dice']:.3f}\n{row['id']}"
+            label = f"{name}: {row['id']}, Dice {row['dice']:.3f}"
             cases.append(Case(label, image, truth, found, task.class_names))
         draw_cases(self.out / "cases.png", cases)
 
