@@ -193,7 +193,7 @@ class Lab(LightningCLI):
 
     def test(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Score the best epoch, or the checkpoint that was named, on images that its training never touched."""
-        self.load(model)
+        self.writer.facts["epoch"] = self.load(model)
         datamodule.setup("test")
         own_split = self.run_folder / "split.json"
         if self.settings.data.split is None and (remark := refuse_seen(datamodule.test_items, own_split)):
@@ -224,15 +224,17 @@ class Lab(LightningCLI):
         if not rows:
             raise SystemExit(1)
 
-    def load(self, model: Segmentation) -> None:
-        """Give the network the weights of the run."""
+    def load(self, model: Segmentation) -> int:
+        """Give the network the weights of the run, and return their epoch."""
+        content = read_checkpoint(self.checkpoint)
         try:
-            model.load_state_dict(read_checkpoint(self.checkpoint)["state_dict"])
+            model.load_state_dict(content["state_dict"])
         except RuntimeError as error:
             raise ValueError(
                 f"checkpoint {str(self.checkpoint)!r} does not fit the network of {self.run_folder / 'config.yaml'} "
                 f"({self.settings.model.network}, {self.settings.model.model_args}): keep both from one run"
             ) from error
+        return int(content["epoch"]) + 1
 
     def facts_of_test(self) -> dict[str, Any]:
         """What scores.json tells of where its numbers come from."""
@@ -378,4 +380,7 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileExistsError, FileNotFoundError) as error:  # what the user can mend
+        raise SystemExit(f"error: {error}") from error

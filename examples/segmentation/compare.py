@@ -101,6 +101,9 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
         if not (facts and scores):
             missing.append(f"{folder.name} is not {f'scored on {on}' if facts else 'trained to its end'}")
             continue
+        if scores["checkpoint"] == "best.ckpt" and scores["epoch"] != facts["best_epoch"]:
+            missing.append(f"{folder.name} was trained on after it was scored: score it again with test")
+            continue
         options: Numbers = {"dtype": TEXT, "keep_default_na": False, "na_values": [""]}
         variant, history = re.sub(r"-seed\d+$", "", folder.name), pd.read_csv(folder / "history.csv")
         images = pd.read_csv(folder / on / "images.csv", **options).assign(variant=variant, seed=facts["seed"])

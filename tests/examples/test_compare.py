@@ -19,7 +19,8 @@ from segmentation.compare import bootstrap_interval, compare
 SUBJECTS, IMAGES = 40, 120
 SIDES = dict.fromkeys(("train", "val", "test"), 9)
 COMMON = {"task": "lumbar_spine", "image_size": 64, "split_sha256": "5" * 64}
-SCORES = COMMON | {"side": "test", "options": [], "unit": "px", "unreadable": 0, "unreadable_images": []}
+SCORES = COMMON | {"checkpoint": "best.ckpt", "epoch": 2, "side": "test", "options": [], "unit": "px"}
+SCORES |= {"unreadable": 0, "unreadable_images": []}
 FACTS = COMMON | {"network": "unet", "model_args": {}, "parameters": 1_234_567, "multiply_adds": 3 * 10**9}
 FACTS |= {"data": "demo", "images": SIDES, "subjects": SIDES, "epochs": 2, "best_epoch": 2, "command": "lab.py fit"}
 FACTS |= {"device": "cpu, 2 cores", "date": "2026-01-02", "versions": {"torch": "2.13"}, "commit": None}
@@ -223,11 +224,16 @@ def test_runs_that_are_not_finished_are_named(tmp_path):
     write_run(tmp_path / "unet-seed0", [0.5])
     (write_run(tmp_path / "unet-seed1", [0.5], 1) / "metrics.json").unlink()
     write_run(tmp_path / "unet-seed2", [0.5], 2, on="val")
+    write_run(tmp_path / "unet-seed3", [0.5], 3, epoch=1)
     results = compare([tmp_path], tmp_path / "out")
     assert "small budget" in (tmp_path / "out" / "report.html").read_text()
-    assert results["missing"] == ["unet-seed1 is not trained to its end", "unet-seed2 is not scored on test"]
+    assert results["missing"] == [
+        "unet-seed1 is not trained to its end",
+        "unet-seed2 is not scored on test",
+        "unet-seed3 was trained on after it was scored: score it again with test",
+    ]
     for name in ("report.md", "report.html"):
-        assert "1 of 3 runs are in this report" in (tmp_path / "out" / name).read_text()
+        assert "1 of 4 runs are in this report" in (tmp_path / "out" / name).read_text()
     assert compare([tmp_path], tmp_path / "out", on="val")["seeds"] == [2]
     with pytest.raises(ValueError, match=r"no run is finished \(unet-seed1 is not trained to its end\): train"):
         compare([tmp_path / "unet-seed1"], tmp_path / "out")

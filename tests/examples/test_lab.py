@@ -155,8 +155,12 @@ def test_what_a_resumed_run_may_change(copied, tmp_path, capsys):
     again = json.loads((copied / "metrics.json").read_text())
     for name in ("metrics", "split_sha256", "epochs"):
         assert again[name] == before[name]
-    lab.main(["fit", f"--run={copied}", "--resume", "--trainer.max_epochs=4"])
-    assert json.loads((copied / "metrics.json").read_text())["epochs"] == 4
+    score(copied)
+    lab.main(["fit", f"--run={copied}", "--resume", "--trainer.max_epochs=5", "--model.lr=0.004"])
+    facts = json.loads((copied / "metrics.json").read_text())
+    assert facts["epochs"] == 5
+    scored = json.loads((copied / "test" / "scores.json").read_text())["epoch"]
+    assert (scored, facts["best_epoch"]) == (before["best_epoch"], score(copied)["epoch"])
 
 
 def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):

@@ -118,7 +118,7 @@ class SegmentationData(lightning.LightningDataModule):
     """The data of one run.
 
     Args:
-        task: name of the task.
+        task: isic2017, fetal_head, lumbar_spine, breast_lesion, spine_vertebrae or spine_structures.
         folder: images and masks, as `formats` understands them; without it, the synthetic demo of the task.
         image_size: sides of the squares that images are squashed to.
         batch_size: images in one batch.
