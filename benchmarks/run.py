@@ -134,8 +134,7 @@ def candidates_of(case: Case, options: Options) -> list[Candidate]:
         found = kan_layers.layers(case, options.device, DTYPES[options.dtype], dict(options.peers))
     else:
         found = backends(case, options.device, DTYPES[options.dtype]) + baselines(case)
-        if case.suite != "scaling":
-            found += peers(case, options.device, dict(options.peers))
+        found += peers(case, options.device, dict(options.peers))
     return [c for c in found if fnmatch.fnmatch(c.name, options.candidates)]
 
 

@@ -54,11 +54,13 @@ def layers() -> Figure:
 
 
 def memory() -> Figure:
-    """Peak memory of a training step above its inputs, against the number of pixels."""
-    rows = [r for r in _rows("cpu-scaling") if r["axis"] == "pixels" and r.get("peak_bytes")]
+    """Peak memory of a training step above its inputs, against the number of pixels, beside a peer."""
+    rows = [r for r in _rows("cpu-memory") if r.get("peak_bytes")]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for name, colour, label in (("cpu", OURS, "backend cpu"), ("chunked", OTHERS, "backend chunked (PyTorch)")):
+    lines = {"cpu": (OURS, "backend cpu"), "chunked": (QUIET, "backend chunked (PyTorch)")}
+    lines["mambapy pscan"] = (OTHERS, "mambapy, parallel scan")
+    for name, (colour, label) in lines.items():
         points = [r for r in rows if r["candidate"] == name and r["mode"] == "training"]
         pixels = [r["sizes"]["h"] * r["sizes"]["w"] for r in points]
         axes.plot(pixels, [r["peak_bytes"] / 2**20 for r in points], "o-", color=colour, lw=2.2, ms=5)
