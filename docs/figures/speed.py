@@ -65,8 +65,9 @@ def memory() -> Figure:
         pixels = [r["sizes"]["h"] * r["sizes"]["w"] for r in points]
         axes.plot(pixels, [r["peak_bytes"] / 2**20 for r in points], "o-", color=colour, lw=2.2, ms=5)
         last = (pixels[-1], points[-1]["peak_bytes"] / 2**20)
-        axes.annotate(label, last, (-8, 4), textcoords="offset points", ha="right", color=INK)
+        axes.annotate(label, last, (8, 0), textcoords="offset points", va="center", color=INK)
     axes.set(xscale="log", yscale="log", xlabel="pixels of the image", ylabel="peak memory, MiB")
+    axes.set_xlim(right=12 * pixels[-1])  # room for the names
     axes.set_title("Training step of the scan, 32 channels, 16 states", loc="left", fontweight="bold")
     axes.grid()
     return figure
