@@ -39,6 +39,7 @@ from segmentation.prediction import read_pixel_sizes
 from segmentation.runs import (
     device_name,
     find_run,
+    flatten,
     latest_checkpoint,
     provenance,
     read_checkpoint,
@@ -124,8 +125,7 @@ class Lab(LightningCLI):
             raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {settings.data.task}")
         if self.subcommand == "test":
             follow_run(settings.data, self.run_folder)
-            own = Path(self.run_folder, *test_folder(settings, self.run_folder, self.checkpoint))
-            self.out = settings.out or own
+            self.out = settings.out or self.run_folder / test_folder(settings, self.run_folder, self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -170,10 +170,10 @@ class Lab(LightningCLI):
             datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
         if trainer.is_global_zero:
             write_split(own_split, datamodule.table)
-        sizes = [len(datamodule.train_set), len(datamodule.val_set), len(datamodule.test_items)]
         say(
             f"{model.task.title}: {self.settings.model.network}, {count_parameters(model) / 1e6:.2f} M parameters, "
-            "{} training, {} validation and {} test images, ".format(*sizes)
+            f"{len(datamodule.train_set)} training, {len(datamodule.val_set)} validation and "
+            f"{len(datamodule.test_items)} test images, "
             + (f"resuming from {continued}" if continued else f"run folder {run}")
         )
         try:
@@ -258,13 +258,14 @@ class Lab(LightningCLI):
                 raise FileExistsError(
                     f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
                 )
-            before = flatten(read_config(run)) if path.exists() else {}
-            for name, value in flatten(now).items():
+            after = flatten(now)
+            before = flatten(read_config(run)) if path.exists() else after
+            for name in before | after:
                 free = name.startswith("trainer.") or name in FREE_ON_RESUME
-                if not free and before.get(name, value) != value:
+                if not free and before.get(name) != after.get(name):
                     raise ValueError(
-                        f"{name} is {value!r}, but the run in {str(run)!r} was started with {before[name]!r}: "
-                        "resume with the same settings, or give another --run"
+                        f"{name} is {after.get(name)!r}, but the run in {str(run)!r} was started with "
+                        f"{before.get(name)!r}: resume with the same settings, or give another --run"
                     )
         run.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as draft:
@@ -331,22 +332,13 @@ def follow_run(data: jsonargparse.Namespace, run: Path) -> None:
     data.side = data.side or ("all" if data.split is None else "test")
 
 
-def test_folder(settings: jsonargparse.Namespace, run: Path, checkpoint: Path) -> list[str]:
+def test_folder(settings: jsonargparse.Namespace, run: Path, checkpoint: Path) -> str:
     """The name of the folder for the scores: the side, and what is not as usual."""
     own = settings.data.split == run / "split.json"
     words = [] if own or settings.data.folder is None else [settings.data.folder.resolve().name]
     words += [settings.data.side, *([checkpoint.stem] if checkpoint.stem != "best" else [])]
     words += [name for name in ("window", "flips") if settings.model[name]]
-    return ["-".join(words)]
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names; a dictionary of arguments stays one value."""
-    flat = {}
-    for name, value in settings.items():
-        inner = isinstance(value, dict) and name != "model_args"
-        flat |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
+    return "-".join(words)
 
 
 def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from segmentation.figures import draw_cost, draw_curves
-from segmentation.runs import read_config, read_json, whole_file, write_json
+from segmentation.runs import flatten, read_config, read_json, whole_file, write_json
 from segmentation.scores import OVERLAP, SURFACE, TOLERANCE, overlap
 
 SAMPLES = 10_000  # of the bootstrap
@@ -107,20 +107,11 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
         options: Numbers = {"dtype": TEXT, "keep_default_na": False, "na_values": [""]}
         variant, history = re.sub(r"-seed\d+$", "", folder.name), pd.read_csv(folder / "history.csv")
         images = pd.read_csv(folder / on / "images.csv", **options).assign(variant=variant, seed=facts["seed"])
-        recipe = {name: value for name, value in flatten(read_config(folder)) if in_recipe(name)}
+        recipe = {name: value for name, value in flatten(read_config(folder)).items() if in_recipe(name)}
         finished.append(Run(folder, variant, facts, recipe, scores, history, images))
     if not finished:
         raise ValueError(f"no run is finished ({'; '.join(missing)}): train with fit, then score with test")
     return finished, missing
-
-
-def flatten(config: Numbers, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by their dotted names."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def in_recipe(setting: str) -> bool:

@@ -69,6 +69,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole content of a checkpoint on the CPU. Refused where it is cut off or any byte of it has changed."""
     if not path.is_file():

@@ -147,6 +147,8 @@ def test_what_a_resumed_run_may_change(copied, tmp_path, capsys):
         fit(tmp_path)
     with pytest.raises(ValueError, match=r"model\.lr is 0\.1, but the run in .* was started with 0\.004: resume with"):
         lab.main(["fit", f"--run={copied}", "--resume", "--model.lr=0.1"])
+    with pytest.raises(ValueError, match=r"model\.model_args\.use_ema is False, but the run in .* with None"):
+        lab.main(["fit", f"--run={copied}", "--resume", "--model.model_args.use_ema=false"])
     shutil.rmtree(copied / "checkpoints")
     before = json.loads((copied / "metrics.json").read_text())
     capsys.readouterr()
