@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Derandomised: the same examples on every machine, so a red test is red for everybody.
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=2000, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=50_000, deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         help="folder with golden/ and data/ (default: ../shared beside the repository)",
     )
+    parser.addoption("--nightly", action="store_true", help="run the tests that take minutes too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,13 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA or ROCm device")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {} if torch.cuda.is_available() else {"gpu": "no CUDA or ROCm device"}
+    if not config.getoption("--nightly"):
+        skipped["nightly"] = "takes minutes; run with --nightly"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in skipped.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
