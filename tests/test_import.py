@@ -61,7 +61,7 @@ def test_works_where_no_optional_dependency_can_be_imported() -> None:
 
 def test_importing_changes_no_global_state() -> None:
     result = run(
-        "import random, torch, warnings\n"
+        "import random, torch, torch.utils.checkpoint, warnings\n"  # PyTorch 2.4 imports SymPy there
         "def state():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
         "            torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist(),\n"
