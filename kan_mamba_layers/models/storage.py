@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +14,21 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_model(folder: str | Path, model: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the class name, the arguments, the weights and a checksum of all three."""
+    """Write the class name, the arguments, the weights and a checksum of all three.
+
+    Both files are written beside the old ones first, so that a full disk leaves those as they were.
+    """
     folder = Path(folder)
     safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file({name: x.contiguous() for name, x in state.items()}, folder / _WEIGHTS)
-    config = {"model": model, "arguments": arguments}
-    config["sha256"] = _checksum(config, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+        weights, config = Path(beside) / _WEIGHTS, Path(beside) / _CONFIG
+        safetensors.save_file({name: x.contiguous() for name, x in state.items()}, weights)
+        content = {"model": model, "arguments": arguments}
+        content["sha256"] = _checksum(content, weights)
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in (weights, config):
+            file.replace(folder / file.name)
 
 
 def read_model(folder: str | Path, model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,8 +59,8 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"folder {str(folder)!r} has no {_CONFIG}; pass a folder written by save_pretrained")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or not even text
         raise ValueError(f"file {str(path)!r} is not valid JSON ({error}); store the model again") from error
     if not isinstance(config, dict) or not {"model", "arguments", "sha256"} <= config.keys():
         raise ValueError(
