@@ -1,0 +1,171 @@
+"""Write docs/reliability.md: each bar, and how many tests hold it up today.
+
+    python -m pytest --junitxml report.xml
+    python tests/mutate.py --sample 200 --out mutants.json
+    python tests/reliability.py report.xml --mutants mutants.json
+
+Several reports are read as one: those of the nightly tests, of a GPU, or of other versions may follow the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+
+
+class Bar(NamedTuple):
+    """What has to hold, and the patterns of the tests that check it."""
+
+    text: str
+    tests: tuple[str, ...]
+
+
+BARS = {
+    "Right numbers": (
+        Bar(
+            "Every op, backend and dtype against an independent float64 oracle: outputs and every gradient err at most "
+            "twice as much as PyTorch's own formula at that dtype, plus one rounding",
+            (
+                "*output*and_every_gradient*",
+                "*outputs_last_state_and_every_gradient*",
+                "*test_numbers*",
+                "*equals_the_oracle*",
+            ),
+        ),
+        Bar("First and second derivatives against finite differences in float64", ("*gradcheck*", "*gradgradcheck*")),
+        Bar("Splines and their derivatives against SciPy, at knots too", ("*test_bspline*", "*scipy*")),
+        Bar(
+            "Random shapes, dtypes, strides and flags, 50 examples each by default, 2,000 with "
+            "`--hypothesis-profile=thorough`",
+            ("*test_output_and_every_gradient*", "*TestProperties*", "*test_vector*", "*test_wide*"),
+        ),
+        Bar(
+            "Identities: linearity, skips, split sequences, flips and transposes, sums of bases",
+            ("*TestIdentities*", "*TestSymmetries*", "*TestProperties*", "*is_the_sum_of_its_taps*"),
+        ),
+        Bar("Values of the original implementations", ("*golden*", "*layer_of_the_original*")),
+        Bar(
+            "Extreme values: huge, tiny, denormal, constant, not finite",
+            ("*Stress*", "*stress*", "*SpecialValues*", "*extreme*"),
+        ),
+    ),
+    "Kernels": (
+        Bar("PyTorch's own check of operators", ("*opcheck*",)),
+        Bar("Triton kernels in the interpreter", ("*test_interpreter*",)),
+        Bar(
+            "Triton kernels compiled ahead of time, their registers and spills as in a table", ("*test_ahead_of_time*",)
+        ),
+        Bar(
+            "Nothing beyond the ends is read or written, nothing unwritten is read",
+            ("*unwritten*", "*beyond_the_ends*", "*test_memory*"),
+        ),
+        Bar(
+            "The same bits again, for any number of threads",
+            ("*same_bits*", "*any_number*", "*several_threads*", "*TestThreads*"),
+        ),
+        Bar("Vector instructions of each processor", ("*test_targets*", "*ops.simd*")),
+    ),
+    "Contracts": (
+        Bar(
+            "Bad input is refused with the argument, the value and the fix",
+            ("*test_bad_input*", "*refused*", "*TestArguments*"),
+        ),
+        Bar("Sizes of zero", ("*empty*", "*no_batch*", "*no_rows*", "*zero_size*", "*no_features*")),
+        Bar("`torch.compile`, `torch.export`, ONNX", ("*test_compile*", "*Compile*", "*Export*", "*onnx*", "*export*")),
+        Bar(
+            "Subclasses of tensors, copies, files, the meta device",
+            ("*MetaTensor*", "*metatensor*", "*subclass*", "*copies*", "*meta_device*"),
+        ),
+        Bar(
+            "Without Numba, without Triton",
+            ("*WithoutNumba*", "*cannot_import*", "*without_triton*", "*without_numba*"),
+        ),
+        Bar(
+            "Public names, layers of imports, docstring examples",
+            ("*test_public_api*", "*test_layering*", "kan_mamba_layers.*"),
+        ),
+    ),
+    "Models and experiments": (
+        Bar("Every model: any size, gradients, files, parameter counts", ("tests.models.*",)),
+        Bar("Stored weights: flipped bits, truncated files, malicious pickles", ("*test_storage*",)),
+        Bar("Training killed and resumed, bit for bit", ("*test_resume*",)),
+        Bar("Data: broken files, wrong sizes, other layouts", ("tests.examples.data.*",)),
+        Bar("Scores against independent formulas", ("*test_scores*", "*test_compare*")),
+    ),
+}
+
+
+def outcomes(reports: list[Path]) -> dict[str, str]:
+    """What became of each test, by its dotted name; the last report counts."""
+    found = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            ended = {child.tag for child in case} & {"failure", "error", "skipped"}
+            found[f"{case.get('classname')}.{case.get('name')}"] = min(ended, default="passed")
+    return found
+
+
+def render(ended: dict[str, str], mutants: dict[str, object] | None) -> str:
+    """The page."""
+    total = Counter(ended.values())
+    lines = [
+        "# Reliability",
+        "",
+        "What has to hold, and how many tests hold it up. `tests/reliability.py` writes this page from the report of a",
+        f"run of the tests: {_counts(total)} in all. A test may stand in more than one row.",
+        "",
+    ]
+    for title, bars in BARS.items():
+        lines += [f"## {title}", "", "| what has to hold | tests |", "| --- | --- |"]
+        for bar in bars:
+            names = [name for name in ended if any(fnmatch.fnmatchcase(name, pattern) for pattern in bar.tests)]
+            if not names:
+                raise SystemExit(f"no test matches {bar.tests}: {bar.text}")
+            lines.append(f"| {bar.text} | {_counts(Counter(ended[name] for name in names))} |")
+        lines.append("")
+    if mutants:
+        lines += _of_mutants(mutants)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _counts(ends: Counter[str]) -> str:
+    said = [f"{ends['passed']:,} passed", *(f"{n:,} {end}" for end, n in sorted(ends.items()) if end != "passed")]
+    return ", ".join(said)
+
+
+def _of_mutants(mutants: dict[str, object]) -> list[str]:
+    survivors = mutants["survivors"]
+    assert isinstance(survivors, list)
+    run = mutants["run"]
+    assert isinstance(run, int)
+    return [
+        "## Mutants",
+        "",
+        "`tests/mutate.py` changes one operator, number or statement of a layer, a reference formula or the split of a",
+        f"data set at a time. Of {mutants['mutants']:,} such changes {run:,} drawn at random were tried. The tests noticed",
+        f"{run - len(survivors):,} of them, {(run - len(survivors)) / run:.1%}. Unnoticed:",
+        "",
+        *(f"* `{line}`" for line in survivors),
+        "",
+    ]
+
+
+def main() -> None:
+    """Read the reports and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT.xml")
+    parser.add_argument("--mutants", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    mutants = json.loads(args.mutants.read_text(encoding="utf-8")) if args.mutants else None
+    PAGE.write_text(render(outcomes(args.reports), mutants), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
