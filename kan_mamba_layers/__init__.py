@@ -1,6 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
@@ -22,6 +22,7 @@ __all__ = [
     "KANLinear",
     "KMUNet",
     "KMUNetPP",
+    "Mamba",
     "__version__",
     "bspline_basis",
     "convert_state_dict",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ import torch
 from torch import nn
 
 from helpers import Golden, assert_close, relative_error
-from kan_mamba_layers import EMA, SS2D, KANBlock, KANLinear, KMUNet, convert_state_dict
+from kan_mamba_layers import EMA, SS2D, KANBlock, KANLinear, KMUNet, Mamba, convert_state_dict
 
 TREE = Path(__file__).with_name("golden")
 TOLERANCE = 2e-5
-LAYERS = {"ema": EMA, "ss2d": SS2D, "kan_linear": KANLinear, "kan_block": KANBlock}
+LAYERS = {
+    "ema": EMA,
+    "ss2d": SS2D,
+    "kan_linear": KANLinear,
+    "kan_block": KANBlock,
+    "mamba": Mamba,
+    "mamba_vim_v2": partial(Mamba, bidirectional=True),
+}
 LAYER_FILES = (
     "ema_0",
     "ema_1",
@@ -26,6 +34,10 @@ LAYER_FILES = (
     "kan_linear_0",
     "kan_linear_1",
     "kan_linear_2",
+    "mamba_0",
+    "mamba_1",
+    "mamba_vim_v2_0",
+    "mamba_vim_v2_1",
     "ss2d_0",
     "ss2d_1",
     "ss2d_2",
@@ -34,7 +46,7 @@ MODEL_FILES = {
     "km_unet_0": ("km_unet", {"widths": (16, 32, 128, 160, 32), "trunk_context": False, "decoder_kan": False}),
     "u_kan_0": ("u_kan", {"widths": (4, 8, 32, 40, 48), "use_ss2d": False, "use_ema": False}),
 }
-BACKENDS = {"ema": (), **dict.fromkeys(("ss2d", "kan_linear", "kan_block"), ("reference", "chunked", "cpu", "auto"))}
+BACKENDS = {**dict.fromkeys(LAYERS, ("reference", "chunked", "cpu", "auto")), "ema": ()}
 
 
 def kind(name: str) -> str:
@@ -45,11 +57,12 @@ CASES = [(name, backend) for name in LAYER_FILES for backend in BACKENDS[kind(na
 
 
 def build(name: str, meta: str) -> nn.Module:
-    """The layer that the file's description names: `SS2D(d_model=8, {'d_state': 4}); input ...`."""
+    """The layer that the description names, `SS2D(d_model=8, {'d_state': 4}); input ...` or the options alone."""
     call = meta.split(";")[0].split(" in eval")[0]
     options = ast.literal_eval(found[0]) if (found := re.search(r"\{.*\}", call)) else {}
     if "grid_range" in options:
         options["grid_range"] = tuple(options["grid_range"])
+    options.pop("bimamba_type", None)
     sizes = [int(n) for n in re.findall(r"(?<=[(=,])\s*(\d+)(?=[,)])", call.split("{")[0])]
     return LAYERS[kind(name)](*sizes, **options)
 
@@ -105,13 +118,13 @@ def test_model(golden, name: str) -> None:
     assert_close("output", out, file.output, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["ss2d_0", "ema_0", "kan_linear_0"])
+@pytest.mark.parametrize("name", ["ss2d_0", "ema_0", "kan_linear_0", "mamba_0"])
 def test_parity_can_fail(name: str) -> None:
     """The same comparison with one weight changed by one per cent is not equal."""
     file = Golden.load(TREE / f"{name}.npz")
     layer = build(name, file.meta)
     layer.load_state_dict(file.state)
     with torch.no_grad():
-        key = {"ss2d_0": "out_proj.weight", "ema_0": "conv3x3.weight", "kan_linear_0": "base_weight"}[name]
+        key = {"ema_0": "conv3x3.weight", "kan_linear_0": "base_weight"}.get(name, "out_proj.weight")
         layer.get_parameter(key).mul_(1.01)
         assert relative_error(layer.eval()(file.input), file.output) > TOLERANCE
