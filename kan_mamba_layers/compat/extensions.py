@@ -1,4 +1,4 @@
-"""Stand-ins for the compiled extensions ``selective_scan_cuda``, ``selective_scan_cuda_core`` and ``..._oflex``.
+"""Stand-ins for the compiled extensions ``selective_scan_cuda`` and ``..._core``, ``..._oflex``, ``..._oflex_rh``.
 
 Autograd does not see into an extension: ``fwd`` builds no graph, and ``bwd`` receives the inputs again and builds its
 own. Of the states ``x`` that ``fwd`` hands to ``bwd``, callers read only the last one.
@@ -97,6 +97,67 @@ def mamba_bwd(
         return grads
     grads.append(grad_z if dz is None or grad_z is None else dz.copy_(grad_z))
     return [*grads, out_z.to(u.dtype)] if recompute_out_z else grads
+
+
+@torch.no_grad()
+def states_fwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # b g n l
+    D: Tensor | None,
+    delta_bias: Tensor | None,  # d
+    delta_softplus: bool,
+    nrows: int = 1,
+    out_float: bool = False,
+) -> list[Tensor]:
+    """Stand in for ``selective_scan_cuda_oflex_rh.fwd``: the states (b d n l) and ``x``; ``D`` is unused."""
+    states, last = _states(u, delta, A, B, delta_bias, delta_softplus)
+    return [states if out_float else states.to(u.dtype), _pack(last)]
+
+
+def states_bwd(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # b g n l
+    D: Tensor | None,
+    delta_bias: Tensor | None,  # d
+    dout: Tensor,  # b d n l
+    x: Tensor | None,
+    delta_softplus: bool,
+    nrows: int = 1,
+) -> list[Tensor | None]:
+    """Stand in for ``selective_scan_cuda_oflex_rh.bwd``: ``[du, ddelta, dA, dB, dD, ddelta_bias]``, ``dD`` being 0."""
+    run = partial(_states, delta_softplus=delta_softplus)
+    grads = _gradients(run, (u, delta, A, B, delta_bias), dout)[1]
+    return [*grads[:4], None if D is None else torch.zeros_like(D), grads[4]]
+
+
+def _states(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # b g n l
+    delta_bias: Tensor | None,  # d
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # b d n l, b d n
+    """Every state as a channel of its own, whose output is its state: B and C have g n groups, and C is 1."""
+    groups, states = B.shape[1], B.shape[2]
+
+    def per_state(x: Tensor, dim: int) -> Tensor:  # d -> g n d/g, flat
+        x = x.unflatten(dim, (groups, -1)).unsqueeze(dim + 1)
+        sizes = [-1] * x.ndim
+        sizes[dim + 1] = states
+        return x.expand(sizes).flatten(dim, dim + 2)
+
+    rates = A.unflatten(0, (groups, -1)).mT.flatten()[:, None]  # g*n*d/g 1
+    entries = B.flatten(1, 2)[:, :, None]  # b g*n 1 l
+    bias = None if delta_bias is None else per_state(delta_bias, 0)
+    steps, ones = per_state(delta, 1), torch.ones_like(entries)
+    y, last = scan(per_state(_widen(u), 1), steps, rates, entries, ones, None, None, bias, delta_softplus)
+    y = y.unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)  # b d n l
+    return y, last[..., 0].unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def _oflex_scan(

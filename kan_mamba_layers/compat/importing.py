@@ -3,37 +3,20 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from kan_mamba_layers import __version__
-from kan_mamba_layers.compat import extensions, functions
+from kan_mamba_layers.compat.contents import MODULES
 
 _ORIGIN = "kan_mamba_layers.compat"
-_EXTENSION: dict[str, Callable[..., Any]] = {"fwd": extensions.oflex_fwd, "bwd": extensions.oflex_bwd}
-_MODULES: dict[str, dict[str, Callable[..., Any]]] = {
-    "mamba_ssm": {"selective_scan_fn": functions.selective_scan_fn},
-    "mamba_ssm.ops": {},
-    "mamba_ssm.ops.selective_scan_interface": {
-        "selective_scan_fn": functions.selective_scan_fn,
-        "selective_scan_ref": functions.selective_scan_ref,
-    },
-    "selective_scan": {
-        "selective_scan_fn": functions.vmamba_selective_scan_fn,
-        "selective_scan_ref": functions.vmamba_selective_scan_ref,
-    },
-    "selective_scan_cuda": {"fwd": extensions.mamba_fwd, "bwd": extensions.mamba_bwd},
-    "selective_scan_cuda_core": _EXTENSION,
-    "selective_scan_cuda_oflex": _EXTENSION,
-}
 
 
 def _contents(module: str) -> list[str]:
-    below = [name.removeprefix(f"{module}.") for name in _MODULES if name.startswith(f"{module}.")]
-    return [*_MODULES[module], *(name for name in below if "." not in name)]
+    below = [name.removeprefix(f"{module}.") for name in MODULES if name.startswith(f"{module}.")]
+    return [*MODULES[module], *(name for name in below if "." not in name)]
 
 
 def _missing(module: str, name: str) -> str:
@@ -47,11 +30,11 @@ class _StandIns(MetaPathFinder, Loader):
     """Find and load the stand-ins through the ordinary import machinery."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname in _MODULES:
+        if fullname in MODULES:
             # All are packages, even those without submodules: only for a package does `from m import x` look for m.x.
             return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
         parent, _, name = fullname.rpartition(".")
-        if parent in _MODULES:
+        if parent in MODULES:
             raise ModuleNotFoundError(_missing(parent, name), name=parent)
         return None
 
@@ -61,7 +44,7 @@ class _StandIns(MetaPathFinder, Loader):
 
         module.__doc__ = f"Stand-in for {module.__name__}, made by {_ORIGIN}."
         contents = {"__version__": f"0+kan.mamba.layers.{__version__}", "__getattr__": missing}
-        vars(module).update(contents, **_MODULES[module.__name__])
+        vars(module).update(contents, **MODULES[module.__name__])
 
 
 _FINDER = _StandIns()
@@ -84,9 +67,9 @@ def _original(name: str) -> str | None:
 def install() -> None:
     """Make the stand-ins importable in this process; a second call changes nothing.
 
-    Call it before the code that imports ``mamba_ssm``, ``selective_scan`` or ``selective_scan_cuda``,
-    ``selective_scan_cuda_core``, ``selective_scan_cuda_oflex``. Asking a stand-in for a name that it lacks raises
-    ImportError or AttributeError and lists the names that it has.
+    Call it before the code that imports ``mamba_ssm``, ``causal_conv1d``, ``selective_scan`` or one of the extensions
+    ``selective_scan_cuda*``. Asking a stand-in for a name that it lacks raises ImportError or AttributeError and lists
+    the names that it has.
 
     Raises:
         ImportError: a real module of one of these names is installed or imported; a stand-in never shadows it.
@@ -96,7 +79,7 @@ def install() -> None:
         >>> compat.install()  # doctest: +SKIP
         >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
     """
-    for name in _MODULES:
+    for name in MODULES:
         if "." not in name and (found := _original(name)):
             raise ImportError(
                 f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
@@ -105,7 +88,7 @@ def install() -> None:
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in _MODULES:
+    for name in MODULES:
         importlib.import_module(name)
 
 
@@ -113,6 +96,6 @@ def uninstall() -> None:
     """Remove the stand-ins; functions already imported from them keep working."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    for name in _MODULES:
+    for name in MODULES:
         if name in sys.modules and _is_ours(sys.modules[name]):
             del sys.modules[name]

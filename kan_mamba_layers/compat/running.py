@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Install the stand-ins and run a program as ``python SCRIPT`` or ``python -m MODULE`` would."""
     parser = argparse.ArgumentParser(
         prog="python -m kan_mamba_layers.compat",
-        description="Run a program with stand-ins for mamba_ssm, selective_scan and selective_scan_cuda*.",
+        description="Run a program with stand-ins for mamba_ssm, causal_conv1d and VMamba's selective_scan.",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
     parser.add_argument("target", metavar="TARGET", help="the script to run")

@@ -98,6 +98,12 @@ class Mamba(nn.Module):
         the two directions. The parameter names are those of ``mamba_ssm`` and of Vim, whose weights load strictly.
     """
 
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: StepProjection
+    A_log: nn.Parameter
+    D: nn.Parameter
+
     def __init__(
         self,
         d_model: int,
@@ -278,9 +284,8 @@ class Mamba(nn.Module):
             raise ValueError(
                 "step needs a layer that runs forwards only; a layer with bidirectional=True needs all of x"
             )
-        if isinstance(x, Tensor) and x.ndim == 2:
-            y, state = self.step(x[:, None], state)
-            return y[:, 0], state
+        single = isinstance(x, Tensor) and x.ndim == 2
+        x = x[:, None] if single else x  # b l c
         self._check_input(x)
         batch = x.shape[0]
         conv, scan = state
@@ -288,7 +293,8 @@ class Mamba(nn.Module):
         check_shape("state.scan", scan, (batch, self.d_inner, self.d_state), "b, d, n")
         u, z = self.in_proj(x).mT.chunk(2, 1)  # b d l, b d l
         y, scan = self._scan(u, z, "", state=MambaState(conv, scan))
-        return self.out_proj(y.mT), MambaState(torch.cat([conv, u], -1)[..., -self.d_conv :], scan)
+        y = self.out_proj(y.mT)
+        return y[:, 0] if single else y, MambaState(torch.cat([conv, u], -1)[..., -self.d_conv :], scan)
 
     def _check_input(self, x: Tensor) -> None:
         check_shape("x", x, ("any", "any", self.d_model), "b, l, d_model")

@@ -102,6 +102,38 @@ class TestExtensions:
         assert torch.equal(fwd(*x.values(), True, 1, True)[0], expected)
         assert torch.equal(fwd(*x.values(), True, 1, False)[0], expected.half())
 
+    @pytest.mark.parametrize("softplus", [False, True])
+    def test_states_of_oflex_rh(self, softplus: bool) -> None:
+        """Every state of the recurrence, one step after the other, and the gradients of all of them."""
+        module = importlib.import_module("selective_scan_cuda_oflex_rh")
+        x = {k: v for k, v in make_inputs().items() if k != "C"}
+
+        def plain(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor, D: Tensor) -> Tensor:
+            step = delta + delta_bias[:, None]  # b d l
+            step = step.exp().log1p() if softplus else step
+            state, states = torch.zeros(2, 6, 3, dtype=u.dtype), []
+            for t in range(u.shape[2]):
+                entry = (step * u)[:, :, t, None] * B[..., t].repeat_interleave(3, 1)
+                state = (step[:, :, t, None] * A).exp() * state + entry  # b d n
+                states.append(state)
+            return torch.stack(states, -1) + 0 * D.sum()  # b d n l
+
+        out, grads = gradients(plain, x)
+        arguments = [x[k] for k in ("u", "delta", "A", "B", "D", "delta_bias")]
+        found, packed = module.fwd(*arguments, softplus, 1, True)
+        assert_close("states", found, out, 1e-12)
+        assert_close("last", packed[:, :, -1, 1::2], out[..., -1], 1e-12)
+        weights = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(0)) / 8
+        back = module.bwd(*arguments, weights.double(), packed, softplus, 1)
+        for name, grad in zip(("u", "delta", "A", "B", "D", "delta_bias"), back, strict=True):
+            assert_close(f"d{name}", grad, grads[name], 1e-11)
+        half = [v.bfloat16() if v.ndim > 2 else v.float() for v in arguments[:4]]
+        assert [module.fwd(*half, None, None, softplus, 1, wide)[0].dtype for wide in (True, False)] == [
+            torch.float32,
+            torch.bfloat16,
+        ]
+        assert module.bwd(*half, None, None, weights, None, softplus, 1)[4:] == [None, None]
+
     def test_gate_gradient_goes_where_the_caller_wants_it(self) -> None:
         module = importlib.import_module("selective_scan_cuda")
         x = make_inputs(z=True)

@@ -14,11 +14,25 @@ from stand_ins import EXTENSIONS, TOP, function, python, without_originals
 from helpers import says
 from kan_mamba_layers import compat
 
+INNER = ["mamba_inner_fn", "bimamba_inner_fn"]
 FUNCTIONS = {
-    "mamba_ssm": ["selective_scan_fn"],
-    "mamba_ssm.ops.selective_scan_interface": ["selective_scan_fn", "selective_scan_ref"],
+    "mamba_ssm": ["Mamba", "selective_scan_fn", *INNER],
+    "mamba_ssm.modules.mamba_simple": ["Mamba"],
+    "mamba_ssm.ops.selective_scan_interface": [
+        "selective_scan_fn",
+        "selective_scan_ref",
+        "mamba_inner_fn_no_out_proj",
+        *INNER,
+    ],
+    "mamba_ssm.ops.triton.layer_norm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
+    "mamba_ssm.ops.triton.layernorm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
+    "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update"],
+    "mamba_ssm.utils.generation": ["GenerationMixin"],
+    "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
+    "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update"],
+    "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_update"],
     "selective_scan": ["selective_scan_fn", "selective_scan_ref"],
-    **{name: ["fwd", "bwd"] for name in EXTENSIONS},
+    **{name: ["fwd", "bwd"] for name in (*EXTENSIONS, "selective_scan_cuda_oflex_rh")},
 }
 pytestmark = without_originals
 
@@ -89,10 +103,11 @@ class TestWhatIsMissing:
     @pytest.mark.parametrize(
         ("statement", "present"),
         [
-            ("from mamba_ssm import Mamba", "selective_scan_fn"),
-            ("from mamba_ssm.modules.mamba_simple import Mamba", "ops"),
-            ("import mamba_ssm.ops.triton.layer_norm", "selective_scan_interface"),
-            ("from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn", "selective_scan_ref"),
+            ("from mamba_ssm import Mamba2", "selective_scan_fn"),
+            ("from mamba_ssm.modules.mamba2 import Mamba2", "mamba_simple"),
+            ("import mamba_ssm.ops.triton.ssd_combined", "layer_norm"),
+            ("from mamba_ssm.ops.selective_scan_interface import rms_norm_forward", "selective_scan_ref"),
+            ("from causal_conv1d import causal_conv1d_varlen_states", "causal_conv1d_fn"),
             ("from selective_scan_cuda_core import backward", "bwd"),
         ],
     )
@@ -102,6 +117,12 @@ class TestWhatIsMissing:
 
     def test_attribute_says_what_there_is(self) -> None:
         module = importlib.import_module("mamba_ssm")
-        assert not hasattr(module, "Mamba")
-        with pytest.raises(AttributeError, match=says("'Mamba'", "selective_scan_fn, ops")):
-            _ = module.Mamba
+        assert not hasattr(module, "Mamba2")
+        with pytest.raises(AttributeError, match=says("'Mamba2'", "Mamba, selective_scan_fn", "modules, ops, utils")):
+            _ = module.Mamba2
+
+    def test_language_models_are_refused_by_name(self) -> None:
+        with pytest.raises(NotImplementedError, match=says("load_config_hf", "language models")):
+            function("mamba_ssm.utils.hf", "load_config_hf")("state-spaces/mamba-130m")
+        with pytest.raises(NotImplementedError, match=says("generate", "language models")):
+            function("mamba_ssm.utils.generation", "GenerationMixin")().generate()

@@ -1,0 +1,59 @@
+"""What can be imported where."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kan_mamba_layers.compat import (
+    convolution,
+    extensions,
+    functions,
+    inner,
+    language,
+    modules,
+    normalization,
+    state_update,
+)
+
+
+def _named(*objects: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {found.__name__: found for found in objects}
+
+
+_CONVOLUTION = _named(convolution.causal_conv1d_fn, convolution.causal_conv1d_update)
+_INNER = _named(inner.mamba_inner_fn, inner.bimamba_inner_fn)
+_EXTENSION: dict[str, Callable[..., Any]] = {"fwd": extensions.oflex_fwd, "bwd": extensions.oflex_bwd}
+
+# Every module, its parents before it, and the names in it besides its submodules.
+MODULES: dict[str, dict[str, Callable[..., Any]]] = {
+    "mamba_ssm": _named(modules.Mamba, functions.selective_scan_fn) | _INNER,
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": _named(modules.Mamba),
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": _named(
+        functions.selective_scan_fn, functions.selective_scan_ref, inner.mamba_inner_fn_no_out_proj
+    )
+    | _INNER,
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": _named(
+        normalization.RMSNorm, normalization.layer_norm_fn, normalization.rms_norm_fn
+    ),
+    "mamba_ssm.ops.triton.layernorm": {
+        "RMSNorm": normalization.RMSNorm,
+        "layer_norm_fn": normalization.layernorm_layer_norm_fn,
+        "rms_norm_fn": normalization.layernorm_rms_norm_fn,
+    },
+    "mamba_ssm.ops.triton.selective_state_update": _named(state_update.selective_state_update),
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": _named(language.GenerationMixin),
+    "mamba_ssm.utils.hf": _named(language.load_config_hf, language.load_state_dict_hf),
+    "causal_conv1d": _CONVOLUTION,
+    "causal_conv1d.causal_conv1d_interface": _CONVOLUTION,
+    "selective_scan": {
+        "selective_scan_fn": functions.vmamba_selective_scan_fn,
+        "selective_scan_ref": functions.vmamba_selective_scan_ref,
+    },
+    "selective_scan_cuda": {"fwd": extensions.mamba_fwd, "bwd": extensions.mamba_bwd},
+    "selective_scan_cuda_core": _EXTENSION,
+    "selective_scan_cuda_oflex": _EXTENSION,
+    "selective_scan_cuda_oflex_rh": {"fwd": extensions.states_fwd, "bwd": extensions.states_bwd},
+}

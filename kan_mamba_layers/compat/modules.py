@@ -1,0 +1,158 @@
+"""Stand-in for the class ``Mamba`` of ``mamba_ssm``, with the forms that Vim and SegMamba add to it."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers import Mamba as Layer
+from kan_mamba_layers._check import check_choice, check_int
+from kan_mamba_layers.compat.inner import bimamba_inner_fn
+from kan_mamba_layers.layers.mamba import MambaState
+from kan_mamba_layers.ops.precision import compute_dtype
+
+Form = Literal["none", "v1", "v2", "v3"]
+
+
+class Mamba(Layer):
+    """:class:`kan_mamba_layers.Mamba` with the constructor and the methods of the originals.
+
+    ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
+    Vim; ``"v3"`` in SegMamba: ``"v2"`` and a third scan, which visits the ``nslices`` equal parts of the sequence in
+    turn, first the first position of each part, then the second. ``if_divide_out`` halves the sum in ``"v2"``, and
+    ``init_layer_scale`` adds a factor ``gamma`` per output channel. ``use_fast_path`` has no effect: there is one path,
+    which runs all directions. ``layer_idx`` is the key of this layer's state in ``inference_params``.
+    """
+
+    A_b_log: nn.Parameter
+    gamma: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        bimamba_type: Form = "none",
+        *,
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+        nslices: int = 5,
+    ) -> None:
+        check_choice("bimamba_type", bimamba_type, ("none", "v1", "v2", "v3"))
+        check_int("nslices", nslices, 1)
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias,
+            bias=bias,
+            bidirectional=bimamba_type in ("v2", "v3"),
+            if_divide_out=if_divide_out and bimamba_type == "v2",
+            device=device,
+            dtype=dtype,
+        )
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+        self.bimamba_type = bimamba_type
+        self.nslices = nslices
+        self.init_layer_scale = init_layer_scale
+        self.bidirectional = bimamba_type != "none"
+        self.register_parameter("gamma", None)
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.empty_like(self.out_proj.weight[:, 0]))
+        if bimamba_type == "v1":
+            self.A_b_log = nn.Parameter(torch.empty_like(self.A_log))
+            self.A_b_log._no_weight_decay = True  # type: ignore[attr-defined]
+        if bimamba_type == "v3":
+            self._add_direction("_s", conv_bias)
+        self._reset_additions()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()
+        self._reset_additions()
+
+    @torch.no_grad()
+    def _reset_additions(self) -> None:
+        if self.gamma is not None and self.init_layer_scale is not None:
+            self.gamma.fill_(self.init_layer_scale)
+        if self.bimamba_type == "v1":
+            self.A_b_log.copy_(self.A_log)
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # b l c
+        if inference_params is not None:
+            out = self._continue(hidden_states, inference_params)
+        elif self.bimamba_type == "v1":
+            out = self._both_ways(hidden_states)
+        else:
+            out = super().forward(hidden_states)
+        return out if self.gamma is None else out * self.gamma
+
+    def _both_ways(self, x: Tensor) -> Tensor:  # b l c
+        self._check_input(x)
+        weights = (self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight)
+        A, A_b = (-torch.exp(log.to(compute_dtype(x))) for log in (self.A_log, self.A_b_log))
+        projections = (self.out_proj.weight, self.out_proj.bias)
+        xz = self.in_proj(x).mT  # b 2d l
+        return bimamba_inner_fn(xz, *weights, *projections, A, A_b, D=self.D, delta_bias=self.dt_proj.bias)
+
+    def _scan_all(self, u: Tensor, z: Tensor, hidden: Tensor | None) -> Tensor:  # b d l
+        y = super()._scan_all(u, z, hidden)
+        if self.bimamba_type != "v3":
+            return y
+        length, slices = u.shape[-1], self.nslices
+        if length % slices:
+            raise ValueError(f"the length of the sequence must be a multiple of nslices={slices}, got {length}")
+        u, z = (v.unflatten(-1, (slices, -1)).mT.flatten(-2) for v in (u, z))  # b d l: across the parts
+        across, _ = self._scan(u, z, "_s")
+        return y + across.unflatten(-1, (-1, slices)).mT.flatten(-2)
+
+    def _continue(self, x: Tensor, inference_params: Any) -> Tensor:  # b l c
+        """A sequence's beginning, or its next position, with the state in ``inference_params``."""
+        if self.layer_idx is None:
+            raise ValueError("inference_params needs a layer with a number; pass layer_idx to the constructor")
+        memory, batch = inference_params.key_value_memory_dict, x.shape[0]
+        if self.layer_idx not in memory:
+            memory[self.layer_idx] = self.allocate_inference_cache(batch, 0)
+        cache = memory[self.layer_idx]
+        if inference_params.seqlen_offset == 0:
+            for part in cache:
+                part.zero_()
+        return self.step(x, *cache)[0]
+
+    def step(  # type: ignore[override]
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the next positions (b l c), update the two states in place, and return the output and them."""
+        out, state = super().step(hidden_states, MambaState(conv_state, ssm_state))
+        with torch.no_grad():
+            conv_state.copy_(state.conv)
+            ssm_state.copy_(state.scan)
+        return out, conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The two states before the first position, in the dtype of the weights if none is given."""
+        conv, scan = (part.to(dtype or self.in_proj.weight.dtype) for part in self.allocate_state(batch_size))
+        return conv, scan
