@@ -5,6 +5,7 @@ from typing import Any
 
 from kan_mamba_layers.compat import (
     convolution,
+    directions,
     extensions,
     functions,
     inner,
@@ -56,4 +57,7 @@ MODULES: dict[str, dict[str, Callable[..., Any]]] = {
     "selective_scan_cuda_core": _EXTENSION,
     "selective_scan_cuda_oflex": _EXTENSION,
     "selective_scan_cuda_oflex_rh": {"fwd": extensions.states_fwd, "bwd": extensions.states_bwd},
+    "csm_triton": _named(directions.cross_scan_fn, directions.cross_merge_fn),
 }
+# A file of VMamba and its descendants, not a package: the stand-in is for where theirs is not on the path.
+YIELDING = frozenset({"csm_triton"})

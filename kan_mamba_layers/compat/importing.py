@@ -4,12 +4,12 @@ import importlib
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 from kan_mamba_layers import __version__
-from kan_mamba_layers.compat.contents import MODULES
+from kan_mamba_layers.compat.contents import MODULES, YIELDING
 
 _ORIGIN = "kan_mamba_layers.compat"
 
@@ -30,6 +30,8 @@ class _StandIns(MetaPathFinder, Loader):
     """Find and load the stand-ins through the ordinary import machinery."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname in YIELDING and PathFinder.find_spec(fullname) is not None:
+            return None
         if fullname in MODULES:
             # All are packages, even those without submodules: only for a package does `from m import x` look for m.x.
             return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
@@ -80,7 +82,7 @@ def install() -> None:
         >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
     """
     for name in MODULES:
-        if "." not in name and (found := _original(name)):
+        if "." not in name and name not in YIELDING and (found := _original(name)):
             raise ImportError(
                 f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
                 "or uninstall it",
@@ -88,7 +90,7 @@ def install() -> None:
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in MODULES:
+    for name in MODULES.keys() - YIELDING:
         importlib.import_module(name)
 
 

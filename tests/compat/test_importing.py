@@ -31,6 +31,7 @@ FUNCTIONS = {
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
     "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update"],
     "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_update"],
+    "csm_triton": ["cross_scan_fn", "cross_merge_fn"],
     "selective_scan": ["selective_scan_fn", "selective_scan_ref"],
     **{name: ["fwd", "bwd"] for name in (*EXTENSIONS, "selective_scan_cuda_oflex_rh")},
 }
@@ -89,6 +90,16 @@ class TestInstalling:
             compat.install()
         compat.uninstall()
         assert sys.modules["selective_scan"] is theirs
+
+    def test_yields_to_a_file_of_the_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "csm_triton.py").write_text("theirs = True")
+        monkeypatch.syspath_prepend(tmp_path)
+        compat.install()
+        try:
+            assert "csm_triton" not in sys.modules and importlib.import_module("csm_triton").theirs
+        finally:
+            compat.uninstall()
+            del sys.modules["csm_triton"]
 
     def test_a_folder_of_sources_is_no_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "selective_scan" / "csrc").mkdir(parents=True)
