@@ -278,6 +278,7 @@ class Mamba(nn.Module):
             The output, shaped as ``x``, and the state for the next call.
 
         Raises:
+            TypeError: an argument has the wrong type.
             ValueError: a shape does not fit, or the layer is bidirectional.
         """
         if self.bidirectional:
@@ -287,8 +288,9 @@ class Mamba(nn.Module):
         single = isinstance(x, Tensor) and x.ndim == 2
         x = x[:, None] if single else x  # b l c
         self._check_input(x)
-        batch = x.shape[0]
-        conv, scan = state
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(f"state must be what allocate_state or step returned, got {type(state).__name__}")
+        batch, (conv, scan) = x.shape[0], state
         check_shape("state.conv", conv, (batch, self.d_inner, self.d_conv), "b, d, d_conv")
         check_shape("state.scan", scan, (batch, self.d_inner, self.d_state), "b, d, n")
         u, z = self.in_proj(x).mT.chunk(2, 1)  # b d l, b d l

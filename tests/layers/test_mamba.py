@@ -314,6 +314,8 @@ class TestErrors:
         layer = Mamba(4)
         with pytest.raises(ValueError, match=says("state.conv must", r"\(2, 8, 4\)", r"\(3, 8, 4\)")):
             layer.step(torch.zeros(2, 4), layer.allocate_state(3))
+        with pytest.raises(TypeError, match=says("state must", "allocate_state", "Tensor")):
+            layer.step(torch.zeros(2, 4), torch.zeros(2, 8, 4))
         with pytest.raises(ValueError, match=says("x must", r"\(2, 1, 5\)")):
             layer.step(torch.zeros(2, 5), layer.allocate_state(2))
         with pytest.raises(ValueError, match=says("step", "bidirectional=True")):
