@@ -90,8 +90,9 @@ def install() -> None:
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in MODULES.keys() - YIELDING:
-        importlib.import_module(name)
+    for name in MODULES:
+        if name not in YIELDING:
+            importlib.import_module(name)
 
 
 def uninstall() -> None:

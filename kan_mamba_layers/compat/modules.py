@@ -154,5 +154,5 @@ class Mamba(Layer):
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The two states before the first position, in the dtype of the weights if none is given."""
-        conv, scan = (part.to(dtype or self.in_proj.weight.dtype) for part in self.allocate_state(batch_size))
+        conv, scan = (part.to(dtype or self.conv1d.weight.dtype) for part in self.allocate_state(batch_size))
         return conv, scan

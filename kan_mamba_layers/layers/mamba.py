@@ -261,7 +261,7 @@ class Mamba(nn.Module):
     def allocate_state(self, batch: int) -> MambaState:
         """The state before the first position, for :meth:`step`: zeros ``conv`` (b d d_conv) and ``scan`` (b d n)."""
         check_int("batch", batch, 0)
-        weight = self.in_proj.weight
+        weight = self.conv1d.weight
         conv = weight.new_zeros(batch, self.d_inner, self.d_conv)
         return MambaState(conv, weight.new_zeros(batch, self.d_inner, self.d_state, dtype=compute_dtype(weight)))
 

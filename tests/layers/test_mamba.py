@@ -266,6 +266,7 @@ class TestParameters:
         quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(layer), {torch.nn.Linear})
         assert type(quantised.in_proj) is not torch.nn.Linear
         assert_close("out", quantised(x), layer(x), 0.05)
+        assert_close("out", quantised.step(x, quantised.allocate_state(2))[0], layer(x), 0.05)
 
     def test_is_traced_whole(self) -> None:
         layer, x = Mamba(4, bidirectional=True), torch.randn(2, 6, 4)
