@@ -227,6 +227,7 @@ class Lab(LightningCLI):
     def load(self, model: Segmentation) -> int:
         """Give the network the weights of the run, and return their epoch."""
         content = read_checkpoint(self.checkpoint)
+        self.datamodule.load_state_dict(content.get(type(self.datamodule).__qualname__, {}))
         try:
             model.load_state_dict(content["state_dict"])
         except RuntimeError as error:

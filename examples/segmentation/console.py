@@ -34,6 +34,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for remark in REMARKS:
         warnings.filterwarnings("ignore", f".*{remark}")
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # sentences, without a place in the code
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -122,7 +122,7 @@ class Segmentation(lightning.LightningModule):
         return {"row": score_image(self.task, item, classes, truth), "classes": classes}
 
     def predict_step(self, path: Path) -> Prediction:
-        return predict_file(path, self.task, self.classes_of)
+        return predict_file(path, self.task, self.classes_of, self.trainer.datamodule.cuts)
 
     def classes_of(self, image: Pixels) -> NDArray[np.uint8]:
         """Class numbers (h w) of an image (h w c) of any size."""

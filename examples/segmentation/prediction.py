@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from PIL import Image
 
 from segmentation.data import simpleitk
 from segmentation.data.ellipse import head_circumference
-from segmentation.data.formats.files import VOLUMES, positive, read_rows, stem
-from segmentation.data.formats.voxels import read_volume, sagittal, to_pixels
-from segmentation.data.item import Pixels, read_image
+from segmentation.data.formats.files import VOLUMES, find_columns, positive, read_rows, stem
+from segmentation.data.formats.voxels import Cut, lay, read_header, read_volume
+from segmentation.data.item import Pixels, read_image, to_pixels
 from segmentation.figures import overlay
 from segmentation.runs import whole_file
 from segmentation.tasks import Task
@@ -28,22 +29,34 @@ class Prediction:
     """What was found in a file; `image` (h w c) is None for a volume, `classes` None where the file cannot be read."""
 
     path: Path
-    classes: NDArray[np.uint8] | None = None  # h w, or s h w: sagittal slices
+    classes: NDArray[np.uint8] | None = None  # h w, or the voxels of a volume in the order of its file
     image: Pixels | None = None
     reason: str = ""
 
 
-def predict_file(path: Path, task: Task, classify: Classify) -> Prediction:
-    """Class numbers of an image, or of every sagittal slice of a volume."""
+def predict_file(path: Path, task: Task, classify: Classify, cuts: Sequence[Cut] = ()) -> Prediction:
+    """Class numbers of an image, or of every slice of a volume, cut as the volumes of the training were."""
     try:
         if path.name.lower().endswith(VOLUMES):
-            planes = to_pixels(simpleitk.GetArrayFromImage(sagittal(read_volume(path))), path)  # s h w
-            colours = (plane[..., None].repeat(task.in_channels, axis=2) for plane in planes)
-            return Prediction(path, np.stack([classify(plane) for plane in colours]))
+            return Prediction(path, predict_volume(path, task, classify, cuts))
         image = read_image(path, task.in_channels)
         return Prediction(path, classify(image), image)
     except (ValueError, OSError) as error:
         return Prediction(path, reason=str(error))
+
+
+def predict_volume(path: Path, task: Task, classify: Classify, cuts: Sequence[Cut]) -> NDArray[np.uint8]:
+    """Class numbers of all voxels of a volume, in the order of its file."""
+    volume = read_volume(path)
+    laid = lay(volume, cuts, path)
+    planes = to_pixels(simpleitk.GetArrayFromImage(laid), path)  # s h w
+    colours = (plane[..., None].repeat(task.in_channels, axis=2) for plane in planes)
+    labels = simpleitk.GetImageFromArray(np.stack([classify(plane) for plane in colours]))
+    labels.CopyInformation(laid)
+    # Axes were only exchanged and turned, so every voxel of the file has exactly one of these at its place.
+    labels = simpleitk.Resample(labels, volume, simpleitk.Transform(), simpleitk.sitkNearestNeighbor)
+    classes: NDArray[np.uint8] = simpleitk.GetArrayFromImage(labels)
+    return classes
 
 
 def write_prediction(found: Prediction, task: Task, out: Path, sizes: dict[str, float]) -> dict[str, Any]:
@@ -56,7 +69,9 @@ def write_prediction(found: Prediction, task: Task, out: Path, sizes: dict[str, 
     write_mask(classes, task, out / f"{name}.png")
     save(Image.fromarray(overlay(found.image, classes)), out / f"{name}-overlay.png")
     if sizes:
-        size = sizes.get(found.path.name)
+        size = sizes.get(name)
+        if size is None:
+            warnings.warn(f"no pixel size is given for {found.path.name}: its hc_mm stays empty", stacklevel=2)
         row["hc_mm"] = None if size is None else head_circumference(classes, (size, size))
     return row
 
@@ -67,12 +82,11 @@ def write_mask(classes: NDArray[np.uint8], task: Task, path: Path) -> None:
 
 
 def write_volume(found: Prediction, path: Path) -> None:
-    """Write class numbers (s h w) as a volume on the grid of the file they come from."""
-    volume = read_volume(found.path)
-    labels = simpleitk.GetImageFromArray(found.classes)
-    labels.CopyInformation(sagittal(volume))
-    # Axes were only exchanged and turned, so every voxel of the file has exactly one of these at its place.
-    labels = simpleitk.Resample(labels, volume, simpleitk.Transform(), simpleitk.sitkNearestNeighbor)
+    """Write class numbers as a volume on the grid of the file they come from."""
+    labels, header = simpleitk.GetImageFromArray(found.classes), read_header(found.path)
+    labels.SetSpacing(header.GetSpacing())
+    labels.SetOrigin(header.GetOrigin())
+    labels.SetDirection(header.GetDirection())
     with whole_file(path) as draft:
         simpleitk.WriteImage(labels, str(draft), useCompression=True)
 
@@ -84,12 +98,12 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def read_pixel_sizes(table: Path) -> dict[str, float]:
-    """Millimetres a pixel of each file name, from a table as HC18 has them."""
+    """Millimetres a pixel by the stems of file names, from a table as HC18 has them."""
     if not table.is_file():
         raise FileNotFoundError(f"pixel_size_csv {str(table)!r} does not exist")
     columns, rows = read_rows(table)
-    titles = {column.lower().replace(" ", ""): column for column in columns}
-    if missing := [title for title in ("filename", "pixelsize(mm)") if title not in titles]:
-        raise ValueError(f"{table} has no column {missing[0]!r}: it needs filename and pixel size(mm)")
-    name, size = titles["filename"], titles["pixelsize(mm)"]
-    return {row[name]: positive(row[size], size, f"{table} line {line}") for line, row in enumerate(rows, start=2)}
+    name, size = find_columns(table, columns, ("filename", "pixel size"))
+    return {
+        stem(Path(row.get(name, ""))): positive(row.get(size, ""), size, f"{table} line {line}")
+        for line, row in enumerate(rows, start=2)
+    }

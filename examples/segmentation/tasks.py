@@ -20,6 +20,7 @@ from monai.transforms import (
 )
 
 KEYS = ("image", "mask")
+CHANNELS = {"grey": 1, "rgb": 3}  # of own tasks
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Task:
     in_channels: int
     labels: dict[int, str]
     augmentation: Callable[[int], list[Transform]]
+    mask_threshold: int | None = None  # in masks with greys of one class, what is brighter is the class
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -50,10 +52,27 @@ class Task:
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`."""
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    """The task called `name`, or one described by it: `grey:` or `rgb:` and the classes, as in `rgb:hair,skin`.
+
+    Its masks hold 1, 2, ... in the order of the classes (of one class 1 or 255), or the values that are given, as in
+    `rgb:hair=50,skin=100`. It is trained without flips, which not every anatomy allows.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    colour, _, classes = name.partition(":")
+    pairs = [part.strip().partition("=") for part in classes.split(",")]
+    usual = range(1, 1 + len(pairs)) if len(pairs) > 1 else [255]
+    try:
+        labels = {int(value or k): label.strip() for k, (label, _, value) in zip(usual, pairs, strict=True)}
+    except ValueError:
+        labels = {}
+    whole = len(labels) == len(set(labels.values())) == len(pairs) and all(labels.values())
+    if colour not in CHANNELS or not whole or not 0 < min(labels) <= max(labels) < 256:
+        raise ValueError(
+            f"task {name!r} is unknown: choose one of {', '.join(TASKS)}, or describe your own as grey:CLASS,... or "
+            "rgb:CLASS,... (or CLASS=VALUE, the value in masks, from 1 to 255)"
+        )
+    return Task(name, ", ".join(labels.values()), CHANNELS[colour], labels, _sagittal)
 
 
 def _affine(size: int, degrees: float, shift: float, zoom: float, outside: str = "zeros") -> RandAffined:

@@ -6,8 +6,10 @@ understood is said in `formats`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -24,23 +27,28 @@ from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
 from segmentation.data.formats.files import list_files, subfolders
+from segmentation.data.formats.voxels import Cut
 from segmentation.data.item import Item, to_input, to_target
 from segmentation.tasks import Task, get_task
 
 # A module has `fits(folder)`, `items(task, folder)` and says in its docstring what fits. The first is taken.
 FORMATS = (table, isic, hc18, busi, nnunet, spider, myosegmentum, folders)
 DEPTH = 5  # how far below the given folder the data set may lie
+THREADS = 4  # that read images: one of 27 megapixels takes half a gigabyte meanwhile
+SHOWN = 5  # names in a remark
 
 
-def find_items(task: Task, folder: Path) -> list[Item]:
+def find_items(task: Task, folder: Path, fold: int | None = None) -> list[Item]:
     """The items of a data folder, sorted by id: images are found and paired with their masks, and read when used.
 
-    `folder` may also be one that holds exactly one data set, such as what an archive was unpacked into.
+    `folder` may also be one that holds exactly one data set, such as what an archive was unpacked into. With a `fold`
+    the sides are those of that fold, where the data set has folds of its own.
     """
     name = f"data.folder {str(folder)!r}"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{name} is not a folder: give the folder with images/, masks/, items.csv, or a data set as downloaded"
+            f"{name} is not a folder: give the folder with images/, masks/, items.csv, or a data set as downloaded "
+            f"(looked for {folder.absolute()})"
         )
     hits = _search(folder, DEPTH)
     if len(hits) > 1:
@@ -49,7 +57,12 @@ def find_items(task: Task, folder: Path) -> list[Item]:
         known = "".join(f"\n  {' '.join((known.__doc__ or '').split())}" for known in FORMATS)
         raise ValueError(f"{name} holds nothing that is understood. Understood are:{known}")
     [(found, place)] = hits
-    items = sorted(found.items(task, place), key=lambda item: item.id)
+    own_folds = {"fold": fold or 0} if found is nnunet else {}
+    items = sorted(found.items(task, place, **own_folds), key=lambda item: item.id)
+    if fold is not None and not own_folds and any(item.split == "val" for item in items):
+        raise ValueError(
+            f"data.fold {fold} would move the validation images that {str(place)!r} itself has: leave it out"
+        )
     if not items:
         raise ValueError(f"data.folder {str(place)!r} holds no image with a label of task {task.name!r}")
     return items
@@ -62,24 +75,25 @@ def _search(folder: Path, depth: int) -> list[tuple[ModuleType, Path]]:
     return [hit for inner in subfolders(folder) for hit in _search(inner, depth - 1)] if depth else []
 
 
-def load(items: Sequence[Item], size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
-    """Images (n c size size), masks (n 1 size size) and `splits.difference_hash` (n 256) of all items.
+def load(items: Sequence[Item], size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], NDArray[np.float32]]:
+    """Images (n c size size), masks (n 1 size size), `splits.difference_hash` and `splits.edges` (n d).
 
     Images are kept in half precision, which holds 8 and 11 bits exactly.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         read = list(pool.map(partial(_load, size=size), items))
     if broken := [str(result) for result in read if isinstance(result, Exception)]:
         shown = "".join(f"\n  {message}" for message in broken[:20])
         raise ValueError(f"{len(broken)} of {len(items)} images or masks cannot be used:{shown}")
-    images, masks, hashes = zip(*read, strict=True)
-    return torch.stack(images), torch.stack(masks), np.stack(hashes)
+    images, masks, hashes, edges = zip(*read, strict=True)
+    return torch.stack(images), torch.stack(masks), np.stack(hashes), np.stack(edges)
 
 
-def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_]] | Exception:
+def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], NDArray[np.float32]] | Exception:
     try:
         image, mask = item.read()
-        return to_input(image, size).half(), to_target(mask, size), splits.difference_hash(image)
+        pair = to_input(image, size).half(), to_target(mask, size)
+        return *pair, splits.difference_hash(image), splits.edges(image)
     except (ValueError, OSError) as error:
         return error
 
@@ -118,7 +132,8 @@ class SegmentationData(lightning.LightningDataModule):
     """The data of one run.
 
     Args:
-        task: isic2017, fetal_head, lumbar_spine, breast_lesion, spine_vertebrae or spine_structures.
+        task: isic2017, fetal_head, lumbar_spine, breast_lesion, spine_vertebrae or spine_structures; or your own,
+            as "rgb:hair,skin" or "grey:lesion=77", with the values in masks where they are not 1, 2, ...
         folder: images and masks, as `formats` understands them; without it, the synthetic demo of the task.
         image_size: sides of the squares that images are squashed to.
         batch_size: images in one batch.
@@ -127,6 +142,10 @@ class SegmentationData(lightning.LightningDataModule):
         limit: at most that many images, as whole subjects.
         split: a split.json to follow, which then decides on the sides.
         split_seed: seed of the split and of the choice under `limit`.
+        fold: which part of the subjects to validate on, from 0; instead of val_fraction.
+        folds: number of parts that the subjects, without those of the test, are divided into.
+        duplicate_bits: images count as the same where so few of 256 bits differ and their edges agree; 0: no check.
+        mask_threshold: in masks with greys, from 0 to 254, what is brighter is the class.
         seed: seed of order and augmentation.
         augment: whether training images are augmented.
         num_workers: processes that augment images.
@@ -140,6 +159,7 @@ class SegmentationData(lightning.LightningDataModule):
     table: splits.Table  # what `splits.write_split` writes
     first_epoch = 0  # the one that training begins with, more than 0 where it is resumed
     inputs: Sequence[Path] = ()  # images, volumes and folders of them, to predict
+    cuts: Sequence[Cut] = ()  # how the volumes of the training were cut, the most frequent way first
 
     def __init__(
         self,
@@ -153,6 +173,10 @@ class SegmentationData(lightning.LightningDataModule):
         limit: int | None = None,
         split: Path | None = None,
         split_seed: int = 0,
+        fold: int | None = None,
+        folds: int = 5,
+        duplicate_bits: int = 8,
+        mask_threshold: int | None = None,
         seed: int = 0,
         augment: bool = True,
         num_workers: int = 0,
@@ -163,9 +187,17 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.image_size {image_size} is too small: networks halve it five times, use 32 or more")
         if batch_size < 1:
             raise ValueError(f"data.batch_size {batch_size} must be at least 1")
+        if folds < 2 or not 0 <= (fold or 0) < folds:
+            raise ValueError(f"data.fold {fold} of data.folds {folds}: give two folds or more, and count from 0")
+        if not 0 <= duplicate_bits <= 256:
+            raise ValueError(f"data.duplicate_bits {duplicate_bits} must lie between 0 (no check) and 256")
+        if not 0 <= (mask_threshold or 0) < 255:
+            raise ValueError(f"data.mask_threshold {mask_threshold} must lie between 0 and 254, e.g. 127")
         splits.check_fractions(val_fraction, test_fraction)
-        self.task, self.folder, self.image_size, self.batch_size = get_task(task), folder, image_size, batch_size
+        self.task = replace(get_task(task), mask_threshold=mask_threshold)
+        self.folder, self.image_size, self.batch_size = folder, image_size, batch_size
         self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        self.fold, self.folds, self.duplicate_bits = fold, folds, duplicate_bits
         self.limit, self.split = limit, split
         self.seed, self.augment, self.num_workers, self.side = seed, augment, num_workers, side or "test"
         self._done: set[Callable[[], None]] = set()
@@ -179,31 +211,74 @@ class SegmentationData(lightning.LightningDataModule):
 
     def _setup_fit(self) -> None:
         items = self._find()
-        images, masks, hashes = load(items, self.image_size)
+        images, masks, *looks = load(items, self.image_size)
         if self.split is None:
-            items = splits.split_items(splits.join_duplicates(items, hashes), *self.fractions, self.split_seed)
-            with ThreadPoolExecutor() as pool:
-                self.table = splits.split_table(items, list(pool.map(splits.file_hash, items)))
-        else:
-            self.table = splits.read_split(self.split)
-        self.items, self.test_items = items, [item for item in items if item.split == "test"]
+            items = self._divide(items, splits.look_alikes(items, *looks, self.duplicate_bits))
         for side in ("train", "val"):
             chosen = [index for index, item in enumerate(items) if item.split == side]
             pairs = [items[index] for index in chosen], images[chosen], masks[chosen]
             setattr(self, f"{side}_set", ImageSet(self.task, *pairs, side == "train", self.seed, self.augment))
+        self.items = [item for item in items if item.split]
+        self.test_items = [item for item in items if item.split == "test"]
+        if self.split is None:
+            with ThreadPoolExecutor(THREADS) as pool:
+                self.table = splits.split_table(self.items, list(pool.map(splits.file_hash, self.items)))
+        else:
+            self.table = splits.read_split(self.split)
+        self.cuts = [cut for cut, _ in Counter(item.cut for item in self.items if any(item.cut)).most_common()]
+        present = self.train_set.masks.unique().tolist()
+        if absent := [name for number, name in enumerate(self.task.class_names, start=1) if number not in present]:
+            rank_zero_warn(f"no mask of the {len(self.train_set)} training images holds {', '.join(absent)}")
+
+    def _divide(self, items: Sequence[Item], pairs: NDArray[np.intp]) -> list[Item]:
+        """The items on their sides; without a side where one of a pair that looks alike is on another side."""
+        items = splits.join_look_alikes(items, pairs)
+        sizes = Counter(item.group for item in items)
+        if joined := [
+            item.id for item in sorted(items, key=lambda item: item.group) if item.own_group and sizes[item.group] > 1
+        ]:
+            rank_zero_warn(f"{len(joined)} images joined because they look alike: {_listed(joined)}")
+        items = splits.split_items(items, *self.fractions, self.split_seed, self.fold, self.folds)
+        if both := splits.part_look_alikes(items, pairs):
+            left_out = {first.id for first, _ in both}
+            names = [[f"{item.files[0] if item.files else item.id} ({item.split})" for item in pair] for pair in both]
+            likes = _listed([" like ".join(pair) for pair in names])
+            rank_zero_warn(f"{len(left_out)} images left out because they look like images of another side: {likes}")
+            items = [replace(item, split="") if item.id in left_out else item for item in items]
+            if missing := set(splits.SIDES) - {item.split for item in items}:
+                raise ValueError(
+                    f"no {min(missing)} image is left, since each looks like one of another side, as {likes}: "
+                    "--data.duplicate_bits 0 keeps them"
+                )
+        return items
 
     def _setup_test(self) -> None:
         items = self.items if self._setup_fit in self._done else self._find()
         self.test_items = [item for item in items if self.side in ("all", item.split)]
         if not self.test_items:
             raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")
+        scored = [item.cut for item in self.test_items]
+        known, planes = ({plane for plane, _ in cuts if plane} for cuts in (self.cuts, scored))
+        if known and planes - known:
+            rank_zero_warn(
+                f"slices whose columns and rows point to {', '.join(sorted(planes))} are scored, but those of the "
+                f"training point to {', '.join(sorted(known))}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps for predictions."""
+        return {"cuts": [list(cut) for cut in self.cuts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.cuts = [(plane, way) for plane, way in state_dict.get("cuts", ())]
 
     def _setup_predict(self) -> None:
         self._files = list_files(self.inputs)
 
     def _find(self) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
-        items = demo_items(self.task, self.image_size) if self.folder is None else find_items(self.task, self.folder)
+        found = partial(find_items, self.task, self.folder, self.fold)
+        items = demo_items(self.task, self.image_size) if self.folder is None else found()
         if len({item.id for item in items}) < len(items):
             raise ValueError(f"data.folder {str(self.folder)!r} holds two images of one id: rename one of them")
         if self.limit is not None and self.split is None:
@@ -242,3 +317,7 @@ class SegmentationData(lightning.LightningDataModule):
 
 def _itself(batch: Any) -> Any:
     return batch
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], "..."] if len(names) > SHOWN else names)

@@ -23,7 +23,8 @@ SIDES = ("train", "val", "test")
 Table = dict[str, dict[str, str]]
 
 HASH_SIDE = 16  # pixels: 16 x 16 differences, 256 bits
-DUPLICATE_BITS = 8  # images that differ in no more bits of their hashes are near-duplicates
+EDGES_SIDE = 64  # pixels
+CORRELATION = 0.9  # of the edges of look-alikes: the near-duplicates in ISIC 2017, HC18 and BUSI reach 0.92
 
 
 def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
@@ -45,11 +46,14 @@ def ranked_groups(items: Iterable[Item], seed: int) -> list[str]:
     )
 
 
-def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float, seed: int) -> list[Item]:
+def split_items(
+    items: Sequence[Item], val_fraction: float, test_fraction: float, seed: int, fold: int | None = None, folds: int = 5
+) -> list[Item]:
     """The items with their side filled in: as the data set says, and where it says nothing, fractions of the subjects.
 
     A data set that names `train` alone is divided into all three; one that names `train` and `val`, or `train` and
-    `test`, gives the missing side from the training subjects; one that names all three is followed.
+    `test`, gives the missing side from the training subjects; one that names all three is followed. With a `fold` those
+    subjects that are not tested on are validated on in turn, each in one of `folds`.
     """
     check_fractions(val_fraction, test_fraction)
     given = {item.split for item in items if item.split}
@@ -63,14 +67,16 @@ def split_items(items: Sequence[Item], val_fraction: float, test_fraction: float
     for side, fraction in (("test", test_fraction), ("val", val_fraction)):
         if side not in given:
             left = [group for group in free if group not in sides]
-            sides |= dict.fromkeys(left[: max(1, round(fraction * len(free)))], side)
+            number = max(1, round(fraction * len(free)))
+            sides |= dict.fromkeys(left[:number] if side == "test" or fold is None else left[fold::folds], side)
     done = [
         item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items
     ]
     if missing := [side for side in SIDES if side not in {item.split for item in done}]:
         groups = len({item.group for item in items})
         raise ValueError(
-            f"no {missing[0]} subject: {len(items)} images of {groups} subject(s) need three or more subjects"
+            f"no {missing[0]} subject: {len(items)} images of {groups} subject(s) need "
+            f"{'three' if fold is None else folds + 1} or more subjects"
         )
     return done
 
@@ -98,28 +104,63 @@ def check_no_leak(items: Sequence[Item]) -> None:
 
 def difference_hash(image: Pixels) -> NDArray[np.bool_]:
     """256 bits of an image (h w c): is each cell of a 16 x 17 thumbnail of its grey values darker than the next?"""
-    grey = image.astype(np.float32).mean(axis=2)
-    thumbnail = Image.fromarray(grey).resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
-    return np.diff(np.asarray(thumbnail), axis=1).ravel() > 0
+    return np.diff(_thumbnail(image, HASH_SIDE + 1, HASH_SIDE), axis=1).ravel() > 0
 
 
-def join_duplicates(items: Sequence[Item], hashes: NDArray[np.bool_], bits: int = DUPLICATE_BITS) -> list[Item]:
-    """The items with one group wherever images of two groups differ in at most `bits` of their hashes (n 256).
+def edges(image: Pixels) -> NDArray[np.float32]:
+    """Differences between neighbours in a 64 x 64 thumbnail of an image (h w c), of length 1, or 0 if all are equal."""
+    thumbnail = _thumbnail(image, EDGES_SIDE, EDGES_SIDE)
+    vector = np.concatenate([np.diff(thumbnail, axis=axis).ravel() for axis in (0, 1)])
+    return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+def _thumbnail(image: Pixels, width: int, height: int) -> NDArray[np.float32]:
+    grey = Image.fromarray(image.mean(axis=2, dtype=np.float32))
+    return np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def look_alikes(
+    items: Sequence[Item], hashes: NDArray[np.bool_], edges: NDArray[np.float32], bits: int
+) -> NDArray[np.intp]:
+    """Pairs (p 2) of items of two groups that show one picture; with 0 bits none.
+
+    At most `bits` of their hashes (n 256) differ. Those of flat pictures with small objects tell little, so their `edges`
+    (n d), which are strong at the objects, must correlate too.
+    """
+    if bits == 0:
+        return np.empty((0, 2), int)
+    group = np.unique([item.group for item in items], return_inverse=True)[1]
+    signs = np.where(hashes, np.float32(1), np.float32(-1))
+    pairs = []
+    for start in range(0, len(items), 1024):
+        rows = np.arange(start, min(start + 1024, len(items)))
+        alike = signs[rows] @ signs.T >= signs.shape[1] - 2 * bits
+        alike &= (group[rows, None] != group) & (rows[:, None] < np.arange(len(items)))
+        rows = rows[alike.any(axis=1)]
+        alike = alike[rows - start] & (edges[rows] @ edges.T >= CORRELATION)
+        i, j = np.nonzero(alike)
+        pairs.append(np.stack([rows[i], j], axis=1))
+    return np.concatenate(pairs)
+
+
+def join_look_alikes(items: Sequence[Item], pairs: NDArray[np.intp]) -> list[Item]:
+    """The items with one group wherever two look alike, as far as the data set gives neither groups nor sides.
 
     Of the groups that come together the alphabetically first one gives its name.
     """
     names, group = np.unique([item.group for item in items], return_inverse=True)
-    signs = np.where(hashes, np.float32(1), np.float32(-1))
-    edges = [np.empty((2, 0), int)]
-    for start in range(0, len(items), 1024):
-        distance = (signs.shape[1] - signs[start : start + 1024] @ signs.T) / 2
-        i, j = np.nonzero(distance <= bits)
-        edges.append(group[np.stack([i + start, j])])
-    rows, columns = np.concatenate(edges, axis=1)
+    free = [(i, j) for i, j in pairs if items[i].own_group and items[j].own_group and items[i].split == items[j].split]
+    rows, columns = group[np.reshape(free, (-1, 2)).astype(int)].T
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names)))
     _, part = connected_components(graph, directed=False)
     _, first = np.unique(part, return_index=True)
     return [replace(item, group=str(name)) for item, name in zip(items, names[first][part][group], strict=True)]
+
+
+def part_look_alikes(items: Sequence[Item], pairs: NDArray[np.intp]) -> list[tuple[Item, Item]]:
+    """(to leave out, to keep) of each pair on two sides of a split: training yields to validation, both to the test."""
+    both = [sorted((items[i], items[j]), key=lambda item: SIDES.index(item.split)) for i, j in pairs]
+    return [(first, second) for first, second in both if first.split != second.split]
 
 
 def file_hash(item: Item) -> str:

@@ -196,7 +196,7 @@ def change_mat(**arrays: np.ndarray | None) -> Damage:
 
 HC18_TABLE = "training_set_pixel_size_and_HC.csv"
 TABLES = [
-    ("table", "items.csv", "empty", r"lacks the column\(s\) file, group, id"),
+    ("table", "items.csv", "empty", r"lacks the column\(s\) id, file, group: it begins with '',"),
     ("table", "items.csv", "zeros", "lacks the column|cannot be read as a table"),
     ("table", "items.csv", edit("id,file", "name,file"), r"lacks the column\(s\) id"),
     ("table", "items.csv", edit("group,split", "patient,split"), r"lacks the column\(s\) group"),
@@ -211,10 +211,10 @@ TABLES = [
     ("table", "items.csv", write_text("id,file,group\n1,1.png,a\n", "utf-16"), "cannot be read as a table"),
     ("table", "items.csv", write_text('id,file,group\n1,"1.png,a\n'), "cannot be read as a table"),
     ("hc18", HC18_TABLE, "delete", "does not exist: it gives the pixel sizes"),
-    ("hc18", HC18_TABLE, "empty", "lacks the column 'filename'"),
-    ("hc18", HC18_TABLE, "text", "lacks the column 'filename'"),
-    ("hc18", HC18_TABLE, edit("pixel size", "size"), "lacks the column 'pixel size'"),
-    ("hc18", HC18_TABLE, edit("head circumference", "hc"), "lacks the column 'head circumference'"),
+    ("hc18", HC18_TABLE, "empty", r"lacks the column\(s\) filename"),
+    ("hc18", HC18_TABLE, "text", r"lacks the column\(s\) filename"),
+    ("hc18", HC18_TABLE, edit("pixel size", "size"), r"lacks the column\(s\) pixel size"),
+    ("hc18", HC18_TABLE, edit("head circumference", "hc"), r"lacks the column\(s\) head circumference"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2", "010_HC.png,"), r"line 3: pixel size\(mm\) is ''"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2", "010_HC.png,0"), r"line 3: pixel size\(mm\) is '0'"),
     ("hc18", HC18_TABLE, edit("010_HC.png,0.2,", "010_HC.png,0.2,?"), "line 3: head circumference .* is"),

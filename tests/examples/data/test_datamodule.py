@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import lightning
@@ -11,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
+from data.layouts import blob, grey, save
 from segmentation.data.datamodule import EpochSampler, ImageSet, SegmentationData, load
 from segmentation.data.demo import DEMOS, demo_items
 from segmentation.data.item import Item, to_input, to_target
@@ -21,7 +24,7 @@ from segmentation.tasks import get_task
 def demo_set(name: str, size: int, number: int, training: bool, seed: int = 0) -> ImageSet:
     task = get_task(name)
     items = demo_items(task, size, number)
-    images, masks, _ = load(items, size)
+    images, masks, *_ = load(items, size)
     return ImageSet(task, items, images, masks, training, seed)
 
 
@@ -107,6 +110,14 @@ def test_bad_folders(folder, damage, message):
     ("options", "message"),
     [
         ({"task": "liver"}, "task 'liver' is unknown: choose one of isic2017"),
+        *(
+            ({"task": f"rgb:{classes}"}, f"task 'rgb:{classes}' is unknown: .* or describe your own as grey:CLASS,...")
+            for classes in ("", "a,a", "a,b=1", "a=x", "a=0", "a=256", "a,,b")
+        ),
+        ({"fold": 5}, "data.fold 5 of data.folds 5: give two folds or more, and count from 0"),
+        ({"fold": 0, "folds": 1}, "data.fold 0 of data.folds 1: give two folds or more"),
+        ({"duplicate_bits": -1}, r"data.duplicate_bits -1 must lie between 0 \(no check\) and 256"),
+        ({"mask_threshold": 255}, "data.mask_threshold 255 must lie between 0 and 254, e.g. 127"),
         ({"image_size": 16}, "data.image_size 16 is too small.*use 32 or more"),
         ({"batch_size": 0}, "data.batch_size 0 must be at least 1"),
         ({"val_fraction": 1.0}, "data.val_fraction 1.0 must lie between 0 and 1"),
@@ -158,13 +169,123 @@ def test_a_split_file_is_followed_whatever_the_seed(folder, tmp_path):
         test.test_items[0].read()
 
 
-def test_copies_of_an_image_stay_on_one_side(folder):
-    root, copies = folder(number=30), [1, 7, 13, 19]
-    for number in copies[1:]:
-        (root / "images" / f"{number}.png").write_bytes((root / "images" / "1.png").read_bytes())
-    data = ready("lumbar_spine", root, image_size=32)
-    assert len({item.split for item in data.items if int(item.id) in copies}) == 1
-    assert len({item.group for item in data.items}) == 7
+def write_official(root: Path, kind: str, *, sides: str = "train train train train val val test test") -> None:
+    """Eight noisy pictures on the sides that a data set has; number 4 is number 0 again."""
+    rows = ["id,file,group,split"]
+    for k, side in enumerate(sides.split()):
+        place = root / side if kind == "folders" else root
+        name = f"imagesTr/{k}_0000.png" if kind == "nnunet" else f"images/{k}.png"
+        save(place / name, np.kron(grey(0 if k == 4 else k), np.ones((2, 2), np.uint8)))
+        value = 1 if kind == "nnunet" else 255
+        save(
+            place / ("labelsTr" if kind == "nnunet" else "masks") / f"{k}.png",
+            np.kron(blob(k), np.full((2, 2), value, np.uint8)),
+        )
+        rows.append(f"{k},{k}.png,person{k},{side}")
+    if kind == "table":
+        (root / "items.csv").write_text("\n".join(rows))
+    if kind == "nnunet":
+        fold = {"train": [*"0123567"], "val": ["4"]}
+        (root / "splits_final.json").write_text(json.dumps([fold, fold | {"train": [*"0123467"], "val": ["5"]}]))
+        (root / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 1}}')
+
+
+@pytest.mark.parametrize("kind", ["folders", "table", "nnunet"])
+def test_a_training_image_that_is_on_another_side_too_is_left_out(tmp_path, kind):
+    write_official(tmp_path, kind)
+    with pytest.warns(UserWarning, match=r"1 images left out .*0(_0000)?\.png \(train\) like .*4(_0000)?\.png \(val\)"):
+        data = ready("breast_lesion", tmp_path, image_size=32)
+    name = "{side}_{k}" if kind == "folders" else "{k}"
+    assert name.format(side="train", k=0) not in data.table and len(data.items) == len(data.table) == 7
+    assert data.table[name.format(side="val", k=4)]["split"] == "val"
+    assert len(data.train_set) == len(data.train_set.images) == {"nnunet": 5}.get(kind, 3)
+    kept = ready("breast_lesion", tmp_path, image_size=32, duplicate_bits=0)
+    assert len(kept.items) == 8 and name.format(side="train", k=0) in kept.table
+
+
+def test_a_side_of_copies_alone(tmp_path):
+    write_official(tmp_path, "folders", sides="train val val val val val test test")
+    message = r"no train image is left, .*duplicate_bits 0 keeps them"
+    with pytest.warns(UserWarning, match="1 images left out"), pytest.raises(ValueError, match=message):
+        ready("breast_lesion", tmp_path, image_size=32)
+
+
+def test_copies_of_an_image_stay_on_one_side(tmp_path):
+    for number in range(20):
+        save(tmp_path / "images" / f"{number}.png", grey(0 if number in (7, 13) else number))
+        save(tmp_path / "masks" / f"{number}.png", blob(number) * 255)
+    with pytest.warns(UserWarning, match="3 images joined because they look alike: 0, 13, 7$"):
+        data = ready("breast_lesion", tmp_path, image_size=32)
+    assert len({item.split for item in data.items if item.id in ("0", "7", "13")}) == 1
+    assert len({item.group for item in data.items}) == 18 and len(data.items) == 20
+
+
+def test_groups_of_a_table_are_kept_whatever_the_images_look_like(tmp_path):
+    rows = ["id,file,group"]
+    for number in range(12):
+        image = np.zeros((64, 64), np.uint8)
+        image[3 * number + 10 : 3 * number + 16, 20:26] = 255
+        save(tmp_path / "images" / f"{number}.png", image)
+        save(tmp_path / "masks" / f"{number}.png", image)
+        rows.append(f"{number},{number}.png,{number}")
+    (tmp_path / "items.csv").write_text("\n".join(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = ready("breast_lesion", tmp_path, image_size=32)
+    assert {item.id: item.group for item in data.items} == {str(k): str(k) for k in range(12)}
+
+
+def test_folds_of_the_data_set_or_of_its_subjects(tmp_path):
+    write_official(tmp_path / "nnunet", "nnunet")
+    assert [item.id for item in ready("breast_lesion", tmp_path / "nnunet", image_size=32, fold=1).val_set.items] == [
+        "5"
+    ]
+    with pytest.raises(ValueError, match="has no fold 2 with train and val"):
+        ready("breast_lesion", tmp_path / "nnunet", image_size=32, fold=2)
+    validated = [
+        {item.group for item in ready("fetal_head", image_size=32, limit=24, fold=fold, folds=3).val_set.items}
+        for fold in range(3)
+    ]
+    assert len(set.union(*validated)) == sum(map(len, validated)) == 6
+    write_official(tmp_path / "folders", "folders")
+    with pytest.raises(
+        ValueError, match=r"data.fold 0 would move the validation images that .* itself has: leave it out"
+    ):
+        ready("breast_lesion", tmp_path / "folders", fold=0)
+
+
+def test_masks_with_greys_need_a_threshold(tmp_path):
+    for number in range(5):
+        save(tmp_path / "images" / f"{number}.png", grey(number))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(blob(number) * 255).save(tmp_path / "masks" / f"{number}.jpg", quality=50)
+    with pytest.raises(
+        ValueError, match=r"(?s)5 of 5 .*no label.* as JPEG leaves them, give --data.mask_threshold 127"
+    ):
+        ready("breast_lesion", tmp_path, image_size=32)
+    data = ready("breast_lesion", tmp_path, image_size=32, mask_threshold=127)
+    for item in data.items:
+        assert (item.read()[1] != blob(int(item.id))).mean() < 0.02
+    with pytest.raises(ValueError, match=r"data.mask_threshold is for masks of one class, and .* has a, b"):
+        ready("grey:a,b", tmp_path, image_size=32, mask_threshold=127)
+
+
+def test_own_classes_of_colour_images(tmp_path):
+    for number in range(6):
+        save(tmp_path / "images" / f"{number}.png", np.dstack([grey(number + c) for c in (0, 10, 20)]))
+        save(tmp_path / "masks" / f"{number}.png", np.where(blob(number), np.uint8(100), np.uint8(50)))
+    data = ready("rgb:hair=50,skin=100", tmp_path, image_size=32, batch_size=2)
+    assert data.task.class_names == ("hair", "skin") and data.task.num_classes == 3
+    assert data.train_set[0, 0]["image"].shape == (3, 32, 32) and data.train_set.masks.unique().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("masks", "absent"), [(0, "vertebra, canal, disc"), (2, "vertebra, disc")])
+def test_classes_that_no_training_mask_holds_are_named(tmp_path, masks, absent):
+    for number in range(5):
+        save(tmp_path / "images" / f"{number}.png", grey(number))
+        save(tmp_path / "masks" / f"{number}.png", np.full((30, 40), masks, np.uint8))
+    with pytest.warns(UserWarning, match=f"no mask of the 3 training images holds {absent}$"):
+        ready("spine_structures", tmp_path, image_size=32)
 
 
 def test_sides_to_test_on(folder, tmp_path):

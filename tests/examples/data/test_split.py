@@ -7,15 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segmentation.data.item import Item
 from segmentation.data.split import (
     check_no_leak,
     difference_hash,
+    edges,
     file_hash,
     follow_split,
-    join_duplicates,
+    join_look_alikes,
     limit_items,
+    look_alikes,
+    part_look_alikes,
     ranked_groups,
     read_split,
     refuse_seen,
@@ -123,14 +127,69 @@ def test_hashes_find_copies_and_tell_images_apart():
     assert all((difference_hash(image) != first).sum() > 30 for image in images[1:])
 
 
-def test_near_duplicates_come_into_one_group_also_through_a_third():
-    hashes = np.zeros((5, 256), bool)
-    hashes[1, :6] = True  # near 0
-    hashes[2, :12] = True  # near 1, not near 0
-    hashes[3:, 100:200] = True
-    joined = join_duplicates(items("d", "c", "b", "a", "z"), hashes, bits=6)
-    assert [item.group for item in joined] == ["b", "b", "b", "a", "a"]
-    assert [item.group for item in join_duplicates(items("d", "c"), hashes[:2], bits=5)] == ["d", "c"]
+BACKGROUNDS = {
+    "flat": np.full((128, 128), 90),
+    "slope": np.linspace(0, 150, 128)[None].repeat(128, 0),
+    "noise": np.random.default_rng(0).integers(0, 90, (128, 128)),
+}
+
+
+def with_object(background: np.ndarray, seed: int) -> np.ndarray:
+    """A bright square in a picture (h w 1)."""
+    picture = background.astype(np.uint8)[..., None].copy()
+    y, x = np.random.default_rng(seed).integers(10, 110, 2)
+    picture[y : y + 7, x : x + 7] = 250
+    return picture
+
+
+def alike(pictures: list[np.ndarray], bits: int = 8) -> list[list[int]]:
+    found = items(*(f"g{k}" for k in range(len(pictures))))
+    looks = (np.stack([look(picture) for picture in pictures]) for look in (difference_hash, edges))
+    return look_alikes(found, *looks, bits).tolist()
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_small_objects_on_one_background_do_not_look_alike(background):
+    pictures = [with_object(BACKGROUNDS[background], seed) for seed in (0, 1, 2, 3, 0)]
+    hashes = [difference_hash(picture) for picture in pictures]
+    assert max((one != hashes[0]).sum() for one in hashes) <= 8
+    assert alike(pictures) == [[0, 4]]
+    assert alike(pictures, bits=0) == []
+
+
+def test_a_picture_looks_like_its_larger_darker_noisy_copy_and_like_no_other():
+    rng = np.random.default_rng(0)
+    smooth = rng.standard_normal((6, 90, 120)).cumsum(1).cumsum(2)
+    pictures = [(255 * (p - p.min()) / np.ptp(p)).astype(np.uint8)[..., None] for p in smooth]
+    copy = np.asarray(Image.fromarray(pictures[2][..., 0]).resize((240, 180), Image.Resampling.BILINEAR))
+    pictures.append((0.7 * copy + 30 + rng.normal(0, 1, copy.shape)).astype(np.uint8)[..., None])
+    assert alike(pictures) == [[2, 6]]
+
+
+def test_look_alikes_without_groups_come_into_one_also_through_a_third():
+    alone = [replace(item, own_group=True) for item in items("d", "c", "b", "a", "z")]
+    pairs = np.array([[0, 1], [1, 2], [3, 4]])
+    assert [item.group for item in join_look_alikes(alone, pairs)] == ["b", "b", "b", "a", "a"]
+    given = [replace(alone[0], own_group=False), *alone[1:3], replace(alone[3], split="val"), alone[4]]
+    assert [item.group for item in join_look_alikes(given, pairs)] == ["d", "b", "b", "a", "z"]
+    assert [item.group for item in join_look_alikes(alone, np.empty((0, 2), int))] == ["d", "c", "b", "a", "z"]
+
+
+def test_of_look_alikes_on_two_sides_the_one_that_trains_more_goes():
+    found = items(*"abcd", splits="test train val train")
+    parted = part_look_alikes(found, np.array([[0, 1], [0, 2], [1, 3], [2, 3]]))
+    assert [(first.id, second.id) for first, second in parted] == [("01", "00"), ("02", "00"), ("03", "02")]
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_validate_on_every_subject_once_and_test_on_the_same(folds):
+    found = [sides(split_items(people(20), 0.15, 0.2, 1, fold, folds)) for fold in range(folds)]
+    validated = [group for parts in found for group in parts["val"]]
+    assert len(validated) == len(set(validated)) == 16 and len({frozenset(parts["test"]) for parts in found}) == 1
+    for parts in found:
+        assert not parts["train"] & parts["val"] and len(parts["train"] | parts["val"]) == 16
+    with pytest.raises(ValueError, match=r"no val subject: 12 images of 4 subject\(s\) need 10 or more subjects"):
+        split_items(people(4), 0.15, 0.2, 1, 8, 9)
 
 
 def test_files_of_a_split_are_followed_and_changes_noticed(tmp_path):
@@ -203,11 +262,10 @@ def test_images_of_the_training_are_not_scored(files, tmp_path):
     assert refuse_seen([replace(item, id=f"new {item.id}") for item in files], path) is None
 
 
-def joined_one_by_one(groups: list[str], hashes: np.ndarray, bits: int) -> list[str]:
+def joined_one_by_one(groups: list[str], pairs: np.ndarray) -> list[str]:
     """By renaming the later of two groups to the earlier one until nothing changes."""
     groups = list(groups)
-    near = [(i, j) for i in range(len(groups)) for j in range(i) if (hashes[i] != hashes[j]).sum() <= bits]
-    while apart := next(((i, j) for i, j in near if groups[i] != groups[j]), None):
+    while apart := next(((i, j) for i, j in pairs if groups[i] != groups[j]), None):
         first, second = sorted(groups[k] for k in apart)
         groups = [first if group == second else group for group in groups]
     return groups
@@ -216,8 +274,8 @@ def joined_one_by_one(groups: list[str], hashes: np.ndarray, bits: int) -> list[
 @pytest.mark.parametrize("seed", range(4))
 def test_joined_groups_are_called_like_the_alphabetically_first(seed):
     rng = np.random.default_rng(seed)
-    hashes = (rng.random((20, 256)) < 0.5)[rng.integers(0, 20, 80)] ^ (rng.random((80, 256)) < 0.02)
     groups = [f"g{k}" for k in rng.integers(0, 40, 80)]
-    found = [item.group for item in join_duplicates(items(*groups), hashes, bits=10)]
-    assert found == joined_one_by_one(groups, hashes, 10)
+    pairs = rng.integers(0, 80, (20, 2))
+    found = [item.group for item in join_look_alikes([replace(i, own_group=True) for i in items(*groups)], pairs)]
+    assert found == joined_one_by_one(groups, pairs)
     assert len(set(found)) < len(set(groups))

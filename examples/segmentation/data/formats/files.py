@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from segmentation.data.item import named
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 VOLUMES = (".mha", ".nii", ".nii.gz")
 
 
@@ -24,6 +25,11 @@ def subfolder(folder: Path, name: str) -> Path | None:
     return path and (subfolder(path, name) or path)
 
 
+def first_subfolder(folder: Path, names: Iterable[str]) -> Path | None:
+    """The folder in a folder that has the first of `names` that there is."""
+    return next(filter(None, (subfolder(folder, name) for name in names)), None)
+
+
 def files_in(folder: Path | None, endings: Sequence[str]) -> list[Path]:
     """The files in a folder that end in one of `endings`, upper or lower case, sorted, without hidden ones."""
     files = folder.iterdir() if folder else ()
@@ -36,6 +42,8 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     if missing := [str(path) for path in inputs if not path.exists()]:
         raise FileNotFoundError(f"input {missing[0]!r} does not exist: give an image, a volume or a folder of them")
     files = [file for path in inputs for file in (files_in(path, IMAGES + VOLUMES) if path.is_dir() else [path])]
+    if odd := [str(path) for path in files if not path.name.lower().endswith(IMAGES + VOLUMES)]:
+        raise ValueError(f"input {odd[0]!r} is no image: files may end in {' '.join(IMAGES + VOLUMES)}")
     if not files:
         raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(IMAGES + VOLUMES)}")
     found: dict[str, Path] = {}
@@ -46,8 +54,20 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
 
 
 def stem(path: Path) -> str:
-    """The name of a file without its ending, `.nii.gz` being one."""
-    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
+    """The name of a file without its ending, `.nii.gz` being one, and its accents in one way."""
+    return re.sub(r"(\.nii(?=\.gz$))?\.[^.]+$", "", composed(path.name), flags=re.IGNORECASE)
+
+
+def composed(name: str) -> str:
+    """A name with its accents in one way: macOS stores them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def existing(path: Path) -> Path | None:
+    """The file, which may be stored with its accents in another way than `path` has them; None without it."""
+    if path.is_file() or not path.parent.is_dir():
+        return path if path.is_file() else None
+    return next((file for file in path.parent.iterdir() if composed(file.name) == composed(path.name)), None)
 
 
 def leading_number(name: str) -> str:
@@ -90,14 +110,25 @@ def check_alone(files: dict[str, Path], others: Iterable[str], trouble: str, fix
 
 
 def read_rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a csv file, blanks around names and values removed."""
+    """Columns and rows of a csv file, blanks around names and values removed and accents stored in one way."""
     with (
         named(table, "read as a table", UnicodeDecodeError, csv.Error, fix="save it as CSV in UTF-8"),
         table.open(newline="", encoding="utf-8-sig") as stream,
     ):
-        lines = [[cell.strip() for cell in line] for line in csv.reader(stream, strict=True)]
+        lines = [[composed(cell.strip()) for cell in line] for line in csv.reader(stream, strict=True)]
     columns, *lines = [line for line in lines if any(line)] or [[]]
     return columns, [dict(zip(columns, line, strict=False)) for line in lines]
+
+
+def find_columns(table: Path, columns: Sequence[str], titles: Sequence[str]) -> list[str]:
+    """The columns that are called so, whatever their capitals, blanks and units, as in "pixel size(mm) "."""
+    names = {column.partition("(")[0].strip().lower(): column for column in columns}
+    if missing := [title for title in titles if title not in names]:
+        raise ValueError(
+            f"{table} lacks the column(s) {', '.join(missing)}: it begins with {','.join(columns)[:99]!r}, and needs "
+            f"{', '.join(titles)}, separated by commas"
+        )
+    return [names[title] for title in titles]
 
 
 def positive(text: str, column: str, place: str) -> float:

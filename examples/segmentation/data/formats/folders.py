@@ -1,6 +1,7 @@
 """Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder per class) with the same names.
 
-Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/, test/.
+Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/, test/. The folders may
+also be called imgs/, and labels/, annotations/, GroundTruth/.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, subfolder, subfolders
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, first_subfolder, pair_up, subfolder, subfolders
 from segmentation.data.item import Item, read_layers, read_pair
 from segmentation.tasks import Task
 
+PICTURES = ("images", "imgs", "image", "img")
+MASKS = ("masks", "labels", "annotations", "GroundTruth", "ground_truth", "mask", "label", "gt")
 SUFFIXES = ("_mask", "_segmentation", "_label", "_gt")
 
 
@@ -40,7 +43,11 @@ def items(task: Task, folder: Path) -> list[Item]:
 def _places(folder: Path) -> dict[str, tuple[Path, Path]]:
     """The folders of images and masks by the side they stand for: those in the folder itself, or in its sides."""
     places = {"": folder} | {side: subfolder(folder, side) for side in ("train", "val", "test")}
-    pairs = {side: (subfolder(place, "images"), subfolder(place, "masks")) for side, place in places.items() if place}
+    pairs = {
+        side: (first_subfolder(place, PICTURES), first_subfolder(place, MASKS))
+        for side, place in places.items()
+        if place
+    }
     whole = {side: pair for side, pair in pairs.items() if all(pair)}
     return {"": whole[""]} if "" in whole else whole
 

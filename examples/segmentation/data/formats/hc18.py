@@ -13,7 +13,7 @@ from segmentation.data.item import Item, Pixels, read_raw
 from segmentation.tasks import Task
 
 TABLE = "training_set_pixel_size_and_HC.csv"
-TITLES = ("filename", "pixel size", "head circumference")  # units follow, written in several ways
+TITLES = ("filename", "pixel size", "head circumference")
 TOLERANCE = 4  # pixels: HC18's outlines are two pixels wide, none lies more than 1.5 beside its ellipse
 
 
@@ -58,7 +58,7 @@ def read_outlined(task: Task, image_path: Path, outline_path: Path) -> tuple[Pix
     except ValueError as error:
         raise ValueError(f"{outline_path} holds no outline of a head ({error}): replace or remove it") from error
     beside = float((np.abs(ellipse.radii(*points.T) - 1) * ellipse.b).max())  # at most the distance to the ellipse
-    if beside > TOLERANCE:
+    if beside > TOLERANCE or ellipse.a > np.hypot(*outline.shape):
         raise ValueError(
             f"{outline_path} is not the outline of one ellipse: points lie {beside:.0f} pixels beside it; "
             "use the annotation as HC18 gives it, not filled and with nothing else drawn in"
@@ -78,11 +78,9 @@ def _training_set(folder: Path) -> Path:
 def _read_table(table: Path) -> dict[str, dict[str, object]]:
     """`pixel_size` and `circumference` in mm of each image, by its stem."""
     columns, rows = files.read_rows(table)
-    names = [next((name for name in columns if name.lower().startswith(title)), "") for title in TITLES]
-    if "" in names:
-        raise ValueError(f"{table} lacks the column {TITLES[names.index('')]!r}: use the table that comes with HC18")
+    names = files.find_columns(table, columns, TITLES)
     lengths = {}
     for line, row in enumerate(rows, start=2):
         pixel, length = (files.positive(row.get(name, ""), name, f"{table} line {line}") for name in names[1:])
-        lengths[Path(row.get(names[0], "")).stem] = {"pixel_size": (pixel, pixel), "circumference": length}
+        lengths[files.stem(Path(row.get(names[0], "")))] = {"pixel_size": (pixel, pixel), "circumference": length}
     return lengths

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from segmentation.data.formats.files import by_stem, files_in
-from segmentation.data.formats.voxels import Voxels, classes_of, slice_items
+from segmentation.data.formats.voxels import SAGITTAL, STORED, Voxels, classes_of, slice_items
 from segmentation.data.item import Item, Pixels, check_values, named, to_pixels, to_values
 from segmentation.tasks import Task
 
@@ -18,6 +18,8 @@ CLASSES: dict[str, Voxels] = {
     "lumbar_spine": {f"L{k}": (range(k, k + 1),) for k in range(1, 6)},
     "spine_vertebrae": {"vertebra": (range(1, 6),)},
 }
+
+CUT = (SAGITTAL, STORED)
 
 
 def fits(folder: Path) -> bool:
@@ -32,7 +34,7 @@ def items(task: Task, folder: Path) -> list[Item]:
     classes = classes_of(task, CLASSES, folder)
     found = []
     for name, path in by_stem(files_in(folder, (".mat",))).items():
-        found += slice_items(task, name, (path,), read_matlab, read_matlab(path)[1], classes, group=name)
+        found += slice_items(task, name, (path,), read_matlab, read_matlab(path)[1], classes, group=name, cut=CUT)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segmentation.data.formats import voxels
-from segmentation.data.formats.files import IMAGES, VOLUMES, files_in, pair_up, stem, subfolder
+from segmentation.data.formats.files import IMAGES, VOLUMES, composed, files_in, pair_up, stem, subfolder
 from segmentation.data.item import Item, Pixels, named, read_raw, to_classes
 from segmentation.tasks import Task
 
@@ -24,27 +24,27 @@ def fits(folder: Path) -> bool:
     return all(subfolder(folder, part) for part in ("imagesTr", "labelsTr"))
 
 
-def items(task: Task, folder: Path) -> list[Item]:
+def items(task: Task, folder: Path, fold: int = 0) -> list[Item]:
     """One item per image of `imagesTr`; of a volume, one item per slice that holds a label, across the largest spacing.
 
     Labels belong to the task's classes by name, or else in the order of their numbers. Several files per case are its
-    channels. Fold 0 of `splits_final.json` is followed where it is there. Every case is a subject.
+    channels. A fold of `splits_final.json` is followed where it is there. Every case is a subject.
     """
     labels = _labels(task, folder / "dataset.json")
     images, masks = _cases(task, subfolder(folder, "imagesTr")), subfolder(folder, "labelsTr")
     firsts = {case: files[0] for case, files in images.items()}
     pairs = pair_up(firsts, files_in(masks, IMAGES + VOLUMES), masks)
-    sides = _sides(folder / "splits_final.json", images)
+    sides = _sides(folder / "splits_final.json", images, fold)
     found: list[Item] = []
     for case, _, mask in pairs:
-        files, facts = (*images[case], mask), {"group": case, "split": sides[case]}
+        files, split = (*images[case], mask), sides[case]
         if mask.name.lower().endswith(VOLUMES):
-            classes = partial(to_classes, labels=labels, path=mask)
-            values, pixel_size = _read_mask(*files)
-            facts["pixel_size"] = pixel_size
+            classes = partial(to_classes, labels=labels, path=mask, threshold=task.mask_threshold)
+            values, pixel_size, cut = _read_mask(*files)
+            facts = {"group": case, "split": split, "pixel_size": pixel_size, "cut": cut}
             found += voxels.slice_items(task, case, files, read_stack, values, classes, **facts)
         else:
-            found.append(Item.of_files(partial(read_flat, labels), task, case, *files, **facts))
+            found.append(Item.of_files(partial(read_flat, labels), task, case, *files, split=split))
     return found
 
 
@@ -53,19 +53,21 @@ def read_flat(labels: dict[int, str], task: Task, *files: Path) -> tuple[Pixels,
     *image_paths, mask_path = files
     channels = task.in_channels // len(image_paths)
     pairs = [read_raw(channels, path, mask_path) for path in image_paths]
-    return np.concatenate([image for image, _ in pairs], axis=2), to_classes(pairs[0][1], labels, mask_path)
+    classes = to_classes(pairs[0][1], labels, mask_path, task.mask_threshold)
+    return np.concatenate([image for image, _ in pairs], axis=2), classes
 
 
 def read_stack(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w c) of one volume per channel, and mask values (s h w) of the last file."""
-    values, _ = _read_mask(*files)
-    return np.stack([voxels.read_pixels(path, voxels.as_stored) for path in files[:-1]], axis=3), values
+    values, _, (plane, _) = _read_mask(*files)
+    return np.stack([voxels.read_pixels(path, (plane, voxels.STORED)) for path in files[:-1]], axis=3), values
 
 
-def _read_mask(*files: Path) -> tuple[NDArray[np.integer], tuple[float, float]]:
-    """Mask values (s h w) of the last file, laid as its images, and the (row, column) size of a pixel in mm."""
+def _read_mask(*files: Path) -> tuple[NDArray[np.integer], tuple[float, float], voxels.Cut]:
+    """Mask values (s h w) of the last file, the size of a pixel in mm (row to row, column to column), and the cut."""
     *image_paths, mask_path = files
-    return voxels.to_arrays(voxels.as_stored(voxels.read_mask(mask_path, *image_paths)[0]), mask_path)
+    mask = voxels.read_mask(mask_path, *image_paths)
+    return *voxels.to_arrays(voxels.as_stored(mask), mask_path), voxels.cut_of(mask)
 
 
 def _cases(task: Task, folder: Path) -> dict[str, list[Path]]:
@@ -114,15 +116,17 @@ def _labels(task: Task, path: Path) -> dict[int, str]:
     return {by_name[name.lower()] if is_named else value: name for name, value in in_order.items()}
 
 
-def _sides(path: Path, cases: Collection[str]) -> dict[str, str]:
-    """The side of each case in fold 0, or "" for all where there is no such file."""
+def _sides(path: Path, cases: Collection[str], number: int) -> dict[str, str]:
+    """The side of each case in a fold, or "" for all where there is no such file."""
     if not path.is_file():
         return dict.fromkeys(cases, "")
     try:
-        fold = _read_json(path)[0]
-        sides = {case: side for side in ("train", "val") for case in fold[side]}
+        fold = _read_json(path)[number]
+        sides = {composed(case): side for side in ("train", "val") for case in fold[side]}
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} has no fold 0 with train and val: remove it, and the subjects are divided") from error
+        raise ValueError(
+            f"{path} has no fold {number} with train and val: remove it, and the subjects are divided"
+        ) from error
     if odd := sorted(sides.keys() ^ set(cases)):
         where = "listed, but not in imagesTr" if odd[0] in sides else "in imagesTr, but not listed"
         raise ValueError(f"{path}: case {odd[0]!r} is {where} ({len(odd)} such): make both hold the same cases")

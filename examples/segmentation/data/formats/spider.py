@@ -37,34 +37,27 @@ def items(task: Task, folder: Path) -> list[Item]:
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     found = []
     for name, *pair in pair_up(by_stem(files_in(images, VOLUMES)), files_in(masks, VOLUMES), masks):
-        values, pixel_size, _ = read_mask(*pair)
-        facts = {"group": leading_number(name), "pixel_size": pixel_size}
+        values, pixel_size, cut = read_mask(*pair)
+        facts = {"group": leading_number(name), "pixel_size": pixel_size, "cut": cut}
         found += voxels.slice_items(task, name, tuple(pair), read_sagittal, values, classes, **facts)
     return found
 
 
 def read_sagittal(image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     """Image (s h w 1) and mask values (s h w), the head up and the front of the body at the left."""
-    values, _, turned = read_mask(image_path, mask_path)
-    pixels = voxels.read_pixels(image_path, voxels.sagittal)  # s h w
-    return (pixels[:, ::-1] if turned else pixels)[..., None], values
+    values, _, cut = read_mask(image_path, mask_path)
+    return voxels.read_pixels(image_path, cut)[..., None], values
 
 
-def read_mask(image_path: Path, mask_path: Path) -> tuple[NDArray[np.integer], tuple[float, float], bool]:
+def read_mask(image_path: Path, mask_path: Path) -> tuple[NDArray[np.integer], tuple[float, float], voxels.Cut]:
     """Mask values (s h w) laid as the header of the image says, the size of a pixel in mm (row to row, column to
-    column), and whether the rows had to be turned over.
+    column), and how the volume is cut.
 
     Where that header is silent, up is where the numbers of the vertebrae say it is: they count from the bottom.
     """
-    mask, (header,) = voxels.read_mask(mask_path, image_path)
-    ways, is_silent = [voxels.orientation(volume) for volume in (mask, header)], voxels.is_silent(header)
-    if ways[0] != ways[1] and not (voxels.is_silent(mask) or is_silent):
-        raise ValueError(
-            f"{mask_path} is laid {ways[0]} but its image {image_path} {ways[1]}: store both with the same axes"
-        )
-    mask.SetDirection(header.GetDirection())
-    mask.SetOrigin(header.GetOrigin())
-    values, pixel_size = voxels.to_arrays(voxels.sagittal(mask), mask_path)
+    mask = voxels.read_mask(mask_path, image_path)
+    is_silent = voxels.is_silent(mask)
+    values, pixel_size = voxels.to_arrays(voxels.lay(mask, [(voxels.SAGITTAL, voxels.STORED)], mask_path), mask_path)
     legend = ", which SPIDER does not use: 1 to 25 and 101 to 125 are vertebrae, 100 the canal, 201 to 225 discs"
     check_values(values, [0, *WHOLE, *CANAL, *CUT, *DISCS], mask_path, legend)
     numbers = [number for number in np.unique(values).tolist() if number in WHOLE]
@@ -75,4 +68,5 @@ def read_mask(image_path: Path, mask_path: Path) -> tuple[NDArray[np.integer], t
             f"{mask_path} counts its vertebrae from the top, if the header of {image_path} is right: "
             "SPIDER counts from the bottom"
         )
-    return values[:, ::-1] if turned else values, pixel_size, turned
+    cut = voxels.SAGITTAL, (voxels.TURNED if turned else voxels.STORED) if is_silent else ""
+    return values[:, ::-1] if turned else values, pixel_size, cut

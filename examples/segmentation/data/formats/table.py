@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segmentation.data.formats.files import positive, read_rows
+from segmentation.data.formats.files import existing, find_columns, positive, read_rows
 from segmentation.data.item import Item, read_pair
 from segmentation.tasks import Task
 
@@ -24,19 +24,21 @@ def items(task: Task, folder: Path) -> list[Item]:
     """
     table = folder / "items.csv"
     columns, rows = read_rows(table)
-    if missing := set(COLUMNS) - set(columns):
-        raise ValueError(f"{table} lacks the column(s) {', '.join(sorted(missing))}: it needs id, file, group")
+    names = find_columns(table, columns, COLUMNS)
     if not rows:
         raise ValueError(f"{table} lists no images: the data folder {str(folder)!r} is empty")
+    rows = [row | {title: row.get(name, "") for title, name in zip(COLUMNS, names, strict=True)} for row in rows]
     return [_item(task, folder, row, f"{table} line {line}") for line, row in enumerate(rows, start=2)]
 
 
 def _item(task: Task, folder: Path, row: dict[str, str], place: str) -> Item:
     if empty := [column for column in COLUMNS if not row.get(column)]:
         raise ValueError(f"{place}: {empty[0]} is empty; every image needs an id, a file and a group")
-    files = folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"
-    if missing := [path for path in files if not path.is_file()]:
-        raise FileNotFoundError(f"{place}: {missing[0]} does not exist; add the file or remove the line")
+    files = []
+    for path in (folder / "images" / row["file"], folder / "masks" / f"{row['id']}.png"):
+        if (file := existing(path)) is None:
+            raise FileNotFoundError(f"{place}: {path} does not exist; add the file or remove the line")
+        files.append(file)
     lengths = {column: positive(row[column], column, place) for column in LENGTHS if row.get(column)}
     pixel = lengths.get("resized_pixel_size_mm", lengths.get("pixel_size_mm"))
     facts = {"split": row.get("split", ""), "circumference": lengths.get("hc_mm")}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import re
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from threading import Lock
 
@@ -21,6 +23,11 @@ CHUNK = 1 << 22  # bytes
 Loader = Callable[..., tuple[Pixels, NDArray[np.integer]]]  # files to image (s h w c) and mask values (s h w)
 Classes = Callable[[NDArray], NDArray[np.uint8]]  # mask values to class numbers
 Voxels = dict[str, tuple[range, ...]]  # by class, the voxel values in volumes that number every bone
+# How a volume is cut into slices. Where their columns and rows point, such as "PI", to the back and the feet, or ""
+# where no header tells. Then how voxels with a silent header are laid: STORED, TURNED, or "" where that is not known.
+Cut = tuple[str, str]
+SAGITTAL, STORED, TURNED = "PI", "as stored", "turned over"
+AXES = dict(zip("LRPASI", "xxyyzz", strict=True))
 _reading = Lock()
 
 
@@ -95,13 +102,39 @@ def read_volume(path: Path) -> simpleitk.Image:
     return image
 
 
-def read_mask(path: Path, *image_paths: Path) -> tuple[simpleitk.Image, list[simpleitk.ImageFileReader]]:
-    """A mask with the spacing of its images, and their headers; it must be of their size."""
+def read_mask(path: Path, *image_paths: Path) -> simpleitk.Image:
+    """A mask with the spacing, origin and direction of its first image; its size and axes must be those of all."""
     mask, headers = read_volume(path), [read_header(image) for image in image_paths]
     for header, image in zip(headers, image_paths, strict=True):
         check_sizes(header.GetSize(), image, mask.GetSize(), path)
-        mask.SetSpacing(header.GetSpacing())
-    return mask, headers
+        _check_place(mask, path, header, image)
+    mask.SetSpacing(headers[0].GetSpacing())
+    mask.SetOrigin(headers[0].GetOrigin())
+    mask.SetDirection(headers[0].GetDirection())
+    return mask
+
+
+def _check_place(mask: simpleitk.Image, path: Path, header: simpleitk.ImageFileReader, image_path: Path) -> None:
+    """Refuse a mask along other axes than its image, and warn of one in another place, as far as their headers say."""
+    is_known, ways = not (is_silent(mask) or is_silent(header)), [orientation(volume) for volume in (mask, header)]
+    if is_known and ways[0] != ways[1]:
+        raise ValueError(
+            f"{path} is laid {ways[0]} but its image {image_path} {ways[1]}: store both with the same axes"
+        )
+    corners = np.array(list(product(*((0, size - 1) for size in header.GetSize()))))  # 8 3
+
+    def place(volume: simpleitk.Image | simpleitk.ImageFileReader) -> NDArray:
+        axes = np.reshape(volume.GetDirection(), (3, 3)) * volume.GetSpacing()
+        return corners @ axes.T + volume.GetOrigin() if is_known else corners * volume.GetSpacing()
+
+    voxels = np.linalg.norm(place(mask) - place(header), axis=1).max() / min(header.GetSpacing())
+    says_nothing = is_silent(mask) and set(mask.GetSpacing()) == {1.0}
+    if voxels > 0.5 and not says_nothing:
+        warnings.warn(
+            f"{path} lies up to {voxels:.3g} voxels beside its image {image_path}, as their headers say (origin, "
+            "spacing, direction): it is laid on the image voxel by voxel",
+            stacklevel=2,
+        )
 
 
 def to_arrays(laid: simpleitk.Image, path: Path) -> tuple[NDArray[np.integer], tuple[float, float]]:
@@ -129,17 +162,35 @@ def orientation(volume: simpleitk.Image | simpleitk.ImageFileReader) -> str:
     return simpleitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.GetDirection())
 
 
-def sagittal(volume: simpleitk.Image) -> simpleitk.Image:
-    """A volume with its columns to the back, its rows to the feet and its slices to the side, in the file's order."""
+def cut_of(volume: simpleitk.Image) -> Cut:
+    """How `as_stored` cuts a volume."""
+    return ("", STORED) if is_silent(volume) else (orientation(as_stored(volume))[:2], "")
+
+
+def lay(volume: simpleitk.Image, cuts: Sequence[Cut], path: Path) -> simpleitk.Image:
+    """A volume in slices as other volumes were cut, most of them in the first of the `cuts`; without any sagittally.
+
+    Slices are in the order of the file. A volume whose header is silent is laid as all other such volumes were.
+    """
     if is_silent(volume):
+        ways = {way for _, way in cuts if way}
+        if len(ways) != 1:
+            raise ValueError(
+                f"{path} does not say how it lies (direction and origin), nor do the images of the training tell how "
+                "to turn it: store it with its direction and origin"
+            )
+        return simpleitk.Flip(as_stored(volume), (False, ways == {TURNED}, False))
+    planes = [plane for plane, _ in cuts if plane]
+    if cuts and (not planes or cut_of(volume)[0] in planes):
         return as_stored(volume)
-    side = next(letter for letter in orientation(volume) if letter in "LR")
-    return simpleitk.DICOMOrient(volume, f"PI{side}")
+    plane = planes[0] if planes else SAGITTAL
+    across = next(letter for letter in orientation(volume) if AXES[letter] not in {AXES[other] for other in plane})
+    return simpleitk.DICOMOrient(volume, plane + across)
 
 
-def read_pixels(path: Path, lay: Callable[[simpleitk.Image], simpleitk.Image]) -> Pixels:
-    """The voxels of a volume (s h w), laid in slices by `sagittal` or `as_stored`."""
-    return to_pixels(simpleitk.GetArrayFromImage(lay(read_volume(path))), path)
+def read_pixels(path: Path, cut: Cut) -> Pixels:
+    """The voxels of a volume (s h w) in slices."""
+    return to_pixels(simpleitk.GetArrayFromImage(lay(read_volume(path), [cut], path)), path)
 
 
 def _check_nifti(path: Path, reader: simpleitk.ImageFileReader) -> None:
