@@ -243,7 +243,7 @@ class SegmentationData(lightning.LightningDataModule):
             left_out = {first.id for first, _ in both}
             names = [[f"{item.files[0] if item.files else item.id} ({item.split})" for item in pair] for pair in both]
             likes = _listed([" like ".join(pair) for pair in names])
-            rank_zero_warn(f"{len(left_out)} images left out because they look like images of another side: {likes}")
+            rank_zero_warn(f"{len(left_out)} image(s) left out that look like one of another side: {likes}")
             items = [replace(item, split="") if item.id in left_out else item for item in items]
             if missing := set(splits.SIDES) - {item.split for item in items}:
                 raise ValueError(

@@ -11,6 +11,7 @@ from scipy.special import ellipe
 from skimage.measure import find_contours, label
 
 LEAST_POINTS = 6  # five determine an ellipse: one more shows whether it is one
+LEAST_IOU = 0.85  # of a mask and its ellipse: rough heads that leave the frame reach 0.9, a rectangle 0.82
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def fit_ellipse(points: NDArray) -> Ellipse:
 def head_circumference(mask: NDArray, pixel_size: tuple[float, float]) -> float | None:
     """Circumference in mm of the ellipse through the outline of the largest part of a mask (h w); None without one.
 
+    There is none either where that part is no head: no half axis is longer than the diagonal of the image, and in the
+    image the ellipse and the part have at least `LEAST_IOU` of their area in common.
     The outline runs half-way between the pixels inside and those outside, where the edge is on average. It ends where
     the mask meets the border of the image, so a head that leaves the frame is measured whole. `pixel_size` is
     (mm from row to row, mm from column to column); the fit is done in millimetres, for pixels need not be square.
@@ -81,10 +84,14 @@ def head_circumference(mask: NDArray, pixel_size: tuple[float, float]) -> float 
     parts = label(mask > 0)
     if not parts.any():
         return None
-    largest = parts == np.bincount(parts[parts > 0]).argmax()
-    outline = find_contours(binary_fill_holes(largest).astype(np.float64), 0.5)
-    points = np.concatenate([np.empty((0, 2)), *outline])  # n 2
+    largest = binary_fill_holes(parts == np.bincount(parts[parts > 0]).argmax())
+    points = np.concatenate([np.empty((0, 2)), *find_contours(largest.astype(np.float64), 0.5)])  # n 2
     try:
-        return fit_ellipse(points * pixel_size).circumference()
+        ellipse = fit_ellipse(points * pixel_size)
     except ValueError:
         return None
+    rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
+    inside = ellipse.radii(rows * pixel_size[0], columns * pixel_size[1]) <= 1
+    is_head = (inside & largest).sum() >= LEAST_IOU * (inside | largest).sum()
+    too_long = ellipse.a > np.hypot(*np.multiply(mask.shape, pixel_size))
+    return ellipse.circumference() if is_head and not too_long else None

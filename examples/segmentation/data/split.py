@@ -124,8 +124,8 @@ def look_alikes(
 ) -> NDArray[np.intp]:
     """Pairs (p 2) of items of two groups that show one picture; with 0 bits none.
 
-    At most `bits` of their hashes (n 256) differ. Those of flat pictures with small objects tell little, so their `edges`
-    (n d), which are strong at the objects, must correlate too.
+    At most `bits` of their hashes (n 256) differ. Those of flat pictures with small objects tell little, so their
+    `edges` (n d), which are strong at the objects, must correlate too.
     """
     if bits == 0:
         return np.empty((0, 2), int)

@@ -193,7 +193,9 @@ def write_official(root: Path, kind: str, *, sides: str = "train train train tra
 @pytest.mark.parametrize("kind", ["folders", "table", "nnunet"])
 def test_a_training_image_that_is_on_another_side_too_is_left_out(tmp_path, kind):
     write_official(tmp_path, kind)
-    with pytest.warns(UserWarning, match=r"1 images left out .*0(_0000)?\.png \(train\) like .*4(_0000)?\.png \(val\)"):
+    with pytest.warns(
+        UserWarning, match=r"1 image\(s\) left out .*0(_0000)?\.png \(train\) like .*4(_0000)?\.png \(val\)"
+    ):
         data = ready("breast_lesion", tmp_path, image_size=32)
     name = "{side}_{k}" if kind == "folders" else "{k}"
     assert name.format(side="train", k=0) not in data.table and len(data.items) == len(data.table) == 7
@@ -206,7 +208,7 @@ def test_a_training_image_that_is_on_another_side_too_is_left_out(tmp_path, kind
 def test_a_side_of_copies_alone(tmp_path):
     write_official(tmp_path, "folders", sides="train val val val val val test test")
     message = r"no train image is left, .*duplicate_bits 0 keeps them"
-    with pytest.warns(UserWarning, match="1 images left out"), pytest.raises(ValueError, match=message):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) left out"), pytest.raises(ValueError, match=message):
         ready("breast_lesion", tmp_path, image_size=32)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
 from segmentation.data.ellipse import Ellipse, fit_ellipse, head_circumference
@@ -176,9 +177,39 @@ def test_only_the_largest_part_counts_and_its_holes_do_not():
     assert head_circumference(mask.astype(np.uint8) * 255, (1, 1)) == alone
 
 
-@pytest.mark.parametrize("mask", [np.zeros((9, 9)), np.ones((9, 9)), np.eye(9)[:2], np.arange(81).reshape(9, 9) == 40])
-def test_no_ellipse(mask):
-    assert head_circumference(mask, (1, 1)) is None
+Y, X = np.mgrid[:540, :800]
+NO_HEADS = {
+    "empty": np.zeros((9, 9)),
+    "all": np.ones((9, 9)),
+    "diagonal": np.eye(9)[:2],
+    "pixel": np.arange(81).reshape(9, 9) == 40,
+    "corner": X + Y < 200,
+    "line": (Y == 200) & (X > 100) & (X < 600),
+    "half": Y < 270,
+    "half, edge bent up": 270 + 3 * np.sin(X / 800 * np.pi) > Y,
+    "half, edge of a circle": np.hypot(Y + 5000, X - 400) < 5300,
+    "half, wavy edge": 270 + 5 * np.sin(X / 40) > Y,
+    "rectangle": (abs(Y - 250) < 50) & (abs(X - 400) < 200),
+    "angle": (Y > 100) & (X > 100) & (np.minimum(Y, X) < 200) & (np.maximum(Y, X) < 500),
+    "crescent": (np.hypot(Y - 270, X - 400) < 150) & (np.hypot(Y - 270, X - 460) > 130),
+}
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_masks_that_are_no_head_have_no_circumference(name):
+    for mask in (NO_HEADS[name], NO_HEADS[name].T):
+        assert head_circumference(mask, (0.15, 0.15)) is None
+        assert head_circumference(mask, (0.15, 0.3)) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rough_heads_that_leave_the_frame_are_still_heads(seed):
+    truth, rng = random_ellipse(seed), np.random.default_rng(seed)
+    rough = gaussian_filter(rng.standard_normal((540, 800)), 8)
+    mask = (truth.radii(Y, X) - 1) * truth.b + 3 * rough / rough.std() < 0
+    top = round(np.quantile(outline(truth, 4000)[:, 0], 0.25))
+    for seen in (mask, mask[top:]):
+        assert head_circumference(seen, (0.2, 0.2)) == pytest.approx(0.2 * truth.circumference(), rel=0.06)
 
 
 LINE = np.linspace(0, 1, 40)[:, None]
