@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
-from PIL import Image
+from PIL import ExifTags, Image
 
 from segmentation.data.item import read_image, read_layers, read_pair, read_values, to_classes, to_pixels
+from segmentation.prediction import predict_file
 from segmentation.tasks import get_task
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -75,6 +76,81 @@ def test_masks_of_one_bit_and_of_palettes_hold_labels_not_colours(tmp_path, kind
     assert Image.open(tmp_path / "mask.png").mode == kind
     image, classes = read_pair(get_task("fetal_head"), tmp_path / "image.png", tmp_path / "mask.png")
     assert np.array_equal(classes, BITS // 255) and np.array_equal(image[..., 0], GREY)
+
+
+LEFT = np.where(np.arange(48) < 12, 255, 0).astype(np.uint8)[None].repeat(64, 0)  # as a person sees it: 64 48
+
+
+def save_turned(path: Path, pixels: np.ndarray, orientation: int) -> None:
+    """Pixels as they are seen, stored as a camera does that is held in one of eight ways."""
+    methods = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = image.transpose(Image.Transpose(methods[orientation])) if orientation > 1 else image
+    image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_images_and_masks_are_read_as_they_are_seen(tmp_path, orientation, ending):
+    photo, mask = tmp_path / f"photo.{ending}", tmp_path / "mask.png"
+    save_turned(photo, LEFT // 2, orientation)
+    save_turned(mask, LEFT, orientation if ending == "png" else 1)
+    image, classes = read_pair(get_task("fetal_head"), photo, mask)
+    assert np.array_equal(classes, LEFT // 255)
+    assert abs(image[..., 0].astype(int) - LEFT // 2).max() <= 9
+    assert np.array_equal(predict_file(photo, get_task("fetal_head"), lambda x: x[..., 0]).classes, image[..., 0])
+
+
+def test_a_mask_as_the_camera_stored_it_is_refused_with_the_reason(tmp_path):
+    save_turned(tmp_path / "photo.jpg", LEFT, 6)
+    Image.fromarray(LEFT.T).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"is 64x48 but its image .* is 48x64 \(turned as its EXIF orientation says\)"):
+        read_pair(get_task("fetal_head"), tmp_path / "photo.jpg", tmp_path / "mask.png")
+
+
+ADAPTIVE = {"palette": Image.Palette.ADAPTIVE}
+RED = np.dstack([BITS, BITS // 8, BITS // 8])
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.fromarray(BITS).convert("RGB").quantize(2), BITS),
+        (Image.fromarray(BITS).convert("RGB").convert("P", **ADAPTIVE), BITS),
+        (Image.fromarray(BITS).convert("P"), BITS),
+        (Image.fromarray(GREY).quantize(16), GREY),
+        (Image.fromarray(BITS).convert("LA"), BITS),
+        (Image.fromarray(BITS).convert("RGBA"), BITS),
+        (Image.fromarray(RED).quantize(2), "palette in which black is not colour 0"),
+        (Image.fromarray(RED).convert("P", **ADAPTIVE), "palette in which black is not colour 0"),
+        (Image.fromarray(np.dstack([BITS, BITS])), "alpha channel that varies: save it without alpha"),
+        (Image.fromarray(np.dstack([255 + 0 * BITS] * 3 + [BITS])), "alpha channel that varies"),
+        (Image.fromarray(np.dstack([0 * BITS] * 3 + [BITS])), "alpha channel that varies"),
+    ],
+)
+def test_masks_of_palettes_and_with_alpha_are_read_right_or_refused(tmp_path, image, expected):
+    path = tmp_path / "mask.png"
+    image.save(path)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=rf"mask\.png is a mask with an? {expected}"):
+            read_values(path)
+    else:
+        assert np.array_equal(read_values(path), expected)
+
+
+def test_masks_in_colour_files_of_sixteen_bits_keep_their_values(tmp_path):
+    path = tmp_path / "mask.png"
+    pixels = (BITS.astype(np.uint16) // 255)[..., None].repeat(3, 2)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(path))
+    assert np.array_equal(read_values(path), BITS // 255)
+
+
+def test_huge_images_are_told_apart_from_broken_ones(tmp_path, monkeypatch):
+    Image.fromarray(GREY).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    with pytest.raises(ValueError, match=r"image.png cannot be read \(Image size .*scale it down.*Pillow's limit"):
+        read_image(tmp_path / "image.png", 1)
 
 
 def test_later_masks_lie_over_earlier_ones(tmp_path):

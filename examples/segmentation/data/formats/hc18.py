@@ -60,7 +60,8 @@ def read_outlined(task: Task, image_path: Path, outline_path: Path) -> tuple[Pix
     beside = float((np.abs(ellipse.radii(*points.T) - 1) * ellipse.b).max())  # at most the distance to the ellipse
     if beside > TOLERANCE or ellipse.a > np.hypot(*outline.shape):
         raise ValueError(
-            f"{outline_path} is not the outline of one ellipse: points lie {beside:.0f} pixels beside it; "
+            f"{outline_path} is not the outline of one ellipse: points lie {beside:.0f} pixels beside it, "
+            f"and its longer half axis has {ellipse.a:.0f}; "
             "use the annotation as HC18 gives it, not filled and with nothing else drawn in"
         )
     return image, ellipse.fill(outline.shape).astype(np.uint8)
