@@ -193,8 +193,9 @@ def _open(path: Path) -> tuple[Image.Image, bool]:
     with (
         named(path, "read as an image", OSError, SyntaxError, TypeError, ValueError),
         named(path, "read", Image.DecompressionBombError, fix="scale it down, for this is Pillow's limit"),
+        path.open("rb") as stream,  # given a path, Pillow 13 maps a TIFF with an orientation into memory the wrong way
     ):
-        image = Image.open(path)
+        image = Image.open(stream)
         is_deep = any(DEEP_COLOURS.search(str(tile[3])) for tile in image.tile)
         pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF", "WEBP") else 1
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
