@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,8 @@ TABLES = [
     ("table", "items.csv", write_text("id,file,group\n1,1.png,Jörg\n", "latin-1"), "cannot be read as a table"),
     ("table", "items.csv", write_text("id,file,group\n1,1.png,a\n", "utf-16"), "cannot be read as a table"),
     ("table", "items.csv", write_text('id,file,group\n1,"1.png,a\n'), "cannot be read as a table"),
+    ("table", "items.csv", edit(",", ";"), r"lacks .* id, file, group: it begins with 'id;file;group;.*by commas"),
+    ("hc18", HC18_TABLE, edit(",", ";"), r"lacks .* filename, .*: it begins with 'filename;.*separated by commas"),
     ("hc18", HC18_TABLE, "delete", "does not exist: it gives the pixel sizes"),
     ("hc18", HC18_TABLE, "empty", r"lacks the column\(s\) filename"),
     ("hc18", HC18_TABLE, "text", r"lacks the column\(s\) filename"),
@@ -344,9 +347,57 @@ def test_a_header_that_stands_on_its_head(tmp_path):
         read_all("spider", tmp_path)
 
 
-def test_a_mask_along_other_axes(tmp_path):
-    image, labels = (values[:, :24, :24] for values in spine(1))
-    save_volume(tmp_path / "images" / "1_t2.mha", image, "LPS")
-    save_volume(tmp_path / "masks" / "1_t2.mha", labels, "LIP")
-    with pytest.raises(ValueError, match=r"masks.1_t2\.mha is laid LIP but its image .* LPS: store both"):
-        read_all("spider", tmp_path)
+def one_volume(
+    layout: str, root: Path, image: NDArray, labels: NDArray, axes: str, mask_axes: str
+) -> tuple[Path, Path]:
+    """A data set of one volume, and the paths of its image and mask."""
+    names = ("images/1_t2.mha", "masks/1_t2.mha") if layout == "spider" else ("imagesTr/1_0000.mha", "labelsTr/1.mha")
+    for name, values, geometry in zip(names, (image, labels), (axes, mask_axes), strict=True):
+        save_volume(root / name, values, geometry)
+    values = {f"L{k}": 6 - k for k in range(1, 6)}
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **values}}))
+    return root / names[0], root / names[1]
+
+
+@pytest.mark.parametrize("layout", ["spider", "nnunet_volumes"])
+@pytest.mark.parametrize("axes", ["LIP", "RPS", "SPL"])
+def test_a_mask_along_other_axes(tmp_path, layout, axes):
+    image, labels = (np.where(values > 99, 0, values)[:, :24, :24] for values in spine(1))
+    one_volume(layout, tmp_path, image, labels, "LPS", axes)
+    other = r"is 24x24x5 but|is 5x24x24 but" if axes == "SPL" else f"is laid {axes} but its image .* LPS: store both"
+    with pytest.raises(ValueError, match=other):
+        read_all(layout, tmp_path)
+
+
+def moved(volume: SimpleITK.Image) -> SimpleITK.Image:
+    volume.SetOrigin([value + 3 for value in volume.GetOrigin()])
+    return volume
+
+
+def wider(volume: SimpleITK.Image) -> SimpleITK.Image:
+    volume.SetSpacing([value * 1.5 for value in volume.GetSpacing()])
+    return volume
+
+
+def silent(volume: SimpleITK.Image) -> SimpleITK.Image:
+    plain = SimpleITK.GetImageFromArray(SimpleITK.GetArrayFromImage(volume))
+    plain.SetSpacing(volume.GetSpacing())
+    return plain
+
+
+@pytest.mark.parametrize("layout", ["spider", "nnunet_volumes"])
+@pytest.mark.parametrize(
+    ("change", "voxels"),
+    [(moved, "10.4"), (wider, "31.2"), (lambda volume: wider(silent(volume)), "31.2"), (silent, None), (None, None)],
+)
+def test_a_mask_in_another_place_is_named(tmp_path, layout, change, voxels):
+    image, labels = (np.where(values > 99, 0, values) for values in spine(1))
+    _, mask = one_volume(layout, tmp_path, image, labels, "LPS", "LPS")
+    if change:
+        recast(change)(mask)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        items = find_items(get_task("lumbar_spine"), tmp_path)
+    expected = [f"{mask} lies up to {voxels} voxels beside its image"] if voxels else []
+    assert [str(warning.message)[: len(expected[0]) if expected else None] for warning in caught] == expected
+    assert items[0].pixel_size is not None and items[0].read()[1].any()

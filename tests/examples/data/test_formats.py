@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import pickle
 import shutil
+import unicodedata
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -19,6 +24,7 @@ from segmentation.data.datamodule import SegmentationData, find_items
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import myosegmentum, spider, voxels
 from segmentation.data.item import Item
+from segmentation.prediction import predict_file, write_volume
 from segmentation.tasks import TASKS, get_task
 
 every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)
@@ -224,6 +230,103 @@ def test_without_direction_the_vertebrae_tell_where_up_is(tmp_path, order, flip)
         assert np.array_equal(pixels[..., 0], image[index])
         assert np.array_equal(mask, layouts.lumbar(labels[index]))
         assert item.pixel_size == (0.5, 0.8)
+
+
+def of_training(data: SegmentationData, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A network that knows the slices of one training volume by heart, and finds nothing in others."""
+    pairs = [item.read() for item in data.items if path in item.files]
+    known = {image.tobytes(): mask for image, mask in pairs}
+    return lambda image: known.get(image.tobytes(), np.zeros(image.shape[:2], np.uint8))
+
+
+def write_cut(root: Path, layout: str, geometry: str) -> None:
+    """Three volumes of one geometry, "silent" or silent and upside down ("over")."""
+    for k in (1, 2, 3):
+        files = {"images": f"{k}_t2.mha", "masks": f"{k}_t2.mha"}
+        if layout == "nnunet":
+            files = {"imagesTr": f"{k}_0000.mha", "labelsTr": f"{k}.mha"}
+        image, labels = layouts.spine(k)
+        labels = np.where(labels > 99, 0, labels)
+        for (folder, name), values in zip(files.items(), (image, labels), strict=True):
+            stored = values[:, ::-1].copy() if geometry == "over" else values
+            layouts.save_volume(root / folder / name, stored, None if geometry in ("silent", "over") else geometry)
+    names = {f"L{k}": 6 - k for k in range(1, 6)}
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **names}}))
+
+
+@pytest.mark.parametrize("layout", ["spider", "nnunet"])
+@pytest.mark.parametrize("geometry", ["LPS", "RAS", "PIR", "silent", "over"])
+def test_volumes_are_predicted_in_the_slices_of_the_training(tmp_path, layout, geometry):
+    write_cut(tmp_path, layout, geometry)
+    trained, again = SegmentationData("lumbar_spine", tmp_path, image_size=32), SegmentationData("lumbar_spine")
+    trained.setup("fit")
+    again.load_state_dict(torch.load(_saved(trained.state_dict(), tmp_path), weights_only=True))
+    folders = ("images", "masks", "{}_t2.mha", "{}_t2.mha")
+    if layout == "nnunet":
+        folders = ("imagesTr", "labelsTr", "{}_0000.mha", "{}.mha")
+    path, mask = (tmp_path / folder / name.format(1) for folder, name in zip(folders[:2], folders[2:], strict=True))
+    truth = SimpleITK.ReadImage(str(mask))
+    task, network = get_task("lumbar_spine"), of_training(trained, path)
+    for axes in ("", *(() if geometry in ("silent", "over") else ("LPS", "SRP", "AIL"))):
+        volume = SimpleITK.ReadImage(str(path))
+        turned = [SimpleITK.DICOMOrient(one, axes) if axes else one for one in (volume, truth)]
+        SimpleITK.WriteImage(turned[0], str(tmp_path / "new.mha"))
+        found = predict_file(tmp_path / "new.mha", task, network, again.cuts)
+        assert np.array_equal(found.classes, layouts.lumbar(SimpleITK.GetArrayFromImage(turned[1]))), axes
+        write_volume(found, tmp_path / "found.mha")
+        written = SimpleITK.ReadImage(str(tmp_path / "found.mha"))
+        for name in ("Size", "Spacing", "Origin", "Direction"):
+            assert getattr(written, f"Get{name}")() == pytest.approx(getattr(turned[0], f"Get{name}")())
+
+
+def _saved(content: object, folder: Path) -> Path:
+    torch.save(content, folder / "state.pt")
+    return folder / "state.pt"
+
+
+@pytest.mark.parametrize("cuts", [(), [("PI", "")], [("PI", "as stored"), ("PI", "turned over")]])
+def test_a_volume_that_does_not_tell_how_it_lies_is_not_predicted(tmp_path, cuts):
+    layouts.save_volume(tmp_path / "a.mha", layouts.spine(1)[0], None)
+    found = predict_file(tmp_path / "a.mha", get_task("lumbar_spine"), lambda image: image[..., 0], cuts)
+    assert found.classes is None and "a.mha does not say how it lies (direction and origin)" in found.reason
+
+
+def test_a_test_on_volumes_that_lie_otherwise_says_so(tmp_path):
+    write_cut(tmp_path, "nnunet", "RAS")
+    data = SegmentationData("lumbar_spine", tmp_path, side="all")
+    data.load_state_dict({"cuts": [["PI", ""]]})
+    with pytest.warns(
+        UserWarning, match="columns and rows point to AS are scored, but those of the training point to PI"
+    ):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("images", ["images", "imgs", "Image"])
+@pytest.mark.parametrize("masks", ["masks", "labels", "Annotations", "GroundTruth", "ground_truth"])
+def test_other_names_of_the_folders(tmp_path, images, masks):
+    written = layouts.write_folders(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "i")
+    (tmp_path / "masks").rename(tmp_path / masks)
+    (tmp_path / "i").rename(tmp_path / images)
+    check(find("breast_lesion", tmp_path), written)
+
+
+@pytest.mark.parametrize("stored", itertools.product(["NFC", "NFD"], repeat=3))
+def test_names_with_accents_pair_however_they_are_stored(tmp_path, stored):
+    image, mask, word = (unicodedata.normalize(form, "läsion2") for form in stored)
+    for layout in ("folders", "table"):
+        layouts.save(tmp_path / layout / "images" / f"{image}.png", layouts.grey(1))
+        layouts.save(tmp_path / layout / "masks" / f"{mask}.png", layouts.blob(1))
+        if layout == "table":
+            (tmp_path / layout / "items.csv").write_text(f"id,file,group\n{word},{word}.png,a\n", encoding="utf-8")
+        found = find("breast_lesion", tmp_path / layout)
+        assert list(found) == ["läsion2"] and np.array_equal(found["läsion2"].read()[1], layouts.blob(1))
+
+
+def test_names_with_nii_inside_pair(tmp_path):
+    layouts.save(tmp_path / "images" / "k11.nii.png", layouts.grey(1))
+    layouts.save(tmp_path / "masks" / "k11.nii_mask.png", layouts.blob(1))
+    assert list(find("breast_lesion", tmp_path)) == ["k11.nii"]
 
 
 def test_classes_of_spider(tmp_path):
