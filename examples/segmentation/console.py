@@ -34,7 +34,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for remark in REMARKS:
         warnings.filterwarnings("ignore", f".*{remark}")
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # sentences, without a place in the code
+    warnings.showwarning = lambda message, *_, **__: say(str(message), "yellow")  # without its place in the code
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -295,6 +295,19 @@ def test_volumes_keep_their_geometry(trained, tmp_path, direction):
     assert values.max() <= 5
 
 
+def test_volumes_with_silent_headers_are_laid_as_those_of_the_training(copied, tmp_path, capsys):
+    volume = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 900, (3, 40, 36)).astype(np.int16))
+    SimpleITK.WriteImage(volume, str(tmp_path / "volume.mha"))
+    with pytest.raises(SystemExit, match="1"):
+        predict(copied, tmp_path / "out", tmp_path / "volume.mha")
+    assert "volume.mha does not say how it lies" in flat(capsys.readouterr().out)
+    path = copied / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["SegmentationData"] == {"cuts": []}
+    torch.save(content | {"SegmentationData": {"cuts": [["", "as stored"]]}}, path)
+    assert predict(copied, tmp_path / "out", tmp_path / "volume.mha").rows
+
+
 def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
     broken = tmp_path / "broken.mha"
     broken.write_bytes(b"nothing")

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -329,6 +330,13 @@ def test_two_files_of_one_name(tmp_path):
 def test_tasks_that_a_data_set_does_not_serve(written, layout, task, message):
     with pytest.raises(ValueError, match=message):
         find_items(get_task(task), written / layout)
+
+
+def test_volumes_that_number_bones_take_no_threshold(written):
+    task = replace(get_task("spine_vertebrae"), mask_threshold=127)
+    for layout in ("spider", "matlab"):
+        with pytest.raises(ValueError, match=r"volumes that number every bone: leave data.mask_threshold out"):
+            find_items(task, written / layout)
 
 
 def test_volumes_that_hold_nothing_of_the_task(tmp_path):

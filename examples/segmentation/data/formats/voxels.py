@@ -63,6 +63,8 @@ def classes_of(task: Task, known: dict[str, Voxels], folder: Path) -> Classes:
     """What turns voxel values into the task's classes 1, 2, ...; what belongs to no class is background."""
     if task.name not in known:
         raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
+    if task.mask_threshold is not None:
+        raise ValueError(f"{folder} holds volumes that number every bone: leave data.mask_threshold out")
     return partial(_number, tuple(known[task.name].values()))
 
 
