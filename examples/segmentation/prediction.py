@@ -15,7 +15,7 @@ from PIL import Image
 from segmentation.data import simpleitk
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats.files import VOLUMES, find_columns, positive, read_rows, stem
-from segmentation.data.formats.voxels import Cut, lay, read_header, read_volume
+from segmentation.data.formats.voxels import Cut, copy_place, lay, read_header, read_volume
 from segmentation.data.item import Pixels, read_image, to_pixels
 from segmentation.figures import overlay
 from segmentation.runs import whole_file
@@ -83,10 +83,8 @@ def write_mask(classes: NDArray[np.uint8], task: Task, path: Path) -> None:
 
 def write_volume(found: Prediction, path: Path) -> None:
     """Write class numbers as a volume on the grid of the file they come from."""
-    labels, header = simpleitk.GetImageFromArray(found.classes), read_header(found.path)
-    labels.SetSpacing(header.GetSpacing())
-    labels.SetOrigin(header.GetOrigin())
-    labels.SetDirection(header.GetDirection())
+    labels = simpleitk.GetImageFromArray(found.classes)
+    copy_place(read_header(found.path), labels)
     with whole_file(path) as draft:
         simpleitk.WriteImage(labels, str(draft), useCompression=True)
 

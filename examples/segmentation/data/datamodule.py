@@ -234,15 +234,14 @@ class SegmentationData(lightning.LightningDataModule):
         """The items on their sides; without a side where one of a pair that looks alike is on another side."""
         items = splits.join_look_alikes(items, pairs)
         sizes = Counter(item.group for item in items)
-        if joined := [
-            item.id for item in sorted(items, key=lambda item: item.group) if item.own_group and sizes[item.group] > 1
-        ]:
-            rank_zero_warn(f"{len(joined)} images joined because they look alike: {_listed(joined)}")
+        if joined := sorted((item.group, item.id) for item in items if item.own_group and sizes[item.group] > 1):
+            names = _listed([name for _, name in joined])
+            rank_zero_warn(f"{len(joined)} images joined because they look alike: {names}")
         items = splits.split_items(items, *self.fractions, self.split_seed, self.fold, self.folds)
         if both := splits.part_look_alikes(items, pairs):
             left_out = {first.id for first, _ in both}
-            names = [[f"{item.files[0] if item.files else item.id} ({item.split})" for item in pair] for pair in both]
-            likes = _listed([" like ".join(pair) for pair in names])
+            files = [[f"{item.files[0] if item.files else item.id} ({item.split})" for item in pair] for pair in both]
+            likes = _listed([" like ".join(pair) for pair in files])
             rank_zero_warn(f"{len(left_out)} image(s) left out that look like one of another side: {likes}")
             items = [replace(item, split="") if item.id in left_out else item for item in items]
             if missing := set(splits.SIDES) - {item.split for item in items}:
@@ -277,8 +276,10 @@ class SegmentationData(lightning.LightningDataModule):
 
     def _find(self) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
-        found = partial(find_items, self.task, self.folder, self.fold)
-        items = demo_items(self.task, self.image_size) if self.folder is None else found()
+        if self.folder is None:
+            items = demo_items(self.task, self.image_size)
+        else:
+            items = find_items(self.task, self.folder, self.fold)
         if len({item.id for item in items}) < len(items):
             raise ValueError(f"data.folder {str(self.folder)!r} holds two images of one id: rename one of them")
         if self.limit is not None and self.split is None:

@@ -155,8 +155,7 @@ def to_values(values: NDArray, path: Path) -> NDArray[np.integer]:
 def to_classes(
     values: NDArray[np.integer], labels: dict[int, str], path: Path, threshold: int | None = None
 ) -> NDArray[np.uint8]:
-    """Class numbers 0, 1, 2, ... of mask values. A mask of one class may use 1 or 255 for it, or what is above a
-    threshold."""
+    """Class numbers 0, 1, 2, ... of mask values. Of one class these may be 1 or 255, or all above a threshold."""
     if threshold is not None and len(labels) > 1:
         raise ValueError(f"data.mask_threshold is for masks of one class, and {path} has {', '.join(labels.values())}")
     if threshold is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -342,6 +344,21 @@ def test_a_trainer_gets_items_to_test_and_paths_to_predict(folder):
         (root / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"one\.png and .*one\.jpg would both be written as 'one': rename one of them"):
         ready("lumbar_spine", None, "predict", inputs=[root / "one.png", root / "one.jpg"])
+
+
+def test_few_images_are_in_memory_at_once_while_they_are_read():
+    reading: set[int] = set()
+    most = []
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        reading.add(index)
+        time.sleep(0.002)
+        most.append(len(reading))
+        reading.remove(index)
+        return np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4), np.uint8)
+
+    load([Item(str(k), str(k), partial(read, k)) for k in range(40)], 32)
+    assert len(most) == 40 and max(most) <= 4
 
 
 def test_values_of_every_depth_reach_the_network():

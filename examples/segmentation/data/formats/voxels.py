@@ -110,10 +110,15 @@ def read_mask(path: Path, *image_paths: Path) -> simpleitk.Image:
     for header, image in zip(headers, image_paths, strict=True):
         check_sizes(header.GetSize(), image, mask.GetSize(), path)
         _check_place(mask, path, header, image)
-    mask.SetSpacing(headers[0].GetSpacing())
-    mask.SetOrigin(headers[0].GetOrigin())
-    mask.SetDirection(headers[0].GetDirection())
+    copy_place(headers[0], mask)
     return mask
+
+
+def copy_place(header: simpleitk.ImageFileReader, volume: simpleitk.Image) -> None:
+    """Give a volume the spacing, origin and direction of a header."""
+    volume.SetSpacing(header.GetSpacing())
+    volume.SetOrigin(header.GetOrigin())
+    volume.SetDirection(header.GetDirection())
 
 
 def _check_place(mask: simpleitk.Image, path: Path, header: simpleitk.ImageFileReader, image_path: Path) -> None:
