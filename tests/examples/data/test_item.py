@@ -10,7 +10,7 @@ import SimpleITK
 from PIL import ExifTags, Image
 
 from segmentation.data.item import read_image, read_layers, read_pair, read_values, to_classes, to_pixels
-from segmentation.prediction import predict_file
+from segmentation.prediction import predict_file, read_pixel_sizes
 from segmentation.tasks import get_task
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -168,3 +168,12 @@ def test_a_mask_of_one_class_may_use_one_or_255():
     allowed = r"mask.png holds the value 1, .* allowed are 0 \(background\), 255 \(lesion\)"
     with pytest.raises(ValueError, match=allowed):
         to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))
+
+
+def test_pixel_sizes_are_found_by_the_stems_of_files(tmp_path):
+    table = tmp_path / "sizes.csv"
+    table.write_text("filename,pixel size(mm) \n0_HC.PNG,0.5\n1_HC,0.25\n")
+    assert read_pixel_sizes(table) == {"0_HC": 0.5, "1_HC": 0.25}
+    table.write_text("filename;pixel size(mm)\n0_HC.png;0.5\n")
+    with pytest.raises(ValueError, match=r"begins with 'filename;pixel size\(mm\)', and needs .*separated by commas"):
+        read_pixel_sizes(table)
