@@ -23,11 +23,13 @@ import jsonargparse
 import lightning
 import pandas as pd
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from segmentation.callbacks import EpochSeed, History, WholeEpochs, WholeFiles
+from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
 from segmentation.console import console, quieten, say, scores_table
 from segmentation.data.datamodule import SegmentationData
@@ -35,15 +37,17 @@ from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, 
 from segmentation.figures import Case, draw_cases, draw_history
 from segmentation.module import Segmentation
 from segmentation.networks import count_parameters, multiply_adds
-from segmentation.prediction import read_pixel_sizes
+from segmentation.prediction import check_outputs, read_pixel_sizes
 from segmentation.runs import (
+    check_folder,
     device_name,
     find_run,
-    flatten,
+    holds_files,
     latest_checkpoint,
     provenance,
     read_checkpoint,
     read_config,
+    read_json,
     whole_file,
     write_json,
 )
@@ -66,8 +70,12 @@ FIXED = {
     "limit_val_batches": None,
     "overfit_batches": 0.0,
 }
-# What a resumed run may change: how long and where it trains, not what is trained on which images.
-FREE_ON_RESUME = {"data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
+# With weights of these types neither the average nor the scores are what they should be.
+PRECISIONS = {"16-true", "bf16-true", "64-true", "64"}
+# What a resumed run may change: how long and where it trains, and where the images lie, which its split knows by their
+# hashes; not what is trained.
+FREE_ON_RESUME = {"data.folder", "data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
+STRICT = {"exit_on_error": False}  # of parsers: raise what is wrong, without the usage
 SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 
 
@@ -111,21 +119,32 @@ class Lab(LightningCLI):
         return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        settings = self.settings
+        settings, trainer = self.settings, self.settings.trainer
+        for name in ("folder", "split"):  # so that the run may be used from wherever
+            settings.data[name] = settings.data[name] and settings.data[name].absolute()
+        if str(trainer.precision) in PRECISIONS:
+            raise ValueError(f"trainer.precision {trainer.precision} is not supported: use 32-true or bf16-mixed")
         if self.subcommand == "fit":
             self.run_folder = settings.run or Path("runs", f"{settings.data.task}-{settings.model.network}")
             for name, value in FIXED.items():
-                if settings.trainer[name] != value:
-                    raise ValueError(f"trainer.{name} {settings.trainer[name]} would skip validations: leave it out")
+                if trainer[name] != value:
+                    raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
+            if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
+                raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
+            if rank_zero_only.rank == 0:  # the other processes start when the folder is there
+                check_folder(self.run_folder, self.dumped() if settings.resume else None, FREE_ON_RESUME)
             return
         self.run_folder, self.checkpoint = find_run(settings.run)
         for name, value in SINGLE.items():
-            settings.trainer[name] = value
+            trainer[name] = value
         if self.subcommand == "predict" and settings.pixel_size_csv and settings.data.task != "fetal_head":
             raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {settings.data.task}")
         if self.subcommand == "test":
             follow_run(settings.data, self.run_folder)
             self.out = settings.out or self.run_folder / test_folder(settings, self.run_folder, self.checkpoint)
+            name = self.run_folder.resolve().name
+            if holds_files("out", self.out) and settings.out and read_json(self.out / "scores.json").get("run") != name:
+                raise FileExistsError(f"out {str(self.out)!r} holds files that are no scores of {name!r}: give another")
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -138,13 +157,14 @@ class Lab(LightningCLI):
             callbacks += [EpochSeed(self.settings.seed_everything), self.history]
             keep = {"enable_version_counter": False, "auto_insert_metric_name": False}
             keep["dirpath"] = self.run_folder / "checkpoints"
-            callbacks.append(ModelCheckpoint(filename="best", monitor="val/dice", mode="max", **keep))
-            callbacks.append(ModelCheckpoint(filename="last", **keep))  # after the best one, so that it knows of it
+            callbacks.append(Checkpoints(filename="best", monitor="val/dice", mode="max", **keep))
+            callbacks.append(Checkpoints(filename="last", **keep))  # after the best one, so that it knows of it
             if trainer.max_steps != -1:
                 callbacks.append(WholeEpochs(trainer.max_steps))
                 kwargs["max_steps"] = -1
             kwargs["plugins"] = [WholeFiles(), *(trainer.plugins or ())]
-            kwargs["logger"] = trainer.logger or TensorBoardLogger(self.run_folder, name="tensorboard", version="")
+            if trainer.logger in (None, True):
+                kwargs["logger"] = TensorBoardLogger(self.run_folder, name="tensorboard", version="")
         elif self.subcommand == "test":
             self.writer = ScoreWriter(self.out, self.facts_of_test())
             callbacks.append(self.writer)
@@ -161,14 +181,15 @@ class Lab(LightningCLI):
         if resume and datamodule.split is None and own_split.exists():
             datamodule.split = own_split  # so that files added since cannot move a subject to another side
         datamodule.setup("fit")
-        if trainer.is_global_zero:  # other processes start when the folder is there
-            self.prepare_folder()
         continued, refused = latest_checkpoint(run / "checkpoints") if resume else (None, [])
         for sentence in refused:
             say(sentence, "yellow")
         if continued is not None:
             datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
         if trainer.is_global_zero:
+            run.mkdir(parents=True, exist_ok=True)
+            with whole_file(run / "config.yaml") as draft:
+                draft.write_text(yaml.safe_dump(self.dumped(), sort_keys=False), encoding="utf-8")
             write_split(own_split, datamodule.table)
         say(
             f"{model.task.title}: {self.settings.model.network}, {count_parameters(model) / 1e6:.2f} M parameters, "
@@ -180,15 +201,13 @@ class Lab(LightningCLI):
             trainer.fit(model, datamodule=datamodule, ckpt_path=continued, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if trainer.interrupted:
-                say(f"\nInterrupted. Go on with:\n    python examples/lab.py fit --run {run} --resume")
+                command = shlex.join(["python", "examples/lab.py", "fit", "--run", str(run), "--resume"])
+                say(f"\nInterrupted. Go on with:\n    {command}")
                 raise SystemExit(130) from None
             raise
-        # Only the weights: `validate(ckpt_path=...)` would turn the callbacks, and so the curves, back to that epoch.
-        model.load_state_dict(read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"])
-        trainer.validate(model, datamodule=datamodule, verbose=False)
         if trainer.is_global_zero:
-            self.finish(model, datamodule)
-            console.print(scores_table(f"{run}, validation", model.scores))
+            scores = self.finish(model, datamodule)
+            console.print(scores_table(f"{run}, validation", scores))
             say(f"scores, curves and pictures are in {run}")
 
     def test(self, model: Segmentation, datamodule: SegmentationData) -> None:
@@ -209,11 +228,12 @@ class Lab(LightningCLI):
 
     def predict(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Write the masks of all inputs; what cannot be read is named and counted."""
-        out = self.settings.out
+        out, table = self.settings.out, self.settings.pixel_size_csv
         self.load(model)
         datamodule.inputs = self.settings.inputs
         datamodule.setup("predict")
-        if out.exists() and any(out.iterdir()) and not self.settings.overwrite:
+        check_outputs(datamodule.predict_dataloader().dataset, table, out)
+        if holds_files("out", out) and not self.settings.overwrite:
             raise FileExistsError(f"out {str(out)!r} is not empty: add --overwrite, or give another folder")
         out.mkdir(parents=True, exist_ok=True)
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
@@ -249,32 +269,19 @@ class Lab(LightningCLI):
             "split_sha256": None if data.split is None else split_hash(read_split(data.split)),
         }
 
-    def prepare_folder(self) -> None:
-        """Create the run folder, refuse to mix two runs in one, and write the settings."""
-        run, path = self.run_folder, self.run_folder / "config.yaml"
-        text = self.parser.dump(self.config, skip_unset=False)
-        now = {name: yaml.safe_load(text)["fit"][name] for name in ("seed_everything", "trainer", "model", "data")}
-        if run.exists() and any(run.iterdir()):
-            if not self.settings.resume:
-                raise FileExistsError(
-                    f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
-                )
-            after = flatten(now)
-            before = flatten(read_config(run)) if path.exists() else after
-            for name in before | after:
-                free = name.startswith("trainer.") or name in FREE_ON_RESUME
-                if not free and before.get(name) != after.get(name):
-                    raise ValueError(
-                        f"{name} is {after.get(name)!r}, but the run in {str(run)!r} was started with "
-                        f"{before.get(name)!r}: resume with the same settings, or give another --run"
-                    )
-        run.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as draft:
-            draft.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+    def dumped(self) -> dict[str, Any]:
+        """The settings as config.yaml holds them."""
+        content = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))["fit"]
+        return {name: content[name] for name in ("seed_everything", "trainer", "model", "data")}
 
-    def finish(self, model: Segmentation, data: SegmentationData) -> None:
-        """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours."""
-        run, settings, rows = self.run_folder, self.settings, self.history.rows
+    def finish(self, model: Segmentation, data: SegmentationData) -> dict[str, Any]:
+        """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours.
+
+        All is read from the files of the run, which the processes of a training leave behind.
+        """
+        run, settings, rows = self.run_folder, self.settings, pd.read_csv(self.run_folder / "history.csv")
+        best, last = (read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+        model.load_state_dict(best["state_dict"])
         sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
         write_json(
             run / "metrics.json",
@@ -289,17 +296,17 @@ class Lab(LightningCLI):
                 "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
                 "split_sha256": split_hash(data.table),
                 "epochs": len(rows),
-                "steps": model.trainer.fit_loop.epoch_loop.global_step,
-                "best_epoch": max(rows, key=lambda row: row["val/dice"])["epoch"],
-                "seconds": round(sum(row["seconds"] for row in rows), 1),
-                "metrics": model.scores,
+                "steps": last["global_step"],
+                "best_epoch": best["epoch"] + 1,
+                "seconds": round(rows["seconds"].sum(), 1),
+                "metrics": best["scores"],
                 "command": shlex.join(["python", *sys.argv]),
-                "device": device_name(model.trainer.strategy.root_device),
+                "device": device_name(self.trainer.strategy.root_device),
                 "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
                 **provenance(),
             },
         )
-        draw_history(run / "curves.png", pd.DataFrame(rows))
+        draw_history(run / "curves.png", rows, settings.model.loss)
         cases = []
         for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
             image, truth = item.read()
@@ -307,6 +314,7 @@ class Lab(LightningCLI):
         draw_cases(run / "cases.png", cases)
         if hasattr(model.network, "save_pretrained"):
             model.network.save_pretrained(run / "model")
+        return best["scores"]
 
 
 def with_config_of_run(args: list[str]) -> list[str]:
@@ -350,7 +358,7 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
         say(str(__doc__).strip())
         return {}
     if args[:1] == ["compare"]:
-        parser = jsonargparse.ArgumentParser(prog="lab.py compare", description="Compare the scores of runs.")
+        parser = jsonargparse.ArgumentParser(prog="lab.py compare", description="Compare the scores of runs.", **STRICT)
         parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
         parser.add_argument("--out", type=Path, required=True, help="folder of the report")
         parser.add_argument("--on", default="test", help="the folder inside each run that its scores are in")
@@ -365,7 +373,8 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
         save_config_callback=None,
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"description": __doc__} | {verb: {"verb": verb} for verb in Lab.subcommands()},
+        parser_kwargs={"description": __doc__, **STRICT}
+        | {verb: {"verb": verb, **STRICT} for verb in Lab.subcommands()},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=args,
@@ -375,5 +384,7 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileExistsError, FileNotFoundError) as error:  # what the user can mend
-        raise SystemExit(f"error: {error}") from error
+    except (jsonargparse.ArgumentError, ValueError, OSError, MisconfigurationException) as error:  # the user's to mend
+        is_long = isinstance(error, jsonargparse.ArgumentError)
+        sys.stderr.write(f"error: {' '.join(str(error).split()) if is_long else error}\n")
+        raise SystemExit(2) from None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
+import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -55,10 +57,20 @@ class History(Callback):
 
     def write(self) -> None:
         """All rows so far as a CSV file."""
-        with whole_file(self.path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, fieldnames=list(self.rows[0]))
-            table.writeheader()
-            table.writerows(self.rows)
+        with whole_file(self.path) as draft:
+            pd.DataFrame(self.rows).to_csv(draft, index=False)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's, in a folder that may be moved or copied between two sessions without losing the best epoch."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return path and os.path.join(str(self.dirpath), os.path.basename(path))
+
+        paths = {name: here(path) for name, path in state_dict.items() if name.endswith("_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
 
 class Patience(EarlyStopping):
@@ -66,6 +78,9 @@ class Patience(EarlyStopping):
 
     def __init__(self, epochs: int) -> None:
         super().__init__("val/dice", mode="max", patience=epochs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})  # what is asked for now
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.wait_count >= self.patience:
@@ -97,12 +112,14 @@ class AveragedWeights(WeightAveraging):
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay {decay} must lie between 0 and 1, e.g. 0.99; null means no averaging")
 
-        def average(mean: Tensor, value: Tensor, number: Tensor) -> Tensor:
-            if not value.is_floating_point():  # counters
-                return value
-            return mean.lerp(value, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+        super().__init__(avg_fn=partial(average, decay))
 
-        super().__init__(avg_fn=average)
+
+def average(decay: float, mean: Tensor, value: Tensor, number: Tensor) -> Tensor:
+    """The mean of the weights of all steps after step `number`; not nested, so that processes can be spawned."""
+    if not value.is_floating_point():  # counters
+        return value
+    return mean.lerp(value, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -114,9 +131,11 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # into a full disk, torch.save itself fails without saying why
+        torch.save(checkpoint, content)
         with whole_file(path) as draft:
             with draft.open("wb") as stream:
-                torch.save(checkpoint, stream)
+                stream.write(content.getbuffer())
                 stream.flush()
                 os.fsync(stream.fileno())
             if path.stem == "last" and path.exists():

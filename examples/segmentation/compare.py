@@ -1,4 +1,4 @@
-"""Run folders, side by side: results.json, report.md, report.html, curves.png and cost.png.
+"""Run folders, side by side: results.json, report.html, curves.png and cost.png.
 
 A run's variant is the name of its folder without a final `-seedN`. For each score of a variant: `mean`, over the seeds,
 of the mean over the images; `sd_seeds`, the standard deviation of those means over the seeds (None for one seed);
@@ -8,7 +8,6 @@ of the mean over the images; `sd_seeds`, the standard deviation of those means o
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,16 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from scipy import stats
 
 from segmentation.figures import draw_cost, draw_curves
-from segmentation.runs import flatten, read_config, read_json, whole_file, write_json
-from segmentation.scores import OVERLAP, SURFACE, TOLERANCE, overlap
+from segmentation.runs import flatten, holds_files, read_config, read_json, whole_file, write_json
+from segmentation.scores import COUNTS, OVERLAP, RATES, SURFACE, TOLERANCE, overlap, rates, subject_dice
 
-SAMPLES = 10_000  # of the bootstrap
+LEAST_SUBJECTS = 10  # for a verdict
+VERDICTS = {"none": "no difference seen", "too few subjects": "too few subjects to say"}
 TEXT = {"id": str, "group": str, "unit": str}  # columns of images.csv that hold no numbers
-COUNTS = ["tp", "fp", "fn"]
+NUMBERS = OVERLAP + RATES + SURFACE + COUNTS
 ALIKE = ("task", "image_size", "side", "options", "split_sha256")  # what the scores of all runs have in common
 # The recipe: all settings of model and data but those that a run may have of its own, and some of the trainer.
 FREE = {f"data.{name}" for name in ("folder", "split", "seed", "num_workers", "side", "inputs")}
@@ -63,6 +63,8 @@ def compare(runs: list[Path], out: Path, *, on: str = "test", baseline: str | No
         on: the folder inside each run that its scores are in.
         baseline: the variant that the others are set against (default: `unet`, or else the first).
     """
+    if holds_files("out", out) and (out / "config.yaml").is_file():
+        raise FileExistsError(f"out {str(out)!r} is a run, whose curves.png must stay: give another folder")
     finished, missing = read_runs(find_runs(runs), on)
     groups = group_alike(finished)
     baseline = baseline or ("unet" if "unet" in groups else next(iter(groups)))
@@ -72,7 +74,8 @@ def compare(runs: list[Path], out: Path, *, on: str = "test", baseline: str | No
     results = {**collect(groups, baseline), "on": on, "runs": len(finished) + len(missing), "missing": missing}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", results)
-    draw_curves(out / "curves.png", {name: [run.history for run in group] for name, group in groups.items()})
+    histories = {name: [run.history for run in group] for name, group in groups.items()}
+    draw_curves(out / "curves.png", histories, results["recipe"].get("model.loss", "of each variant"))
     cost = {name: {**v["cost"], **v["per_image"]["dice"]} for name, v in results["variants"].items()}
     frame = pd.DataFrame.from_dict(cost, orient="index", dtype=float).rename(columns={"mean": "dice"})
     draw_cost(out / "cost.png", frame)
@@ -107,6 +110,10 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
         options: Numbers = {"dtype": TEXT, "keep_default_na": False, "na_values": [""]}
         variant, history = re.sub(r"-seed\d+$", "", folder.name), pd.read_csv(folder / "history.csv")
         images = pd.read_csv(folder / on / "images.csv", **options).assign(variant=variant, seed=facts["seed"])
+        if lacking := [name for name in (*TEXT, *NUMBERS) if name not in images]:
+            raise ValueError(
+                f"{folder / on / 'images.csv'} lacks the column {lacking[0]!r}: score the run again with test"
+            )
         recipe = {name: value for name, value in flatten(read_config(folder)).items() if in_recipe(name)}
         finished.append(Run(folder, variant, facts, recipe, scores, history, images))
     if not finished:
@@ -177,20 +184,24 @@ def collect(groups: dict[str, list[Run]], baseline: str) -> Numbers:
 def describe(group: Sequence[Run], images: pd.DataFrame, class_names: Sequence[str]) -> Numbers:
     """The numbers of one variant, over its seeds."""
     facts = [run.facts for run in group]
-    counts = images.groupby("seed")[COUNTS].sum()
-    pooled = pd.DataFrame([overlap(*map(int, row)) for row in counts.to_numpy()])
+    counts = images.groupby("seed")[list(COUNTS)].sum()
+    pooled = pd.DataFrame([overlap(*row[:3]) | rates(*row) for row in counts.to_numpy().tolist()])
+    of_subjects = pd.Series([subject_dice(one).mean() for _, one in images.groupby("seed")])
     seconds = pd.concat([run.history["seconds"] for run in group])
+    warm = pd.concat([run.history["seconds"].iloc[min(1, len(run.history) - 1) :] for run in group])
     numbers: Numbers = {
         **{name: facts[0][name] for name in ("network", "model_args")},
         "seeds": [fact["seed"] for fact in facts],
         "epochs": [fact["epochs"] for fact in facts],
         "best_epochs": [fact["best_epoch"] for fact in facts],
         "images": len(group[0].images),
-        "per_image": {score: over_seeds(images, score) for score in OVERLAP + SURFACE},
-        "pooled": {score: spread(pooled[score]) for score in OVERLAP},
+        "per_image": {score: over_seeds(images, score) for score in OVERLAP + RATES + SURFACE},
+        "pooled": {score: spread(pooled[score]) for score in OVERLAP + RATES},
+        "per_subject": {"dice": spread(of_subjects)},
+        "empty_predictions": float((images["tp"] + images["fp"] == 0).sum() / len(group)),
         "cost": {
             **{name: facts[0][name] for name in ("parameters", "multiply_adds")},
-            **{"seconds_per_epoch": float(seconds.mean()), "minutes": float(seconds.sum() / 60)},
+            **{"seconds_per_epoch": float(warm.median()), "minutes": float(seconds.sum() / 60)},
         },
     }
     check_bound(group[0], numbers["per_image"])
@@ -204,10 +215,12 @@ def describe(group: Sequence[Run], images: pd.DataFrame, class_names: Sequence[s
         columns = [f"dice_{name}" for name in class_names]
         numbers["mean_of_classes"] = spread(images.groupby("seed")[columns].mean().mean(axis=1))
     if "hc_true_mm" in images and (known := images["hc_true_mm"].notna() & (images["unit"] == "mm")).any():
+        errors = images.assign(error=images["hc_error_mm"].abs())
         numbers["circumference"] = {
             "images": int(known.sum()) // len(group),
             "no_ellipse": float((known.sum() - images["hc_error_mm"].notna().sum()) / len(group)),
-            "absolute_error_mm": over_seeds(images.assign(error=images["hc_error_mm"].abs()), "error"),
+            "absolute_error_mm": over_seeds(errors, "error"),
+            "median_absolute_error_mm": spread(errors.groupby("seed")["error"].median()),
             "error_mm": over_seeds(images, "hc_error_mm"),
         }
     return numbers
@@ -237,8 +250,9 @@ def check_bound(run: Run, scores: Numbers) -> None:
 def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None:
     """Dice of one variant minus Dice of another, image by image, averaged over the seeds that both have.
 
-    `low` and `high` bound the mean difference with 95 % confidence for other subjects like these; how other seeds would
-    turn out is not in them. `verdict` is "above" or "below" where zero lies outside, else "none".
+    `mean` is that of the subjects, each of which counts once. `low` and `high` bound it with 95 % confidence for other
+    subjects like these; how other seeds would turn out is not in them. `verdict` is "above" or "below" where zero lies
+    outside, else "none"; "too few subjects" where there are less than ten, whose spread says little of that of others.
     """
     pairs = images[images["variant"].isin([name, baseline])]
     dice = pairs.pivot(index=["id", "group"], columns=["variant", "seed"], values="dice")
@@ -246,32 +260,26 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
     if not seeds:
         return None
     gains = (dice[name][seeds] - dice[baseline][seeds]).mean(axis=1)
-    subjects = gains.index.get_level_values("group")
-    interval = bootstrap_interval(gains.to_numpy(), list(subjects))
-    low, high = (None, None) if interval is None else interval
-    verdict = "none" if interval is None or interval[0] <= 0 <= interval[1] else "above" if interval[0] > 0 else "below"
+    subjects = gains.groupby(level="group").mean()
+    low, high = t_interval(subjects)
+    verdict = "too few subjects"
+    if low is not None and high is not None and len(subjects) >= LEAST_SUBJECTS:
+        verdict = "above" if low > 0 else "below" if high < 0 else "none"
     return {
-        "mean": float(gains.mean()),
+        "mean": float(subjects.mean()),
         "low": low,
         "high": high,
         "verdict": verdict,
         "seeds": [int(seed) for seed in seeds],
         "images": len(gains),
-        "subjects": subjects.nunique(),
+        "subjects": len(subjects),
     }
 
 
-def bootstrap_interval(
-    differences: NDArray[np.float64], groups: Sequence[str], samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of `differences` (n) when subjects are drawn anew; None for one subject."""
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < 2:
-        return None
-    sums, sizes = np.bincount(member, weights=differences), np.bincount(member)
-    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
-    low, high = np.quantile((times @ sums) / (times @ sizes), (0.025, 0.975))  # times: samples subjects
-    return float(low), float(high)
+def t_interval(values: pd.Series[float]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean of independent values by Student's t; None for a single one."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return _number(values.mean() - half), _number(values.mean() + half)
 
 
 def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
@@ -281,6 +289,8 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
         "iou": "IoU",
         "dice": "Dice",
         "f1": "F1",
+        "sensitivity": "sensitivity",
+        "specificity": "specificity",
         "hd95": f"HD95 ({unit})",
         "surface_dice": f"surface Dice ({TOLERANCE:g} {unit})",
     }
@@ -293,6 +303,8 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
             "seeds": len(v["seeds"]),
             **{title: _plus_minus(v["per_image"][score], digits[score]) for score, title in names.items()},
             **{f"pooled {names[score]}": _plus_minus(v["pooled"][score]) for score in ("iou", "dice")},
+            "Dice per subject": _plus_minus(v["per_subject"]["dice"]),
+            "nothing found": _text(v["empty_predictions"], 1),
         }
         tables["spread"][variant] = {
             title: _text(v["per_image"][score]["sd_images"], digits[score]) for score, title in names.items()
@@ -304,6 +316,7 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
             tables["circumference"][variant] = {
                 "images": errors["images"],
                 "mean absolute error (mm)": _plus_minus(errors["absolute_error_mm"], 2),
+                "median (mm)": _plus_minus(errors["median_absolute_error_mm"], 2),
                 "mean error ± sd over images (mm)": " ± ".join(
                     _text(errors["error_mm"][name], 2) for name in ("mean", "sd_images")
                 ),
@@ -313,7 +326,7 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
             tables["differences"][variant] = {
                 "difference of Dice": f"{d['mean']:+.3f}",
                 "95 % interval": "n/a" if d["low"] is None else f"{d['low']:+.3f} to {d['high']:+.3f}",
-                "verdict": {"none": "no difference seen"}.get(d["verdict"], d["verdict"]),
+                "verdict": VERDICTS.get(d["verdict"], d["verdict"]),
                 **{"images": d["images"], "subjects": d["subjects"], "seeds": len(d["seeds"])},
             }
         tables["cost"][variant] = {
@@ -328,22 +341,15 @@ def make_tables(results: Numbers) -> dict[str, pd.DataFrame]:
 
 
 def write_report(out: Path, results: Numbers, cases: dict[str, Path]) -> None:
-    """report.md and report.html, from the templates beside this file; the page holds its pictures."""
+    """report.html, from the template beside this file; the page holds its pictures."""
     pictures = {"curves": out / "curves.png", "cost": out / "cost.png"}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=lambda name: ".html" in str(name), undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
+    templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     templates.filters["embedded"] = lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    templates.filters["beside"] = lambda path: Path(os.path.relpath(path, out)).as_posix()
-    templates.filters["markdown"] = lambda table: table.rename(index="`{}`".format).to_markdown(
-        disable_numparse=True, colalign=("left", *["right"] * table.shape[1])
-    )
-    tables = make_tables(results)
-    for name in ("report.html", "report.md"):
-        text = templates.get_template(f"{name}.jinja").render(**results, tables=tables, pictures=pictures, cases=cases)
-        with whole_file(out / name) as draft:
-            draft.write_text(text, encoding="utf-8")
+    page = templates.get_template("report.html.jinja")
+    with whole_file(out / "report.html") as draft:
+        text = page.render(**results, tables=make_tables(results), pictures=pictures, cases=cases)
+        draft.write_text(text, encoding="utf-8")
 
 
 def _plus_minus(values: Numbers, digits: int = 3) -> str:

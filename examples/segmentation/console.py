@@ -9,15 +9,15 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from segmentation.scores import TOLERANCE
 
-TITLES = {"iou": "IoU", "dice": "Dice", "f1": "F1", "hd95": "HD95", "surface_dice": "surface Dice"}
+TITLES = {"iou": "IoU", "dice": "Dice", "f1": "F1", "sensitivity": "sensitivity", "specificity": "specificity"}
+TITLES |= {"hd95": "HD95", "surface_dice": "surface Dice"}
 
-console = Console(quiet=rank_zero_only.rank != 0)
-
+# Paths and names are printed as they are, brackets and colons included.
+console = Console(markup=False, emoji=False, highlight=False, quiet=rank_zero_only.rank != 0)
 
 # Remarks of Lightning that say nothing new here: images are in memory, and repeated images are counted once.
 REMARKS = (
@@ -39,7 +39,7 @@ def quieten() -> None:
 
 def say(text: str, style: str | None = None) -> None:
     """Print a line as it is, of whatever length."""
-    console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+    console.print(text, style=style, soft_wrap=True)
 
 
 def scores_table(title: str, scores: Mapping[str, Any]) -> Table:
@@ -56,12 +56,16 @@ def scores_table(title: str, scores: Mapping[str, Any]) -> Table:
         table.add_row(f"{name} Dice", *(_number(part[way]["dice"], 3) for way in ("per_image", "pooled")))
     if "mean_of_classes" in scores:
         table.add_row("mean Dice of the classes", _number(scores["mean_of_classes"]["dice"], 3), "")
+    if "per_subject" in scores:
+        table.add_row("Dice of a subject's images together", _mean_sd(scores["per_subject"]["dice"], 3), "")
+    table.caption = f"{scores['empty']['predictions']} images in which nothing was found"
     errors = scores.get("circumference", {"images": 0})
     if errors["images"]:
         signed = {"mean": errors["mean_error_mm"], "sd": errors["sd_error_mm"]}
-        table.add_row("head circumference, absolute error (mm)", _number(errors["mean_absolute_error_mm"], 2), "")
+        absolute = " / ".join(_number(errors[f"{kind}_absolute_error_mm"], 2) for kind in ("mean", "median"))
+        table.add_row("head circumference, absolute error, mean / median (mm)", absolute, "")
         table.add_row("head circumference, error (mm)", _mean_sd(signed, 2), "")
-        table.caption = f"circumference of {errors['images']} heads; {errors['no_ellipse']} without an ellipse"
+        table.caption += f"; circumference of {errors['images']} heads; {errors['no_ellipse']} without an ellipse"
     return table
 
 

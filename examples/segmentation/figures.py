@@ -24,6 +24,7 @@ from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
 from segmentation.palette import EXTRA, MISSED, MISTAKEN, class_colour, network_colours
+from segmentation.runs import whole_file
 
 DPI = 200
 WIDTH, HEIGHT = 340, 512  # pixels of a panel, at most
@@ -78,7 +79,8 @@ def draw_cases(path: Path, cases: Sequence[Case]) -> None:
         top += GAP
     sizing: dict[str, Any] = {"fontsize": 7, "borderpad": 0.2, "handlelength": 2, "columnspacing": 1.2}
     figure.legend(handles=keys, loc="lower center", ncols=columns, frameon=False, **sizing)
-    figure.savefig(path, pil_kwargs={"optimize": True})
+    with whole_file(path) as draft:
+        figure.savefig(draft, pil_kwargs={"optimize": True})
 
 
 def overlay(image: NDArray[Any], classes: Classes) -> Shades:
@@ -99,8 +101,8 @@ def picture(image: NDArray[Any], size: tuple[int, int]) -> Shades:
     return np.asarray(shades.resize(size, Image.Resampling.BILINEAR))
 
 
-def draw_curves(path: Path, histories: Mapping[str, Sequence[pd.DataFrame]]) -> None:
-    """Loss and IoU per epoch: a line per variant (mean over seeds) in a band from the least to the greatest seed."""
+def draw_curves(path: Path, histories: Mapping[str, Sequence[pd.DataFrame]], loss: str) -> None:
+    """Loss, by its name, and IoU per epoch: a line per variant (mean over seeds) in a band over all its seeds."""
     figure = Figure(figsize=(10, 6.6), layout="constrained")
     grid, colours = figure.subplots(2, 2, sharex=True, sharey="row"), network_colours(histories)
     for axis, (score, side) in zip(grid.flat, product(SCORES, SIDES), strict=True):
@@ -109,12 +111,13 @@ def draw_curves(path: Path, histories: Mapping[str, Sequence[pd.DataFrame]]) -> 
             few = "." if len(epochs) < 3 else None
             axis.plot(epochs, values.mean(axis=0), color=colours[name], label=name, marker=few)
             axis.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colours[name], alpha=0.15, lw=0)
-        axis.set_title(f"{SCORES[score]}, {SIDES[side]}")
+        axis.set_title(f"{SCORES[score]}{f' ({loss})' if score == 'loss' else ''}, {SIDES[side]}")
         axis.grid(alpha=0.3)
     for axis in grid[1]:
         axis.set_xlabel("epoch")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=110)
 
 
 def curve(histories: Sequence[pd.DataFrame], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -124,16 +127,17 @@ def curve(histories: Sequence[pd.DataFrame], name: str) -> tuple[NDArray[np.int6
     return np.arange(1, length + 1), values
 
 
-def draw_history(path: Path, history: pd.DataFrame) -> None:
-    """Loss and IoU per epoch of one run, training and validation."""
+def draw_history(path: Path, history: pd.DataFrame, loss: str) -> None:
+    """Loss, by its name, and IoU per epoch of one run, training and validation."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axis, (score, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
         for side, label in SIDES.items():
             axis.plot(history["epoch"], history[f"{side}/{score}"], marker=".", label=label)
-        axis.set(xlabel="epoch", title=title)
+        axis.set(xlabel="epoch", title=f"{title} ({loss})" if score == "loss" else title)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=110)
 
 
 def draw_cost(path: Path, frame: pd.DataFrame) -> None:
@@ -158,7 +162,8 @@ def draw_cost(path: Path, frame: pd.DataFrame) -> None:
     figure.set_layout_engine("none")  # the axes stay where they are while the names look for free places
     for axis, column in zip(grid, columns, strict=True):
         _write_names(axis, frame[[column, "dice", "sd"]], colours)
-    figure.savefig(path)
+    with whole_file(path) as draft:
+        figure.savefig(draft)
 
 
 def _write_names(axis: Axes, points: pd.DataFrame, colours: Mapping[str, str]) -> None:

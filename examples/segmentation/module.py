@@ -72,7 +72,10 @@ class Segmentation(lightning.LightningModule):
         if min(spline_lr, scan_lr) < 0:
             raise ValueError(f"spline_lr {spline_lr} and scan_lr {scan_lr} must not be negative: 1 changes nothing")
         self.task, self.image_size = get_task(task), image_size
-        self.network = build_network(network, self.task.in_channels, self.task.num_classes, **(model_args or {}))
+        try:
+            self.network = build_network(network, self.task.in_channels, self.task.num_classes, **(model_args or {}))
+        except TypeError as error:
+            raise ValueError(f"model.model_args {model_args} do not fit {network!r}: {error}") from error
         self.lr, self.weight_decay, self.warmup, self.ema_decay = lr, weight_decay, warmup, ema_decay
         self.factors = {"spline_lr": spline_lr, "scan_lr": scan_lr}
         self.how = {"flips": flips, "window": window}
@@ -99,7 +102,22 @@ class Segmentation(lightning.LightningModule):
         iou = (found & wanted).sum((1, 2, 3)) / (found | wanted).sum((1, 2, 3))  # b
         self._log("train/iou", iou.nan_to_num(nan=1.0).mean(), batch)
         self._log("train/loss", loss, batch)
+        schedule: Any = self.lr_schedulers()
+        self.log("lr", self.lr * schedule.lr_lambdas[0](schedule.last_epoch))
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Stop before the checkpoints of an epoch whose loss is NaN or infinite."""
+        losses = {name: value for name, value in self.trainer.callback_metrics.items() if name.endswith("/loss")}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name} is {value} in epoch {self.current_epoch + 1}, so this training has diverged: start anew "
+                    f"with a model.lr below {self.lr:g}; checkpoints of the epochs before are kept"
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scores"] = self.scores  # of the very weights in it
 
     def validation_step(self, batch: Batch) -> None:
         logits = self(batch["image"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,42 @@ def predict_volume(path: Path, task: Task, classify: Classify, cuts: Sequence[Cu
     return classes
 
 
+def check_outputs(files: Sequence[Path], table: Path | None, out: Path) -> None:
+    """Refuse to write over an input, or two masks or overlays to one file, before anything is written."""
+    for path in [*files, *([table] if table else [])]:
+        places = (path.resolve(), path.parent.resolve() / path.name)  # what a link leads to, and the link
+        if any(out.resolve() in place.parents for place in places):
+            raise ValueError(
+                f"out {str(out)!r} holds the input {str(path)!r}, which stays as it is: give another folder"
+            )
+    refuse_twins((name, path) for path in files for name in output_names(path))
+
+
+def output_names(path: Path) -> tuple[str, ...]:
+    """The files that come of an input: a volume, or mask and overlay."""
+    name = stem(path)
+    return (f"{name}.mha",) if path.name.lower().endswith(VOLUMES) else (f"{name}.png", f"{name}-overlay.png")
+
+
+def refuse_twins(names: Iterable[tuple[str, object]]) -> None:
+    """Refuse (name, source) of two sources that would be written to one file."""
+    taken: dict[str, object] = {}
+    for name, source in names:
+        if (first := taken.setdefault(name, source)) != source:
+            raise ValueError(f"{first} and {source} would both be written as {name!r}: rename one of them")
+
+
 def write_prediction(found: Prediction, task: Task, out: Path, sizes: dict[str, float]) -> dict[str, Any]:
     """Write the mask and overlay of an image, or the volume; the row of predictions.csv."""
-    name, classes = stem(found.path), found.classes
+    classes, (mask, *overlays) = found.classes, (out / name for name in output_names(found.path))
     row: dict[str, Any] = {"file": found.path.name, "foreground": int((classes > 0).sum())}
     if found.image is None:
-        write_volume(found, out / f"{name}.mha")
+        write_volume(found, mask)
         return row
-    write_mask(classes, task, out / f"{name}.png")
-    save(Image.fromarray(overlay(found.image, classes)), out / f"{name}-overlay.png")
+    write_mask(classes, task, mask)
+    save(Image.fromarray(overlay(found.image, classes)), overlays[0])
     if sizes:
-        size = sizes.get(name)
+        size = sizes.get(stem(found.path))
         if size is None:
             warnings.warn(f"no pixel size is given for {found.path.name}: its hc_mm stays empty", stacklevel=2)
         row["hc_mm"] = None if size is None else head_circumference(classes, (size, size))

@@ -8,7 +8,7 @@ import pickle
 import platform
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,14 @@ RESUMABLE = ("last.ckpt", "previous.ckpt")  # newest first
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A draft beside `path` that takes its place once it is written, so that a kill never leaves half a file."""
+    """A draft beside `path` that takes its place once it is written: a kill or a full disk leaves the earlier file."""
     draft = path.with_name(f".part-{path.name}")
     try:
         yield draft
         os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: SimpleITK's
+        reason = getattr(error, "strerror", None) or str(error).strip().rpartition("\n")[2]
+        raise OSError(f"{path} cannot be written ({reason}): what was there before is kept") from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -40,8 +43,38 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty where there is none."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): restore it, or make it again") from error
     return content
+
+
+def holds_files(option: str, folder: Path) -> bool:
+    """Whether there is something in a folder that `option` names to be written to; refused where it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{option} {str(folder)!r} is a file: give a folder")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_folder(run: Path, settings: dict[str, Any] | None, free: Collection[str]) -> None:
+    """Refuse a folder that holds files, but where its run is resumed: then all settings but the `free` must be equal.
+
+    `settings` are those of config.yaml to be, None where a run is started.
+    """
+    if not holds_files("run", run):
+        return
+    if settings is None:
+        raise FileExistsError(
+            f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
+        )
+    before, after = flatten(read_config(run)), flatten(settings)
+    for name in before | after:
+        if not name.startswith("trainer.") and name not in free and before.get(name) != after.get(name):
+            raise ValueError(
+                f"{name} is {after.get(name)!r}, but the run in {str(run)!r} was started with "
+                f"{before.get(name)!r}: resume with the same settings, or give another --run"
+            )
 
 
 def find_run(path: Path) -> tuple[Path, Path]:

@@ -32,6 +32,8 @@ from segmentation.tasks import Task
 Row = dict[str, Any]
 
 OVERLAP = ("iou", "dice", "f1")
+RATES = ("sensitivity", "specificity")
+COUNTS = ("tp", "fp", "fn", "tn")
 SURFACE = ("hd95", "surface_dice")
 # Distance that surface Dice forgives, in mm, or in pixels where their size is unknown: each of the two outlines is
 # known to one pixel, so two pixels apart is no disagreement yet. One number for all, with pixels of about 1 mm in mind.
@@ -44,7 +46,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def confusion_counts(prediction: Tensor, truth: Tensor, num_labels: int) -> Tensor:
-    """TP, FP, FN (b 1+num_labels 3) of class numbers (b 1 h w): foreground first, then every class by itself.
+    """TP, FP, FN, TN (b 1+num_labels 4) of class numbers (b 1 h w): foreground first, then every class by itself.
 
     They are whole numbers, exact for images of any size.
     """
@@ -54,7 +56,7 @@ def confusion_counts(prediction: Tensor, truth: Tensor, num_labels: int) -> Tens
         return torch.cat([classes > 0, one_hot[:, 1:]], dim=1)
 
     p, t = masks(prediction), masks(truth)
-    return torch.stack([(p & t).sum((2, 3)), (p & ~t).sum((2, 3)), (~p & t).sum((2, 3))], dim=-1)
+    return torch.stack([pixels.sum((2, 3)) for pixels in (p & t, p & ~t, ~p & t, ~p & ~t)], dim=-1)
 
 
 def overlap(tp: int, fp: int, fn: int, empty: float | None = 1.0) -> dict[str, float | None]:
@@ -65,10 +67,18 @@ def overlap(tp: int, fp: int, fn: int, empty: float | None = 1.0) -> dict[str, f
     return {"iou": tp / (tp + fp + fn), "dice": dice, "f1": dice}
 
 
+def rates(tp: int, fp: int, fn: int, tn: int) -> dict[str, float | None]:
+    """Sensitivity and specificity of pixel counts; None where nothing, or everything, is foreground."""
+    return {"sensitivity": tp / (tp + fn) if tp + fn else None, "specificity": tn / (tn + fp) if tn + fp else None}
+
+
 def surface_scores(
     prediction: NDArray[np.bool_], truth: NDArray[np.bool_], pixel_size: tuple[float, float] | None
 ) -> dict[str, float]:
-    """HD95 and surface Dice of two masks (h w), in millimetres where the size of a pixel is known."""
+    """HD95 and surface Dice of two masks (h w), in millimetres where the size of a pixel is known.
+
+    HD95 is the larger of two 95th percentiles: of the distances from each outline to the other.
+    """
     spacing = (1.0, 1.0) if pixel_size is None else pixel_size
     if not (prediction.any() and truth.any()):
         if prediction.any() or truth.any():
@@ -84,10 +94,10 @@ def surface_scores(
 
 
 def overlap_row(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Row:
-    """Counts (1+classes 3) and overlap of one image: of the foreground, and of the classes where there are several."""
-    row: Row = {**overlap(*counts[0]), **dict(zip(("tp", "fp", "fn"), counts[0], strict=True))}
+    """Counts (1+classes 4) and overlap of one image: of the foreground, and of the classes where there are several."""
+    row: Row = {**overlap(*counts[0][:3]), **rates(*counts[0]), **dict(zip(COUNTS, counts[0], strict=True))}
     if len(class_names) > 1:
-        for name, (tp, fp, fn) in zip(class_names, counts[1:], strict=True):
+        for name, (tp, fp, fn, _) in zip(class_names, counts[1:], strict=True):
             scores = overlap(tp, fp, fn, empty=None)
             found = {"dice": scores["dice"], "iou": scores["iou"], "tp": tp, "fp": fp, "fn": fn}
             row |= {f"{key}_{name}": value for key, value in found.items()}
@@ -111,11 +121,18 @@ def score_image(task: Task, item: Item, prediction: NDArray[np.uint8], truth: ND
 def summarise(rows: Sequence[Row], class_names: Sequence[str]) -> dict[str, Any]:
     """What the rows of all images come to. HD95 and surface Dice have no mean where mm and pixels are mixed."""
     frame = pd.DataFrame(rows)
-    known = [name for name in OVERLAP + SURFACE if name in frame]
+    known = [name for name in OVERLAP + RATES + SURFACE if name in frame]
     scores: dict[str, Any] = {
         "per_image": {name: _mean_sd(frame[name]) for name in known},
-        "pooled": _pooled(frame, "", 1.0),
+        "pooled": _pooled(frame, "", 1.0) | rates(*frame[list(COUNTS)].sum().tolist()),
+        "empty": {
+            "predictions": int((frame["tp"] + frame["fp"] == 0).sum()),
+            "truths": int((frame["tp"] + frame["fn"] == 0).sum()),
+        },
     }
+    if "group" in frame:
+        dice = subject_dice(frame)
+        scores["per_subject"] = {"dice": _mean_sd(dice), "subjects": len(dice)}
     if "unit" in frame:
         units = frame["unit"].unique()
         scores["unit"] = units[0] if len(units) == 1 else "mixed"
@@ -136,6 +153,12 @@ def summarise(rows: Sequence[Row], class_names: Sequence[str]) -> dict[str, Any]
     return scores
 
 
+def subject_dice(frame: pd.DataFrame) -> pd.Series:
+    """Dice of the pixels of each subject's images together, such as the slices of its volume."""
+    sums = frame.groupby("group")[list(COUNTS[:3])].sum()
+    return pd.Series([overlap(*row)["dice"] for row in sums.itertuples(index=False)], sums.index)
+
+
 def _mean_sd(values: pd.Series) -> dict[str, float | None]:
     known = values.dropna().astype(float)
     return {
@@ -153,6 +176,7 @@ def _circumference(frame: pd.DataFrame) -> dict[str, float | int | None]:
     missed = (frame["unit"] == "mm") & frame["hc_true_mm"].notna() & frame["hc_mm"].isna()
     return {
         "mean_absolute_error_mm": _mean_sd(errors.abs())["mean"],
+        "median_absolute_error_mm": float(errors.abs().median()) if len(errors) else None,
         "mean_error_mm": _mean_sd(errors)["mean"],
         "sd_error_mm": _mean_sd(errors)["sd"],
         "images": len(errors),

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from segmentation.data.item import Item, read_values, to_classes
 from segmentation.figures import Case, draw_cases
-from segmentation.prediction import Prediction, write_mask, write_prediction
+from segmentation.prediction import Prediction, refuse_twins, write_mask, write_prediction
 from segmentation.runs import whole_file, write_json
 from segmentation.scores import Row, summarise
 
@@ -26,6 +26,9 @@ class ScoreWriter(Callback):
         self.rows: list[Row] = []
         self.unreadable: list[dict[str, str]] = []
         self._items: dict[str, Item] = {}
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        refuse_twins((self._mask(item.id).name, item.id) for item in trainer.datamodule.test_items)
 
     def on_test_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Mapping, batch: Item, *_: int

@@ -65,9 +65,9 @@ def panels(path: Path, size: int = figures.WIDTH) -> list[np.ndarray]:
 
 @pytest.fixture
 def sheets(monkeypatch) -> list[Figure]:
-    """The figures that a test draws, which are not written."""
+    """The figures that a test draws, in whose place empty files are written."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: drawn.append(self) or path.touch())
     return drawn
 
 
@@ -184,8 +184,8 @@ def test_curves_end_with_the_seed_that_stopped_first(tmp_path):
 
     columns = {f"{side}/{score}": [0.9, 0.5] for side in ("train", "val") for score in ("loss", "iou")}
     history = pd.DataFrame({"epoch": [1, 2], **columns})
-    draw_history(tmp_path / "run.png", history)
-    draw_curves(tmp_path / "curves.png", {"unet": [history], "km_unet_pp_tiny": [history, history[:1]]})
+    draw_history(tmp_path / "run.png", history, "ce")
+    draw_curves(tmp_path / "curves.png", {"unet": [history], "km_unet_pp_tiny": [history, history[:1]]}, "ce")
     shown = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
     assert count(shown, palette.NETWORKS["unet"]) > 100
     assert min(Image.open(tmp_path / "run.png").size) > 300

@@ -12,6 +12,8 @@ from monai.metrics import DiceMetric, HausdorffDistanceMetric, MeanIoU, SurfaceD
 
 from segmentation.data.item import Item
 from segmentation.scores import (
+    OVERLAP,
+    RATES,
     TOLERANCE,
     ValidationScores,
     confusion_counts,
@@ -44,15 +46,16 @@ def rows_of(task: Task, pairs: list[Pair], **more: object) -> list[dict]:
 
 
 def loop(prediction: np.ndarray, truth: np.ndarray) -> dict[str, int]:
-    counts = dict.fromkeys(("tp", "fp", "fn"), 0)
+    counts = dict.fromkeys(("tp", "fp", "fn", "tn"), 0)
     for p, t in zip(prediction.ravel(), truth.ravel(), strict=True):
         counts["tp"] += bool(p and t)
         counts["fp"] += bool(p and not t)
         counts["fn"] += bool(t and not p)
+        counts["tn"] += not t and not p
     return counts
 
 
-def f1(tp: int, fp: int, fn: int) -> float:
+def f1(tp: int, fp: int, fn: int, tn: int) -> float:
     """The harmonic mean of precision and recall; NaN where nothing is there."""
     if tp + fp + fn == 0:
         return math.nan
@@ -100,6 +103,9 @@ def test_rows_and_summary_equal_the_double_loop(task):
         score = 1.0 if math.isnan(score) else score
         assert row["dice"] == row["f1"] == pytest.approx(score)
         assert row["iou"] == pytest.approx(score / (2 - score))
+        for name, hit, miss in (("sensitivity", "tp", "fn"), ("specificity", "tn", "fp")):
+            wanted = counts[hit] + counts[miss]
+            assert row[name] == (counts[hit] / wanted if wanted else None)
         if prediction.any() and truth.any():
             there, back = distances(prediction > 0, truth > 0, spacing)
             assert row["hd95"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-6)
@@ -112,9 +118,10 @@ def test_rows_and_summary_equal_the_double_loop(task):
     scores = summarise(rows, task.class_names)
     assert scores["unit"] == "mm"
     for name, summary in scores["per_image"].items():
-        values = [row[name] for row in rows]
-        assert summary["mean"] == pytest.approx(sum(values) / 6)
-        assert summary["sd"] == pytest.approx(math.sqrt(sum((v - summary["mean"]) ** 2 for v in values) / 5))
+        values = [row[name] for row in rows if row[name] is not None]
+        assert len(values) >= 4
+        assert summary["mean"] == pytest.approx(sum(values) / len(values))
+        assert summary["sd"] == pytest.approx(np.std(values, ddof=1))
     everything = np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
     assert scores["pooled"]["dice"] == scores["pooled"]["f1"] == pytest.approx(f1(*loop(*everything).values()))
     assert scores["pooled"]["iou"] == pytest.approx(scores["pooled"]["dice"] / (2 - scores["pooled"]["dice"]))
@@ -146,7 +153,8 @@ def test_a_validation_set_scores_as_its_images_do(batches):
     scores, expected = validate(pairs, SPINE.class_names, batches), summarise(rows_of(SPINE, pairs), SPINE.class_names)
     for part in ("pooled", "classes", "mean_of_classes"):
         assert scores[part] == expected[part]
-    assert scores["per_image"] == {name: expected["per_image"][name] for name in ("iou", "dice", "f1")}
+    assert scores["per_image"] == {name: expected["per_image"][name] for name in OVERLAP + RATES}
+    assert scores["empty"] == {"predictions": 2, "truths": 2}
 
 
 def test_scores_equal_the_means_of_monai():
@@ -205,6 +213,7 @@ def test_head_circumferences_are_compared_where_both_are_known():
     errors = [both["hc_error_mm"], again["hc_error_mm"]]
     assert scores["circumference"] == {
         "mean_absolute_error_mm": pytest.approx(np.mean(np.abs(errors))),
+        "median_absolute_error_mm": pytest.approx(np.median(np.abs(errors))),
         "mean_error_mm": pytest.approx(np.mean(errors)),
         "sd_error_mm": pytest.approx(np.std(errors, ddof=1)),
         "images": 2,
@@ -213,11 +222,20 @@ def test_head_circumferences_are_compared_where_both_are_known():
     assert (scores["unit"], scores["per_image"]["hd95"]) == ("mixed", {"mean": None, "sd": None})
 
 
+def test_the_slices_of_a_subject_are_scored_together():
+    pairs = random_pairs(GREY)
+    rows = [row | {"group": "ab"[k > 3]} for k, row in enumerate(rows_of(GREY, pairs))]
+    volumes = [np.stack(masks) for part in (pairs[:4], pairs[4:]) for masks in zip(*part, strict=True)]
+    dice = [f1(*loop(*volumes[k : k + 2]).values()) for k in (0, 2)]
+    found = summarise(rows, GREY.class_names)["per_subject"]
+    assert found == {"dice": pytest.approx({"mean": np.mean(dice), "sd": np.std(dice, ddof=1)}), "subjects": 2}
+
+
 def test_counts_stay_exact_in_large_images():
     truth = torch.ones(1, 1, 4100, 4101, dtype=torch.uint8)  # more pixels than float32 counts
     truth[..., 0, 0] = 0
-    tp, fp, fn = confusion_counts(torch.ones_like(truth), truth, 1)[0, 0].tolist()
-    assert (tp, fp, fn) == (4100 * 4101 - 1, 1, 0)
+    tp, fp, fn, tn = confusion_counts(torch.ones_like(truth), truth, 1)[0, 0].tolist()
+    assert (tp, fp, fn, tn) == (4100 * 4101 - 1, 1, 0, 0)
     assert overlap(tp, fp, fn)["iou"] == tp / (tp + 1)
 
 
