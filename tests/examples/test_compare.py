@@ -282,9 +282,7 @@ def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
     results = compare([tmp_path / "runs"], out)
     assert json.loads((out / "results.json").read_text()) == results
     page = (out / "report.html").read_text()
-    unet, net, *_ = (
-        re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL)[1:]
-    )
+    unet, net, *_ = (re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL))
     numbers = "1 0.436 0.600 0.600 0.750 0.250 4.0 0.500 0.667 0.800 0.800 0.0"
     assert unet == ["unet", *numbers.split()]
     assert net[:4] == ["&lt;i&gt;net&lt;i&gt;", "1", "0.484", "0.650"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from PIL import Image
 import lab
 import quickstart
 from kan_mamba_layers import from_pretrained
+from segmentation.console import console, say, scores_table
 from segmentation.data.datamodule import find_items
 from segmentation.data.demo import draw
 from segmentation.data.ellipse import head_circumference
@@ -129,16 +132,52 @@ def test_sides_windows_and_checkpoints_have_folders_of_their_own(copied):
         score(copied)
 
 
+def test_the_best_epoch_is_kept_wherever_the_run_is_resumed(tmp_path, folder, monkeypatch):
+    """A training that gets worse from its second epoch on, moved, resumed and scored from another folder."""
+    step = Segmentation.training_step
+    monkeypatch.setattr(
+        Segmentation, "training_step", lambda self, batch: step(self, batch) * (-1 if self.current_epoch else 1)
+    )
+    folder("fetal_head", number=15, size=(32, 32))
+    monkeypatch.chdir(tmp_path)
+    first = fit(Path("run"), "fetal_head", "unet", "--data.folder=data", "--model.lr=0.05", "--trainer.max_epochs=3")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = Path(shutil.move(tmp_path / "run", "moved"))
+    lab.main(["fit", f"--run={moved}", "--resume", "--trainer.max_epochs=4"])
+    again = json.loads((moved / "metrics.json").read_text())
+    assert (first["best_epoch"], again["best_epoch"], again["epochs"]) == (1, 1, 4)
+    assert again["metrics"] == first["metrics"]
+    dice = [float(row["val/dice"]) for row in rows_of(moved / "history.csv")]
+    assert first["metrics"]["per_image"]["dice"]["mean"] == pytest.approx(dice[0], abs=1e-6)
+    assert max(dice[1:]) < dice[0] - 0.1
+    scores = score(moved, "--data.side=val")
+    assert scores["per_image"]["dice"] == pytest.approx(first["metrics"]["per_image"]["dice"], abs=1e-6)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_diverges_ends(tmp_path):
+    with pytest.raises(ValueError, match=r"/loss is nan in epoch 1, so this training has diverged: start anew with a"):
+        fit(tmp_path / "run", "isic2017", "unet", "--model.lr=1e18")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_config_file_repeats_a_run(tmp_path):
     first = fit(tmp_path / "first", "isic2017", "unet", "--model.ema_decay=null", "--seed_everything=3")
     config = tmp_path / "first" / "config.yaml"
     lab.main(["fit", f"--config={config}", f"--run={tmp_path / 'again'}"])
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["metrics"] == first["metrics"]
-    other = fit(tmp_path / "other", "isic2017", "unet", "--model.ema_decay=null", "--data.num_workers=2")
+    more = ["--data.num_workers=2", "--trainer.logger=false"]
+    other = fit(tmp_path / "other", "isic2017", "unet", "--model.ema_decay=null", *more)
     assert other["metrics"] != first["metrics"]  # another seed
-    same = fit(tmp_path / "same", "isic2017", "unet", "--model.ema_decay=null")
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
+    same = fit(tmp_path / "same", "isic2017", "unet", "--model.ema_decay=null", *logger)
     assert same["metrics"] == other["metrics"]  # whatever number of workers
+    assert {path.parts[-3] for path in tmp_path.rglob("events.out.*")} == {"first", "again"}
+    (metrics,) = (tmp_path / "log").rglob("metrics.csv")
+    rates = [float(row["lr"]) for row in rows_of(metrics) if row["lr"]]
+    assert rates == pytest.approx([0.004] * same["steps"])
 
 
 def test_what_a_resumed_run_may_change(copied, tmp_path, capsys):
@@ -172,12 +211,17 @@ def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
     lab.main(["fit", f"--run={tmp_path / 'run'}", "--resume"])
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {**again, "command": ""} == {**first, "command": ""}
+    longer = ["--trainer.callbacks=segmentation.callbacks.Patience", "--trainer.callbacks.epochs=2"]
+    lab.main(["fit", f"--run={tmp_path / 'run'}", "--resume", *longer, "--trainer.max_epochs=9"])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == first["epochs"] + 1
 
 
 @pytest.mark.parametrize(("steps", "more", "expected"), [(4, [], 6), (3, ["--trainer.accumulate_grad_batches=2"], 4)])
 def test_steps_come_in_whole_epochs_and_the_learning_rate_falls_to_the_last(tmp_path, steps, more, expected):
     facts = fit(tmp_path, "isic2017", "unet", "--data.batch_size=6", f"--trainer.max_steps={steps}", *more)
     assert (facts["steps"], facts["epochs"]) == (expected, 2)  # an epoch has three batches
+    first, second = (float(row["lr"]) for row in rows_of(tmp_path / "history.csv"))
+    assert 0.004 >= first > second > 0
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
 
@@ -267,6 +311,41 @@ def test_a_folder_of_odd_images_with_a_broken_one(skin, tmp_path, capsys):
     assert predict(skin, out, "--overwrite", "--model.flips=true", "--model.window=true", images).rows
 
 
+@pytest.mark.parametrize(
+    ("names", "out", "message"),
+    [
+        (["a.png"], "images", "out '.*images' holds the input '.*a.png', which stays as it is"),
+        (["a.png"], ".", "holds the input"),
+        (["a.png"], "link", "holds the input"),
+        (["x.png", "x-overlay.png"], "out", "x-overlay.png and .*x.png would both be written as 'x-overlay.png'"),
+        (["a.png", "a.jpg"], "out", "would both be written as 'a"),
+        (["a.png"], "images/a.png", "is a file: give a folder"),
+    ],
+)
+def test_no_input_and_no_mask_is_written_over(skin, tmp_path, names, out, message):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for name in names:
+        draw("isic2017", 0, 0, (40, 40))[0].save(tmp_path / "images" / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("images/*")}
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        predict(skin, tmp_path / out, "--overwrite", tmp_path / "images")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_test_writes_over_other_files(skin, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_text("mine")
+    for out in (tmp_path, skin, skin / "checkpoints"):
+        with pytest.raises(FileExistsError, match=r"holds files that are no scores of 'run': give another"):
+            score(skin, f"--out={out}")
+    again = [score(skin, f"--out={tmp_path / 'new'}") for _ in range(2)]
+    assert again[0] == again[1]
+    with pytest.raises(FileExistsError, match=r"is a run, whose curves\.png must stay: give another folder"):
+        lab.main(["compare", str(skin), f"--out={skin}"])
+
+
 def test_head_circumferences_are_those_of_the_written_masks(tmp_path):
     fit(tmp_path / "run", "fetal_head")
     for index in range(2):
@@ -317,9 +396,55 @@ def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="nowhere' does not exist: give an image"):
         predict(skin, tmp_path / "out", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="pixel_size_csv measures heads"):
-        predict(skin, tmp_path / "out", f"--pixel_size_csv={broken}", broken)
-    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml: give the folder that fit wrote"):
-        score(tmp_path)
+        predict(skin, tmp_path / "out2", f"--pixel_size_csv={broken}", broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("fit --data.task=isic2017 --data.folder=nowhere", r"data\.folder '/.*nowhere' is not a folder"),
+        ("fit --data.task=isic2017 --data.split=nowhere", r"data\.split '/.*nowhere' cannot be read"),
+        ("fit --data.task=isic", "isic' is unknown"),
+        ("fit --data.task=isic2017 --model.lr=much", "model.lr"),
+        ("fit --data.task=isic2017 --model.network=unit", "did you mean unet"),
+        ("fit --data.task=isic2017 --model.network=unet --model.model_args.depth=3", r"model_args .*do not fit 'unet'"),
+        ("fit --data.task=isic2017 --trainer.max_epochs=0", "max_epochs 0 must be at least 1"),
+        ("fit --data.task=isic2017 --trainer.max_epochs=-1", "max_epochs -1 must be at least 1"),
+        ("fit --data.task=isic2017 --trainer.precision=bf16-true", "precision bf16-true is not supported: use"),
+        ("fit --data.task=isic2017 --trainer.devices=99 --trainer.accelerator=cuda", "CUDA"),
+        ("fit --data.task=isic2017 --config=wrong.yaml", "batchsize"),
+        ("fit --data.task=isic2017 --run=wrong.yaml", r"run 'wrong\.yaml' is a file: give a folder"),
+        ("fit --data.task=isic2017 --run=wrong.yaml/deep --data.limit=12 --data.image_size=32", "Not a directory"),
+        ("fit --data.task=isic2017 --run=full --resume", r"'full' has no config\.yaml"),
+        ("test --run=nowhere", r"'nowhere' has no config\.yaml"),
+        ("test", "run"),
+        ("predict --run=full --out=out a.png", r"has no config\.yaml"),
+        ("compare nowhere --out=out", "holds no run"),
+        ("compare", "runs"),
+        ("train", "invalid choice"),
+    ],
+)
+def test_a_wrong_call_ends_with_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "wrong.yaml").write_text("data: {batchsize: 3}")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lab.py", *arguments.split(), *QUIET * (arguments[:3] == "fit")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(lab.__file__, run_name="__main__")
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"error: .*{reason}.*\n", printed.err) and not printed.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_brackets_and_colons_are_printed_as_they_are(capsys):
+    say("runs/[unet]/:x: [/]")
+    per_image = {"dice": {"mean": 0.5, "sd": None}}
+    console.print(scores_table("[unet]:x:", {"per_image": per_image, "pooled": {}, "empty": {"predictions": 0}}))
+    printed = capsys.readouterr().out
+    assert "runs/[unet]/:x: [/]" in printed and "[unet]:x:" in printed.partition("\n")[2]
 
 
 def test_help_names_every_command(capsys):

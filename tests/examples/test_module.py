@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -45,6 +47,12 @@ def test_losses_are_the_sums_they_are_called(loss):
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, mask)
     expected = {"dice": dice, "ce": entropy, "dice_ce": dice + entropy}[loss]
     assert module.loss(logits, mask).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_averages_can_be_sent_to_other_processes():
+    again = pickle.loads(pickle.dumps(AveragedWeights(0.9)))._kwargs["avg_fn"]
+    mean, value = torch.tensor([1.0]), torch.tensor([2.0])
+    assert [again(mean, value, torch.tensor(n)).item() for n in (0, 10**6)] == pytest.approx([1.9, 1.1])
 
 
 def test_warm_up_may_be_left_out():
