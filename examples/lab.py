@@ -76,6 +76,8 @@ PRECISIONS = {"16-true", "bf16-true", "64-true", "64"}
 # hashes; not what is trained.
 FREE_ON_RESUME = {"data.folder", "data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
 STRICT = {"exit_on_error": False}  # of parsers: raise what is wrong, without the usage
+# What the user can mend.
+MISTAKES = (jsonargparse.ArgumentError, ImportError, MisconfigurationException, OSError, ValueError)
 SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 
 
@@ -384,7 +386,7 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except (jsonargparse.ArgumentError, ValueError, OSError, MisconfigurationException) as error:  # the user's to mend
+    except MISTAKES as error:
         is_long = isinstance(error, jsonargparse.ArgumentError)
         sys.stderr.write(f"error: {' '.join(str(error).split()) if is_long else error}\n")
         raise SystemExit(2) from None
