@@ -430,7 +430,8 @@ def test_a_wrong_call_ends_with_one_line(tmp_path, monkeypatch, capsys, argument
     (tmp_path / "wrong.yaml").write_text("data: {batchsize: 3}")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lab.py", *arguments.split(), *QUIET * (arguments[:3] == "fit")])
+    verb, *flags = arguments.split()
+    monkeypatch.setattr("sys.argv", ["lab.py", verb, *QUIET * (verb == "fit"), *flags])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(lab.__file__, run_name="__main__")
     assert end.value.code == 2
