@@ -1,0 +1,48 @@
+"""What code finds that looks at ``layer.weight``, as ``nn.Linear`` and ``nn.Conv2d`` have one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What may be asked: where and how large the weight is, not its values.
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")
+_PROPERTIES += ("is_nested", "is_quantized", "is_leaf", "is_cpu", "is_mps", "is_xpu", "itemsize", "nbytes")
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size")
+_METHODS += ("get_device", "__len__", "is_contiguous", "is_inference")
+_READ = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+
+
+class EdgeWeight(Tensor):
+    """The shape, dtype and device of ``base_weight``, for code that asks a layer for those of its weight.
+
+    It refuses everything else: a matrix of weights does not tell what a KAN layer does. PyTorch's fused transformer
+    layers see from its ``__torch_function__`` that they have to call the layer.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _READ:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", repr(func))
+        raise TypeError(
+            f"{name} was called on the weight of a KAN layer, which has a function on every edge instead of a weight "
+            "matrix; call the layer, or use its base_weight and spline_weight (nn.MultiheadAttention multiplies by "
+            "out_proj.weight and cannot have a KAN layer there)"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"EdgeWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+def edge_weight(base_weight: Tensor) -> EdgeWeight:
+    """Stand for a weight of the shape of ``base_weight``."""
+    return base_weight.detach().as_subclass(EdgeWeight)
