@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.precision import compute_dtype
 
+_TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 # Largest distance of a knot from its even place, in units of the spacing: the error counts as rounding.
 _TOLERANCE = 1e-4
 
@@ -37,8 +38,8 @@ def is_uniform(grid: Tensor) -> bool:  # i m
 
 
 def look(grid: Tensor) -> bool | None:
-    """`is_uniform` of a tensor of knots that a layer owns, or None while a compiler, tracer or vmap hides its values."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_plain(grid):
+    """`is_uniform`, or None while a compiler, a tracer or vmap hides the values."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _is_plain(grid):
         return None
     return look_now(grid)
 
@@ -51,6 +52,8 @@ def look_now(grid: Tensor) -> bool:
     if seen is not None and _is_unchanged(grid, seen.mark):
         return seen.uniform
     uniform, key = is_uniform(grid), id(grid)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return uniform  # a copy made here would belong to a transform of torch.func
     mark = grid.detach().clone() if grid.device.type == "cpu" else _version(grid)
     _SEEN[key] = _Seen(weakref.ref(grid, lambda _: _SEEN.pop(key, None)), mark, uniform)
     return uniform
@@ -68,10 +71,10 @@ def _version(grid: Tensor) -> int | None:
 
 
 def _is_plain(grid: Tensor) -> bool:
-    """Neither a subclass, such as a fake tensor, nor wrapped by ``torch.func`` or ``make_fx``, nor without values."""
+    """Neither a subclass, such as a fake tensor, nor wrapped by ``torch.func``, nor without values or being traced."""
     return (
         type(grid) in (Tensor, torch.nn.Parameter)
         and not grid.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(grid)
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and (torch._C._len_torch_dispatch_stack() == 0 or not any(map(torch._C._get_dispatch_mode, _TRACERS)))
     )

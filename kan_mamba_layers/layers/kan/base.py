@@ -93,6 +93,7 @@ class SplineLayer(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
+        self._parameters["weight"] = None  # torch.nn.utils look for it here and in the property
         self.base_weight = parameter(*edges)
         self.spline_weight = parameter(*edges, grid_size + spline_order)
         self.spline_scaler = parameter(*edges) if enable_standalone_scale_spline else None
@@ -105,6 +106,7 @@ class SplineLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights: uniform base weights and scalers, and splines through small noise at uniform knots."""
+        check_local("base_weight", self.base_weight)
         self.grid.copy_(uniform_knots(*self.grid_range, self.grid_size, self.spline_order))
         bound = 1 / math.sqrt(self.base_weight[0].numel())
         self.base_weight.uniform_(-bound, bound).mul_(self.scale_base)
@@ -136,6 +138,11 @@ class SplineLayer(nn.Module):
     def weight(self) -> EdgeWeight:
         """The shape, dtype and device of ``base_weight``, for code that asks for those of ``nn.Linear.weight``."""
         return edge_weight(self.base_weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise TypeError("a KAN layer has no weight to set; set base_weight and spline_weight")
+        super().register_parameter(name, param)
 
     def b_splines(self, x: Tensor) -> Tensor:  # ... i -> ... i g+s
         """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""
@@ -346,8 +353,9 @@ class SplineLayer(nn.Module):
         tap = f" {list(edge[2:])}" if len(edge) > 2 else ""
         knots = inner_knots(self.grid[feature : feature + 1], self.spline_order)[0]  # g+1
         x = sample_points(knots)
+        value = self.edge_function(x, edge)
         base = self.base_weight[edge].to(x.dtype) * activate(x, self.base_activation)
-        return Curve(f"{feature} → {edge[0]}{tap}", knots, x, base, self.edge_function(x, edge))
+        return Curve(f"{feature} → {edge[0]}{tap}", knots, x, base, value)
 
     def _features_last(self, x: Tensor) -> Tensor:  # -> ... i
         """Check the shape of an input and move its features to the last dimension."""

@@ -75,4 +75,3 @@ def _separate(inside: Tensor, least: Tensor) -> Tensor:  # i g+1, i
     width = width.clamp_min(0) + torch.maximum(_MIN_SHARE * total / width.shape[1], least[:, None])
     width = width * (total / width.sum(1, keepdim=True))
     return torch.cat([inside[:, :1], inside[:, :1] + width.cumsum(1)], 1)
-

@@ -100,9 +100,10 @@ def _transfer(
     maps = []
     for first in range(0, len(cells), columns):
         part = slice(first, first + columns)
-        moments = sum(_moments(some[:, part], cells[part], 2 * spline_order) for some in samples)  # r i n
+        moments = [_moments(some[:, part], cells[part], 2 * spline_order) for some in samples]  # each r i n
         polynomials = [_polynomials(knots, part, cells[part], spline_order) for knots in (new, old)]  # i n p g+s
-        maps.append(_solve(*_normal_equations(moments, *polynomials), ridge))
+        gram, mixed = _normal_equations(torch.stack(moments).sum(0), *polynomials)
+        maps.append(_solve(gram, mixed, ridge))
     return torch.cat(maps)
 
 

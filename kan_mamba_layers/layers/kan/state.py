@@ -1,6 +1,6 @@
 """Replace what a KAN layer holds: its knots and coefficients, of the same size or of another one."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class Splines(Protocol):
     grid: Tensor  # i g+2s+1
     spline_weight: nn.Parameter  # o i ... g+s
     spline_order: int
-    grid_mode: str
+    grid_mode: Literal["uniform", "adaptive"]
     grid_eps: float
     extrapolation: Extrapolation
     _parameters: dict[str, nn.Parameter | None]
@@ -56,9 +56,7 @@ def write(layer: Splines, grid: Tensor, spline_weight: Tensor) -> None:  # i g+2
         _copy(layer.grid, grid)
 
 
-def change_size(
-    layer: Splines, grid: torch.Size, spline_weight: torch.Size, prefix: str, errors: list[str]
-) -> None:
+def change_size(layer: Splines, grid: torch.Size, spline_weight: torch.Size, prefix: str, errors: list[str]) -> None:
     """Take over the number of intervals of a checkpoint with these shapes; its values are yet to be loaded."""
     own = layer._parameters.get("spline_weight")
     if own is None or len(grid) != 2 or len(spline_weight) != own.ndim:
@@ -80,7 +78,7 @@ def _successor(old: Tensor, value: Tensor) -> nn.Parameter:
     new = nn.Parameter(value, old.requires_grad)
     new.__dict__.update(old.__dict__)
     new._backward_hooks = old._backward_hooks
-    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
     return new
 
 

@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What may be asked: where and how large the weight is, not its values.
-_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")
-_PROPERTIES += ("is_nested", "is_quantized", "is_leaf", "is_cpu", "is_mps", "is_xpu", "itemsize", "nbytes")
-_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size")
-_METHODS += ("get_device", "__len__", "is_contiguous", "is_inference")
+# What may be asked: where and how large a weight would be, not its values.
+_PROPERTIES = (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+    *("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_nested", "is_quantized"),
+)
+_METHODS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__"),
+    *("is_floating_point", "is_complex"),
+)
 _READ = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
 
 
@@ -39,10 +43,11 @@ class EdgeWeight(Tensor):
             "out_proj.weight and cannot have a KAN layer there)"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"EdgeWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
 def edge_weight(base_weight: Tensor) -> EdgeWeight:
-    """Stand for a weight of the shape of ``base_weight``."""
-    return base_weight.detach().as_subclass(EdgeWeight)
+    """Stand for a weight like ``base_weight``, which may be sharded; it has no memory of its own."""
+    one = torch.empty((), dtype=base_weight.dtype, device=base_weight.device)
+    return one.expand(base_weight.shape).as_subclass(EdgeWeight)

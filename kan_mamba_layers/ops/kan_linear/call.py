@@ -69,6 +69,7 @@ def activate(x: Tensor, base_activation: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _own_dtype(base_activation: Callable[[Tensor], Tensor]) -> torch.dtype | None:
     """The dtype of an activation's first floating-point parameter, such as PReLU's."""
-    if not isinstance(base_activation, torch.nn.Module) or not (base_activation._parameters or base_activation._modules):
+    module = base_activation
+    if not isinstance(module, torch.nn.Module) or not (module._parameters or module._modules):
         return None  # walking through a module takes microseconds
-    return next((p.dtype for p in base_activation.parameters() if p.is_floating_point()), None)
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
