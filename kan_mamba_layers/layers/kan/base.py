@@ -139,10 +139,10 @@ class SplineLayer(nn.Module):
         """The shape, dtype and device of ``base_weight``, for code that asks for those of ``nn.Linear.weight``."""
         return edge_weight(self.base_weight)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise TypeError("a KAN layer has no weight to set; set base_weight and spline_weight")
-        super().register_parameter(name, param)
+            raise TypeError("a KAN layer has no weight to set; set its base_weight and spline_weight")
+        super().__setattr__(name, value)
 
     def b_splines(self, x: Tensor) -> Tensor:  # ... i -> ... i g+s
         """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""

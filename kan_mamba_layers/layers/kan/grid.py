@@ -36,9 +36,9 @@ def fit_knots(
     size = torch.maximum(low.abs(), high.abs()) + margin
     limits = torch.finfo(dtype)
     least = _MIN_STEPS * (limits.eps * size).clamp_min(4 * limits.tiny)  # i; its reciprocal is finite
-    radius = torch.maximum(spread + margin, grid_size * least / 2)
-    if margin == 0:
-        radius = torch.where(spread > 0, radius, _CONSTANT_RADIUS * torch.where(size > 0, size, 1))
+    radius = spread + margin
+    radius = torch.where(radius > 0, radius, _CONSTANT_RADIUS * torch.where(size > 0, size, 1))
+    radius = torch.maximum(radius, grid_size * least / 2)
     low, high = centre - radius, centre + radius
     shares = torch.linspace(0, 1, grid_size + 1, dtype=low.dtype, device=low.device)  # g+1
     uniform = low[:, None] + shares * (high - low)[:, None]  # i g+1

@@ -35,8 +35,8 @@ def fit(layer: Splines, samples: Tensor, margin: float) -> None:  # m i
     """Move the knots of every feature to the range of its samples, or to their quantiles."""
     if len(samples) == 0 or not samples.isfinite().all():
         raise ValueError(
-            f"x must hold at least one sample and only finite values, got {len(samples)} samples of {len(layer.grid)} "
-            "features; clean it first"
+            "x must hold at least one sample and only finite values, got (samples, features) = "
+            f"{tuple(samples.shape)}; clean it first"
         )
     eps, dtype = 1.0 if layer.grid_mode == "uniform" else layer.grid_eps, layer.grid.dtype
     grid = fit_knots(samples, layer.grid_size, layer.spline_order, margin, eps, dtype)  # i g+2s+1
