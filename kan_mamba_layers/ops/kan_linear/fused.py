@@ -26,12 +26,8 @@ def _decided(call: KANCall) -> KANCall:
     return call if call.uniform is not None else call._replace(uniform=look_now(call.grid))
 
 
-def load(backend: str) -> Decided:
+def load(backend: str) -> FusedBackend:
     """A fused backend, imported at its first use: it may bring Numba or Triton along."""
-    return Decided(_import(backend))
-
-
-def _import(backend: str) -> FusedBackend:
     match backend:
         case "chunked":
             from kan_mamba_layers.ops.kan_linear import chunked
@@ -65,7 +61,7 @@ fused_kan_linear = register(
     KANCall,
     FusedOp(
         name="kan_linear",
-        load=load,
+        load=lambda backend: Decided(load(backend)),
         results=1,
         saved=0,
         shapes=_shapes,
