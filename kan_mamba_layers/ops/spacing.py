@@ -46,7 +46,7 @@ def look(grid: Tensor) -> bool | None:
 
 def look_now(grid: Tensor) -> bool:
     """`is_uniform` of a tensor with values. While a CUDA graph is captured it answers False, which is always right."""
-    if grid.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if grid.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a replay must serve other knots too
     seen = _SEEN.get(id(grid))
     if seen is not None and _is_unchanged(grid, seen.mark):
@@ -54,14 +54,14 @@ def look_now(grid: Tensor) -> bool:
     uniform, key = is_uniform(grid), id(grid)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return uniform  # a copy made here would belong to a transform of torch.func
-    mark = grid.detach().clone() if grid.device.type == "cpu" else _version(grid)
+    mark = grid.detach().clone() if grid.is_cpu else _version(grid)
     _SEEN[key] = _Seen(weakref.ref(grid, lambda _: _SEEN.pop(key, None)), mark, uniform)
     return uniform
 
 
 def _is_unchanged(grid: Tensor, mark: Tensor | int | None) -> bool:
     if isinstance(mark, Tensor):
-        return mark.device == grid.device and mark.dtype == grid.dtype and torch.equal(mark, grid)
+        return grid.is_cpu and mark.dtype is grid.dtype and torch.equal(mark, grid)
     return mark is not None and mark == _version(grid)
 
 
