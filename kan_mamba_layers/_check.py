@@ -57,8 +57,9 @@ def check_number(
     number = float(value)
     below = number <= low if open_low else number < low
     if not math.isfinite(number) or below or number > high:
-        left = "(" if open_low else "["
-        raise ValueError(f"{name} must be a finite number in {left}{low}, {high}], got {value}; choose one inside")
+        left = "(" if open_low or low == -math.inf else "["
+        interval = f"{left}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name} must be a finite number in {interval}, got {value}; choose one inside")
 
 
 def check_interval(name: str, value: Any) -> None:

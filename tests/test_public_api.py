@@ -83,8 +83,8 @@ def test_every_public_name_is_documented() -> None:
 def test_arguments_after_the_sizes_are_keyword_only() -> None:
     """The order of options is no promise; sizes and the options that other libraries pass by position are."""
     positional = {
-        "KANLinear": ["in_features", "out_features"],
-        "KANConv2d": ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"],
+        "KANLinear": ["in_features", "out_features", "bias"],
+        "KANConv2d": ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"],
         "KANLayer": ["in_features", "hidden_features", "out_features"],
         "KANBlock": ["dim"],
         "SS2D": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],

@@ -20,7 +20,7 @@ Tensors = Sequence[Tensor]
 Grads = Sequence[Tensor | None]
 
 _LIBRARY = torch.library.Library("kan_mamba_layers", "DEF")
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", str: "str"}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", bool | None: "bool?", str: "str"}
 
 
 class FusedBackend(Protocol):

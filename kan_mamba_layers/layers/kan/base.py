@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_choice, check_int, check_interval, check_number, check_tensor
+from kan_mamba_layers.layers.kan.activation import make_activation
 from kan_mamba_layers.layers.kan.edges import (
     all_edges,
     check_edge,
@@ -17,18 +18,20 @@ from kan_mamba_layers.layers.kan.edges import (
     map_edges,
     mean_quadrature,
 )
-from kan_mamba_layers.layers.kan.grid import fit_knots, inner_knots, is_uniform, refine_knots, transfer, uniform_knots
+from kan_mamba_layers.layers.kan.grid import inner_knots, uniform_knots
 from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_points
+from kan_mamba_layers.layers.kan.refit import fit, refine
+from kan_mamba_layers.layers.kan.state import change_size, check_local, check_whole
+from kan_mamba_layers.layers.kan.weight import EdgeWeight, edge_weight
 from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
+from kan_mamba_layers.ops.kan_linear.call import activate
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
+from kan_mamba_layers.ops.spacing import look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GridMode = Literal["uniform", "adaptive"]
-
-# Samples per block of a refit: their bases are float64 and many times as large.
-_REFIT_ROWS = 4096
 
 
 class SplineLayer(nn.Module):
@@ -54,7 +57,7 @@ class SplineLayer(nn.Module):
         grid_size: int,
         spline_order: int,
         grid_range: tuple[float, float],
-        base_activation: Callable[[], nn.Module],
+        base_activation: Callable[..., Any],
         scale_noise: float,
         scale_base: float,
         scale_spline: float,
@@ -66,21 +69,20 @@ class SplineLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be True or False, got {bias!r}; pass other options by name, e.g. grid_size=5")
         check_int("grid_size", grid_size, 1)
         check_int("spline_order", spline_order, 1)
         check_interval("grid_range", grid_range)
         check_number("scale_noise", scale_noise, 0.0)
         check_number("scale_base", scale_base, 0.0)
         check_number("scale_spline", scale_spline, 0.0)
-        if isinstance(base_activation, nn.Module):
-            raise TypeError(f"base_activation must be a class, got the module {base_activation!r}; pass e.g. nn.SiLU")
         check_choice("grid_mode", grid_mode, ("uniform", "adaptive"))
         check_number("grid_eps", grid_eps, 0.0, 1.0)
         check_choice("extrapolation", extrapolation, ("zero", "clamp", "linear"))
-        self.grid_size = grid_size
         self.spline_order = spline_order
         self.grid_range = (float(grid_range[0]), float(grid_range[1]))
-        self.base_activation = base_activation()
+        self.base_activation = make_activation(base_activation, device, dtype)
         self.scale_noise = scale_noise
         self.scale_base = scale_base
         self.scale_spline = scale_spline
@@ -91,6 +93,7 @@ class SplineLayer(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
+        self._parameters["weight"] = None  # torch.nn.utils look for it here and in the property
         self.base_weight = parameter(*edges)
         self.spline_weight = parameter(*edges, grid_size + spline_order)
         self.spline_scaler = parameter(*edges) if enable_standalone_scale_spline else None
@@ -103,8 +106,8 @@ class SplineLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights: uniform base weights and scalers, and splines through small noise at uniform knots."""
+        check_local("base_weight", self.base_weight)
         self.grid.copy_(uniform_knots(*self.grid_range, self.grid_size, self.spline_order))
-        self.has_uniform_grid = True
         bound = 1 / math.sqrt(self.base_weight[0].numel())
         self.base_weight.uniform_(-bound, bound).mul_(self.scale_base)
         if self.bias is not None:
@@ -121,41 +124,60 @@ class SplineLayer(nn.Module):
         else:
             weight.mul_(self.scale_spline)
 
+    @property
+    def grid_size(self) -> int:
+        """The number of intervals of the present grid."""
+        return self.grid.shape[1] - 2 * self.spline_order - 1
+
+    @property
+    def has_uniform_grid(self) -> bool:
+        """Whether the present knots are equally spaced, which selects a faster formula; False while they are hidden."""
+        return bool(look(self.grid))
+
+    @property
+    def weight(self) -> EdgeWeight:
+        """The shape, dtype and device of ``base_weight``, for code that asks for those of ``nn.Linear.weight``."""
+        return edge_weight(self.base_weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise TypeError("a KAN layer has no weight to set; set its base_weight and spline_weight")
+        super().__setattr__(name, value)
+
     def b_splines(self, x: Tensor) -> Tensor:  # ... i -> ... i g+s
         """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""
         return self._bases(self._features_last(x), self.grid)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
         """Move the knots to the data and refit the splines so that the function stays the same.
 
+        Knots and coefficients are written in place. Several processes with replicas, as under DistributedDataParallel,
+        update one and broadcast: ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
+
         Args:
             x: samples of the layer's input, in any shape that ``forward`` takes.
-            margin: added on either side of each feature's range, in units of ``x``.
+            margin: added on either side of each feature's range, in units of ``x``. For features whose range is not
+                much larger than 0.01, pass less, or 0.
 
         Raises:
             TypeError: ``x`` is not a floating-point tensor.
-            ValueError: ``x`` is empty, not finite or of a wrong shape, or ``margin`` is negative.
-            RuntimeError: ``spline_weight`` is pruned or parametrised by ``torch.nn.utils``.
+            ValueError: ``x`` is empty, not finite, too large for the dtype of ``grid`` or of a wrong shape, or
+                ``margin`` is negative.
+            RuntimeError: ``spline_weight`` is pruned or parametrised by ``torch.nn.utils``, or sharded.
 
         Numerics:
             A least-squares fit in float64 over the samples and equally spaced points. A ridge of 1e-5 times the mean
-            diagonal keeps coefficients without data small. The fit keeps the function on the data as far as the new
-            knots can express it; scalers and base weights are unchanged.
+            diagonal keeps coefficients without data small; two corrections remove its bias from the others. The fit
+            keeps the function on the data as far as the new knots can express it, and knots that stay keep their
+            coefficients. Scalers and base weights are unchanged. Intervals are at least 16 steps of ``grid``'s dtype
+            wide; a constant feature gets a range of 0.5 % of its value on either side if ``margin`` is 0.
         """
         check_number("margin", margin, 0.0)
-        samples = self._features_last(x).detach().reshape(-1, len(self.grid)).double()  # m i
-        if len(samples) == 0 or not samples.isfinite().all():
-            raise ValueError(
-                f"x must hold at least one sample and only finite values, got shape {tuple(x.shape)}; clean it first"
-            )
-        eps = 1.0 if self.grid_mode == "uniform" else self.grid_eps
-        grid = fit_knots(samples, self.grid_size, self.spline_order, margin, eps)  # i g+2s+1
-        inside = inner_knots(grid, self.spline_order)  # i g+1
-        low, high = inside[:, 0], inside[:, -1]  # i
-        shares = torch.linspace(0, 1, 4 * self.grid_size + 1, dtype=torch.float64, device=x.device)[:, None]
-        self._refit(grid, torch.cat([samples, low + shares * (high - low)]), ridge=1e-5)
+        fit(self, self._features_last(x).detach().reshape(-1, len(self.grid)), margin)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def extend_grid(self, new_grid_size: int) -> None:
         """Refine the grid of every feature to ``new_grid_size`` intervals over the same range.
@@ -163,7 +185,9 @@ class SplineLayer(nn.Module):
         If ``new_grid_size`` is a multiple of ``grid_size``, the function inside the range is kept up to rounding,
         otherwise in the least-squares sense. Outside the range it is kept as well, except with
         ``extrapolation="zero"``: there the splines vanish within ``spline_order`` of the new, narrower intervals.
-        ``spline_weight`` becomes a new, larger parameter: build the optimiser after this call.
+        ``spline_weight`` becomes a new, larger parameter with the attributes and hooks of the old one: build the
+        optimiser after this call. A module that shared the old one keeps it, so share the new one again. A state dict
+        from after this call can be loaded into a layer as it was built.
 
         Args:
             new_grid_size: number of intervals, at least ``grid_size``.
@@ -171,16 +195,10 @@ class SplineLayer(nn.Module):
         Raises:
             TypeError: ``new_grid_size`` is not an integer.
             ValueError: ``new_grid_size`` is less than ``grid_size``.
-            RuntimeError: ``spline_weight`` is pruned or parametrised by ``torch.nn.utils``.
+            RuntimeError: ``spline_weight`` is pruned or parametrised by ``torch.nn.utils``, or sharded.
         """
         check_int("new_grid_size", new_grid_size, self.grid_size)
-        grid = refine_knots(self.grid.double(), self.spline_order, new_grid_size)  # i g+2s+1
-        inside = inner_knots(grid, self.spline_order)  # i g+1
-        shares = torch.arange(8, dtype=torch.float64, device=grid.device) / 8
-        points = inside[:, :-1, None] + shares * inside.diff(dim=1)[..., None]  # i g 8
-        points = torch.cat([points.flatten(1), inside[:, -1:]], 1).T  # m i
-        self._refit(grid, points, ridge=0.0)
-        self.grid_size = new_grid_size
+        refine(self, new_grid_size)
 
     def regularization_loss(self, regularize_activation: float = 1.0, regularize_entropy: float = 1.0) -> Tensor:
         r"""Return a penalty, a scalar, that favours few and small splines.
@@ -294,7 +312,7 @@ class SplineLayer(nn.Module):
             True
         """
         check_number("threshold", threshold, 0.0)
-        self._check_parameters("base_weight", "spline_weight")
+        check_whole(self, "base_weight", "spline_weight")
         kept = ~(self.edge_sizes() <= threshold)  # keep NaN edges visible
         self.base_weight.masked_fill_(~kept, 0)
         self.spline_weight.masked_fill_(~kept[..., None], 0)
@@ -335,57 +353,29 @@ class SplineLayer(nn.Module):
         tap = f" {list(edge[2:])}" if len(edge) > 2 else ""
         knots = inner_knots(self.grid[feature : feature + 1], self.spline_order)[0]  # g+1
         x = sample_points(knots)
-        base = self.base_weight[edge].to(x.dtype) * self.base_activation(x)
-        return Curve(f"{feature} → {edge[0]}{tap}", knots, x, base, self.edge_function(x, edge))
+        value = self.edge_function(x, edge)
+        base = self.base_weight[edge].to(x.dtype) * activate(x, self.base_activation)
+        return Curve(f"{feature} → {edge[0]}{tap}", knots, x, base, value)
 
     def _features_last(self, x: Tensor) -> Tensor:  # -> ... i
         """Check the shape of an input and move its features to the last dimension."""
         raise NotImplementedError
 
     def _bases(self, x: Tensor, grid: Tensor) -> Tensor:  # ... i -> ... i g+s
-        return bspline_basis(
-            x, grid, self.spline_order, extrapolation=self.extrapolation, uniform=self.has_uniform_grid
-        )
+        uniform = self.has_uniform_grid
+        return bspline_basis(x, grid, self.spline_order, extrapolation=self.extrapolation, uniform=uniform)
 
     def _terms(self, x: Tensor, grid: Tensor) -> Tensor:  # ... i -> ... i 1+g+s
         """The terms of every edge function: the activation and the bases, in float32 at least."""
         wide = x.to(compute_dtype(x))  # half precision is too coarse for the bases
-        return torch.cat([self.base_activation(wide)[..., None], self._bases(wide, grid)], -1)
+        return torch.cat([activate(wide, self.base_activation)[..., None], self._bases(wide, grid)], -1)
 
     def _factors(self) -> Tensor:  # o i ... 1+g+s
         """The factor of each term on each edge."""
+        check_local("base_weight", self.base_weight)
         scaler = self.spline_scaler
         splines = self.spline_weight if scaler is None else self.spline_weight * scaler[..., None]  # o i ... g+s
         return torch.cat([self.base_weight[..., None], splines], -1)
-
-    def _refit(self, grid: Tensor, points: Tensor, ridge: float) -> None:
-        """Move to the knots ``grid``, with the coefficients closest to the present splines at ``points``."""
-        self._check_parameters("spline_weight")
-        grid = grid.to(self.grid.dtype)  # fit on the knots as they will be stored
-        uniform = is_uniform(grid)
-
-        def bases(block: Tensor) -> tuple[Tensor, Tensor]:  # m i -> m i g+s, m i g'+s
-            old = self._bases(block, self.grid.double())
-            return old, bspline_basis(block, grid.double(), self.spline_order, uniform=uniform)
-
-        matrices = transfer(map(bases, points.split(_REFIT_ROWS)), ridge)  # i g'+s g+s
-        # Contiguous, as optimisers and file formats expect of parameters.
-        weight = map_edges(matrices, self.spline_weight.double()).contiguous()  # o i ... g'+s
-        if weight.shape == self.spline_weight.shape:
-            self.spline_weight.copy_(weight)  # in place: an optimiser may hold this parameter
-        else:
-            self.spline_weight = nn.Parameter(weight.to(self.spline_weight.dtype), self.spline_weight.requires_grad)
-        self.grid = grid.contiguous()
-        self.has_uniform_grid = uniform
-
-    def _check_parameters(self, *names: str) -> None:
-        """Each name is a parameter, not a tensor that ``torch.nn.utils`` recomputes in every forward pass."""
-        for name in names:
-            if name not in self._parameters:
-                raise RuntimeError(
-                    f"{name} is pruned or parametrised, so a change of it would be lost; first call "
-                    f"torch.nn.utils.prune.remove(layer, {name!r}) or parametrize.remove_parametrizations"
-                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplineLayer":
         exact = self.grid
@@ -394,7 +384,13 @@ class SplineLayer(nn.Module):
             self.grid = exact.to(self.grid.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.grid.is_meta:
-            self.has_uniform_grid = is_uniform(self.grid)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        missing, unexpected, errors = lists
+        grid, weight = (state_dict.get(f"{prefix}{name}") for name in ("grid", "spline_weight"))
+        if isinstance(grid, Tensor) and isinstance(weight, Tensor):
+            change_size(self, grid.shape, weight.shape, prefix, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.grid.dtype.itemsize < torch.float32.itemsize:  # assigned
+            self.grid = self.grid.float()

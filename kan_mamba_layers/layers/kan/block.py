@@ -1,5 +1,6 @@
 """The tokenised KAN layer and the KAN block of U-KAN."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class KANLayer(nn.Module):
         self.dwconv_3 = _DepthwiseConv(out_features, **factory)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c -> b (h w) o
+        _check_sizes(H, W)
         check_shape("x", x, ("any", H * W, self.in_features), "b, H*W, in_features")
         x = self.dwconv_1(self.fc1(x), H, W)
         x = self.dwconv_2(self.fc2(x), H, W)
@@ -148,8 +150,16 @@ class KANBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
+        _check_sizes(H, W)
         check_shape("x", x, ("any", H * W, self.dim), "b, H*W, dim")
         return x + self.drop_path(self.layer(self.norm2(x), H, W))
+
+
+def _check_sizes(H: Any, W: Any) -> None:
+    """Both are integers, or what stands for one while PyTorch traces."""
+    for name, size in (("H", H), ("W", W)):
+        if not isinstance(size, (Integral, torch.SymInt, Tensor)):
+            raise TypeError(f"{name} must be an integer, got {size!r}; pass the height and width in tokens")
 
 
 class _DepthwiseConv(nn.Module):

@@ -38,7 +38,7 @@ class KANConv2d(SplineLayer):
         grid_size: see :class:`KANLinear`, as for the remaining arguments.
         spline_order: degree ``s >= 1`` of the splines.
         grid_range: interval on which the splines are complete.
-        base_activation: class of the elementwise module :math:`\sigma`.
+        base_activation: class of the elementwise module :math:`\sigma`, or the function.
         scale_noise: range of the noise in the initial splines.
         scale_base: multiplies the initial base weights, uniform in :math:`\pm 1/\sqrt{n}` for ``n`` edges per output.
         scale_spline: multiplies the initial splines.
@@ -81,12 +81,12 @@ class KANConv2d(SplineLayer):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        *,
         bias: bool = False,
+        *,
         grid_size: int = 5,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1.0, 1.0),
-        base_activation: Callable[[], nn.Module] = nn.SiLU,
+        base_activation: Callable[..., Any] = nn.SiLU,
         scale_noise: float = 0.1,
         scale_base: float = 1.0,
         scale_spline: float = 1.0,

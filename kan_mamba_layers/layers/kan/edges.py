@@ -11,6 +11,7 @@ from kan_mamba_layers._check import check_int
 
 # Points of Gauss-Legendre quadrature per interval: exact for squares of splines up to degree 7.
 _QUADRATURE = 8
+_BLOCK = 1 << 22  # factors that are mapped at a time
 
 
 def all_edges(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -45,7 +46,8 @@ def check_edges(edges: Sequence[Sequence[int]], shape: tuple[int, ...], most: in
     if not isinstance(edges, (tuple, list)):
         raise TypeError(f"edges must be a sequence of edges, got {edges!r}; pass e.g. [(0, 0), (0, 1)]")
     if not 1 <= len(edges) <= most:
-        raise ValueError(f"edges must hold 1 to {most} edges, got {len(edges)}; draw them in several figures")
+        fix = "draw them in several figures" if edges else "name one, or pass None for all"
+        raise ValueError(f"edges must hold 1 to {most} edges, got {len(edges)}; {fix}")
     return [check_edge(f"edges[{n}]", edge, shape) for n, edge in enumerate(edges)]
 
 
@@ -57,12 +59,16 @@ def input_feature(edge: tuple[int, ...], shape: tuple[int, ...], features: int) 
 
 
 def map_edges(matrices: Tensor, weight: Tensor) -> Tensor:  # i n t, o i ... t -> o i ... n
-    """Multiply the factors of each edge by the matrix of its input feature, group by group."""
+    """Multiply the factors of each edge by the matrix of its input feature, in the matrices' dtype, group by group."""
     o, i, *kernel, t = weight.shape
     groups = len(matrices) // i
     grouped = weight.reshape(groups, o // groups, i, -1, t)
-    mapped = torch.einsum("gint,goikt->goikn", matrices.unflatten(0, (groups, i)), grouped)
-    return mapped.reshape(o, i, *kernel, -1)
+    matrices = matrices.unflatten(0, (groups, i))
+    mapped = [
+        torch.einsum("gint,goikt->goikn", matrices, some.to(matrices.dtype)).to(weight.dtype)
+        for some in grouped.split(max(1, _BLOCK // (groups * i * weight[0, 0].numel())), 1)
+    ]
+    return torch.cat(mapped, 1).reshape(o, i, *kernel, -1)
 
 
 def mean_quadrature(knots: Tensor) -> tuple[Tensor, Tensor]:  # i g+1 -> m i, m i

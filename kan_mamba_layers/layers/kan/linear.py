@@ -1,6 +1,7 @@
 """KANLinear: a linear layer whose edges are learned B-spline functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ class KANLinear(SplineLayer):
         grid_size: number of intervals ``g >= 1`` inside ``grid_range``.
         spline_order: degree ``s >= 1`` of the splines; 3 for cubics.
         grid_range: interval on which the splines are complete. Normalise the input to it, or widen it.
-        base_activation: class of the elementwise module :math:`\sigma`.
+        base_activation: the elementwise function :math:`\sigma`: the class of a module, or anything else that makes one
+            when called without arguments, or a function such as ``torch.tanh``. A module's weights get ``device`` and
+            ``dtype`` and are trained.
         scale_noise: range of the noise in the initial splines, before ``scale_spline`` and the scaler.
         scale_base: multiplies the initial base weights, which are uniform in :math:`\pm 1/\sqrt{i}`.
         scale_spline: multiplies the initial splines.
@@ -64,12 +67,12 @@ class KANLinear(SplineLayer):
         self,
         in_features: int,
         out_features: int,
-        *,
         bias: bool = False,
+        *,
         grid_size: int = 5,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1.0, 1.0),
-        base_activation: Callable[[], nn.Module] = nn.SiLU,
+        base_activation: Callable[..., Any] = nn.SiLU,
         scale_noise: float = 0.1,
         scale_base: float = 1.0,
         scale_spline: float = 1.0,
@@ -99,7 +102,7 @@ class KANLinear(SplineLayer):
             bias=self.bias,
             base_activation=self.base_activation,
             extrapolation=self.extrapolation,
-            uniform=self.has_uniform_grid,
+            uniform=None,
             backend=self.backend,
         )
 

@@ -13,6 +13,7 @@ from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
 from kan_mamba_layers.ops.kan_linear.fused import fused_kan_linear
 from kan_mamba_layers.ops.precision import autocast_is_on, compute_dtype
+from kan_mamba_layers.ops.spacing import look
 
 __all__ = ["kan_linear"]
 
@@ -27,7 +28,7 @@ def kan_linear(
     bias: Tensor | None = None,  # o
     base_activation: Callable[[Tensor], Tensor] = F.silu,
     extrapolation: Extrapolation = "zero",
-    uniform: bool = False,
+    uniform: bool | None = False,
     backend: Backend = "auto",
 ) -> Tensor:  # ... o
     r"""Apply a KAN layer: a learned function on every edge, summed at every output.
@@ -46,7 +47,8 @@ def kan_linear(
         extrapolation: the spline outside the interval :math:`[t_s, t_{g+s}]` of the grid. ``"zero"``: its bases run out
             within ``s`` knots, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``: it goes on
             along its end tangent.
-        uniform: promises equally spaced knots; see :func:`bspline_basis`.
+        uniform: True promises equally spaced knots; see :func:`bspline_basis`. None looks at their values at every
+            call, also where a compiled or exported graph runs.
         backend: ``"auto"``, or ``"reference"``, which has derivatives of any order; ``"chunked"`` (a few rows at a
             time), ``"cpu"`` and ``"triton"`` can be differentiated once, and not by ``grid``. ``"triton"`` runs spline
             orders 1 to 5. See :func:`resolve`.
@@ -94,9 +96,10 @@ def kan_linear(
     if x.dtype != base_weight.dtype and not autocast_is_on(x):
         raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
     chosen = select("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
+    uniform = look(grid) if uniform is None else uniform
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler.unsqueeze(-1)
     if chosen == "reference":
-        return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, uniform)
+        return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, bool(uniform))
     casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     wide = compute_dtype(x)

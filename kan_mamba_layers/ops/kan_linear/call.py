@@ -18,7 +18,7 @@ class KANCall(NamedTuple):
     grid: Tensor  # i g+2s+1
     bias: Tensor | None  # o
     extrapolation: str
-    uniform: bool
+    uniform: bool | None  # None: the values of the knots decide where the operator runs
 
     @property
     def spline_order(self) -> int:
@@ -40,10 +40,36 @@ class Wanted(NamedTuple):
 
 
 def is_silu(base_activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether it is the function that the fused backends compute themselves."""
-    return base_activation is F.silu or type(base_activation) is torch.nn.SiLU
+    """Whether it is the function that the fused backends compute themselves. A module with hooks is called."""
+    if type(base_activation) is torch.nn.SiLU:
+        module = base_activation
+        return not (
+            module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        )
+    return base_activation is F.silu
 
 
 def activate(x: Tensor, base_activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply an activation to a copy: it may work in place."""
-    return F.silu(x) if is_silu(base_activation) else base_activation(x.clone())
+    """Apply an activation to a copy, since it may work in place, in the dtype of its parameters if it has any."""
+    if is_silu(base_activation):
+        return F.silu(x)
+    y = base_activation(x.to(_own_dtype(base_activation) or x.dtype, copy=True))
+    name = getattr(base_activation, "__name__", None) or type(base_activation).__name__
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        found = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"base_activation must return a real floating-point tensor, got {found} from {name}")
+    # A constant may lack leading dimensions, and is the same for all rows.
+    if y.shape != x.shape[max(0, x.ndim - y.ndim) :] or y.device != x.device or y.layout != torch.strided:
+        raise ValueError(
+            f"base_activation must act elementwise: from {tuple(x.shape)} on {str(x.device)!r} {name} made "
+            f"{tuple(y.shape)} on {str(y.device)!r} ({y.layout}); return a dense tensor like the input"
+        )
+    return y.to(x.dtype).expand(x.shape)
+
+
+def _own_dtype(base_activation: Callable[[Tensor], Tensor]) -> torch.dtype | None:
+    """The dtype of an activation's first floating-point parameter, such as PReLU's."""
+    module = base_activation
+    if not isinstance(module, torch.nn.Module) or not (module._parameters or module._modules):
+        return None  # walking through a module takes microseconds
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

@@ -1,11 +1,29 @@
 """The operator of the fused KAN linear map, and the backends that run it."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
-from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, register
+from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, Grads, Tensors, register
+from kan_mamba_layers.ops.spacing import look_now
+
+
+class Decided(NamedTuple):
+    """A backend that is told whether the knots are equally spaced, where the call leaves that to their values."""
+
+    backend: FusedBackend
+
+    def forward(self, call: KANCall, save: bool) -> Tensors:
+        return self.backend.forward(_decided(call), save)
+
+    def backward(self, call: KANCall, saved: Tensors, grads: Grads, wanted: Sequence[bool]) -> Grads:
+        return self.backend.backward(_decided(call), saved, grads, wanted)
+
+
+def _decided(call: KANCall) -> KANCall:
+    return call if call.uniform is not None else call._replace(uniform=look_now(call.grid))
 
 
 def load(backend: str) -> FusedBackend:
@@ -43,7 +61,7 @@ fused_kan_linear = register(
     KANCall,
     FusedOp(
         name="kan_linear",
-        load=load,
+        load=lambda backend: Decided(load(backend)),
         results=1,
         saved=0,
         shapes=_shapes,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kan_layers import EXTRAPOLATIONS, HALF, MODES, best_fit_error, spline_only, with_large_splines
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import assert_close, relative_l2
+from helpers import assert_close, basis_oracle, relative_l2, to_array
 from kan_mamba_layers import KANConv2d, KANLinear
 
 
@@ -183,3 +187,126 @@ def test_parameters_stay_contiguous(build: Callable[[], KANLinear | KANConv2d], 
     before = loss().item()
     optimiser.step(loss)
     assert loss().item() < before
+
+
+def columns(size: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Features whose range is small, or small beside their values."""
+    u = torch.rand(size, 1, dtype=dtype)
+    return {
+        "micrometres in metres": 1e-4 * u,
+        "tiny": 1e-30 * u,
+        "pressure in pascal": 101275 + 100 * u,
+        "seconds since 1970": 1.7e9 + 86400 * u,
+        "negative": -5e6 - u,
+        "large": 1e30 * u,
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestTheScaleOfTheData:
+    @pytest.mark.parametrize("name", columns(1))
+    def test_the_knots_fit_any_scale(self, mode: str, name: str) -> None:
+        """The best spline on the knots is as good as that for data in [0, 1]."""
+        u, x = torch.rand(1000, 1, dtype=torch.float64), None
+        torch.manual_seed(1)
+        x = columns(1000)[name]
+        torch.manual_seed(1)
+        u = torch.rand(1000, 1, dtype=torch.float64)
+        layer = KANLinear(1, 1, grid_size=20, grid_mode=mode, dtype=torch.float64)
+        layer.update_grid(x, margin=0.0)
+        ends = layer.grid[0, [3, -4]]
+        assert_close("ends", ends - x.min(), torch.stack([x.min(), x.max()]) - x.min(), 1e-6)
+        bases = basis_oracle(to_array(x), to_array(layer.grid), 3)[:, 0]
+        target = np.sin(2 * np.pi * to_array(u)[:, 0])
+        error = np.abs(bases @ np.linalg.lstsq(bases, target, rcond=None)[0] - target)
+        assert error.max() < 1e-3
+        assert layer(x).isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("value", [0.0, 1e-40, 0.25, -3e7])
+    def test_a_constant_feature(self, mode: str, value: float, dtype: torch.dtype) -> None:
+        layer, x = KANLinear(2, 2, grid_mode=mode, dtype=dtype), torch.full((20, 2), value, dtype=dtype)
+        layer.update_grid(x, margin=0.0)
+        assert (layer.grid.diff(dim=1) > 0).all()
+        assert layer(x).isfinite().all() and layer(x + 1).isfinite().all()
+
+    def test_float32_resolves_the_intervals(self, mode: str) -> None:
+        """Data a few steps wide get intervals of several steps, of which none vanishes."""
+        layer, x = KANLinear(1, 1, grid_mode=mode, grid_eps=0.0), torch.rand(50, 1).mul(8).round() + 2**23
+        layer.update_grid(x, margin=0.0)
+        assert (layer.grid.diff(dim=1) >= 2).all() and layer(x).isfinite().all()
+
+    def test_without_spread_in_float64_the_largest_values_still_work(self, mode: str) -> None:
+        layer, x = KANLinear(2, 2, grid_mode=mode, dtype=torch.float64), 1e300 * torch.randn(50, 2).double()
+        layer.update_grid(x)
+        assert all(v.isfinite().all() for v in layer.state_dict().values()) and layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_data_again_change_nothing(mode: str, dtype: torch.dtype) -> None:
+    layer, x = with_large_splines(mode, dtype=dtype), torch.randn(200, 8, dtype=dtype)
+    layer.update_grid(x)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    for _ in range(5):
+        layer.update_grid(x)
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_knots_that_move_by_rounding_do_not_wear_the_function_down(mode: str) -> None:
+    """A ridge that pulls to zero takes a share of the function at every call."""
+    layer, x = with_large_splines(mode, dtype=torch.float64), torch.rand(200, 8, dtype=torch.float64)
+    layer.update_grid(x)
+    before = spline_only(layer, x)
+    for step in range(50):
+        layer.update_grid(x, margin=0.01 + 1e-12 * (step % 2))
+    assert relative_l2(spline_only(layer, x), before) <= 1e-6
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
+def test_the_fit_is_that_of_least_squares(order: int, extrapolation: str) -> None:
+    """Against the bases of SciPy at every sample, solved by singular values."""
+    layer = with_large_splines("adaptive", (2, 3), spline_order=order, dtype=torch.float64, extrapolation=extrapolation)
+    target, x = copy.deepcopy(layer), 0.9 * torch.randn(400, 2, dtype=torch.float64)
+    x = x.clamp(-1, 1) if extrapolation == "zero" else x
+    layer.update_grid(x)
+    even = torch.linspace(0, 1, 21, dtype=torch.float64)[:, None]
+    low, high = layer.grid[:, order], layer.grid[:, -order - 1]
+    points = torch.cat([x, low + even * (high - low)])
+    for i in range(2):
+        column = to_array(points)[:, i : i + 1]
+        bases = basis_oracle(column, to_array(layer.grid)[i : i + 1], order)[:, 0]
+        values = to_array(target.b_splines(points))[:, i] @ to_array(target.spline_weight)[:, i].T
+        best = bases @ np.linalg.lstsq(bases, values, rcond=None)[0]
+        assert_close(f"feature {i}", bases @ to_array(layer.spline_weight)[:, i].T, best, 1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [8192, 1 << 21])
+def test_the_memory_of_an_update_is_bounded(mode: str, rows: int) -> None:
+    """Nothing that it makes is much larger than the data, where all bases would be 16 times as large."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, operator: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            out = operator(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, Tensor):
+                    self.size = max(self.size, x.untyped_storage().nbytes())
+            return out
+
+    x = torch.rand(rows, (1 << 21) // rows)
+    layer = KANLinear(x.shape[1], 2, grid_mode=mode)
+    with Largest() as largest:
+        layer.update_grid(x)
+    assert largest.size <= 4 * x.untyped_storage().nbytes()
+
+
+def test_writes_in_place_so_that_replicas_and_averages_keep_their_tensors() -> None:
+    layer, x = KANLinear(8, 6, grid_mode="adaptive"), torch.randn(100, 8)
+    held = layer.state_dict()
+    layer.update_grid(x)
+    assert all(v.data_ptr() == held[k].data_ptr() for k, v in layer.state_dict().items())

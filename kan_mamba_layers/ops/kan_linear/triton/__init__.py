@@ -196,7 +196,8 @@ class _Launch:
         outputs, inputs, bases = call.spline_weight.shape
         dtype, order = call.base_weight.dtype, call.spline_order
         half, precision = dtype != torch.float32, _precision(dtype)
-        self.job = Job(len(call.x), inputs, outputs, bases, order, call.uniform, half, precision == "ieee" and not half)
+        full = precision == "ieee" and not half
+        self.job = Job(len(call.x), inputs, outputs, bases, order, bool(call.uniform), half, full)
         self.grid = call.grid
         self.base_weight, self.spline_weight = call.base_weight, call.spline_weight
         self.activated = call.x if call.activated is None else call.activated

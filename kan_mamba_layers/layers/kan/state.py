@@ -1,0 +1,87 @@
+"""Replace what a KAN layer holds: its knots and coefficients, of the same size or of another one."""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers.ops.bspline import Extrapolation
+
+
+class Splines(Protocol):
+    """What a KAN layer holds, as far as its knots and coefficients are concerned."""
+
+    grid: Tensor  # i g+2s+1
+    spline_weight: nn.Parameter  # o i ... g+s
+    spline_order: int
+    grid_mode: Literal["uniform", "adaptive"]
+    grid_eps: float
+    extrapolation: Extrapolation
+    _parameters: dict[str, nn.Parameter | None]
+
+    @property
+    def grid_size(self) -> int: ...
+
+
+def check_whole(layer: Splines, *names: str) -> None:
+    """Each name is a parameter of its own: none that ``torch.nn.utils`` recomputes in every pass, and no shard."""
+    for name in names:
+        if name not in layer._parameters:
+            raise RuntimeError(
+                f"{name} is pruned or parametrised, so a change of it would be lost; first call "
+                f"torch.nn.utils.prune.remove(layer, {name!r}) or parametrize.remove_parametrizations"
+            )
+        check_local(name, layer._parameters[name])
+
+
+def check_local(name: str, parameter: Tensor | None) -> None:
+    """A parameter is all on this process, not a ``DTensor``."""
+    if hasattr(parameter, "full_tensor"):
+        raise RuntimeError(
+            f"{name} is a DTensor, which is spread over processes; do this before the layer is sharded, e.g. before "
+            "fully_shard, or on a copy with its full_tensor()"
+        )
+
+
+def write(layer: Splines, grid: Tensor, spline_weight: Tensor) -> None:  # i g+2s+1, o i ... g+s
+    """Write knots and coefficients in place where they fit, so that whoever holds these tensors sees them."""
+    old = layer.spline_weight
+    if old.shape != spline_weight.shape:
+        layer.spline_weight = _successor(old, spline_weight.to(old.dtype))
+    else:
+        _copy(old, spline_weight)
+    if layer.grid.shape != grid.shape or not layer.grid.is_contiguous():
+        layer.grid = grid.to(layer.grid.dtype).contiguous()
+    else:
+        _copy(layer.grid, grid)
+
+
+def change_size(layer: Splines, grid: torch.Size, spline_weight: torch.Size, prefix: str, errors: list[str]) -> None:
+    """Take over the number of intervals of a checkpoint with these shapes; its values are yet to be loaded."""
+    own = layer._parameters.get("spline_weight")
+    if own is None or len(grid) != 2 or len(spline_weight) != own.ndim:
+        return  # PyTorch reports it
+    bases, knots = spline_weight[-1], grid[1]
+    if knots - 1 - bases != layer.spline_order or bases <= layer.spline_order:
+        errors.append(
+            f"{prefix}grid has {knots} knots and {prefix}spline_weight {bases} bases, which are those of splines of "
+            f"degree {knots - 1 - bases} on {2 * bases - knots + 1} intervals; the layer has "
+            f"spline_order={layer.spline_order}, so build it with the degree of the checkpoint."
+        )
+    elif bases != own.shape[-1] and grid[0] == len(layer.grid) and spline_weight[:-1] == own.shape[:-1]:
+        layer.spline_weight = _successor(own, own.detach().new_empty(spline_weight))
+        layer.grid = layer.grid.new_empty(grid)
+
+
+def _successor(old: Tensor, value: Tensor) -> nn.Parameter:
+    """A new parameter in place of one of another shape, with its attributes and hooks."""
+    new = nn.Parameter(value, old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    new._backward_hooks = old._backward_hooks
+    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+    return new
+
+
+def _copy(into: Tensor, value: Tensor) -> None:
+    with torch.inference_mode(into.is_inference()), torch.no_grad():  # outside of it, its tensors cannot be written
+        into.copy_(value)
