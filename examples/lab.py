@@ -324,7 +324,11 @@ def with_config_of_run(args: list[str]) -> list[str]:
     verb, rest = args[:1], args[1:]
     names = [value for flag, value in pairwise(rest) if flag == "--run"]
     names += [arg.removeprefix("--run=") for arg in rest if arg.startswith("--run=")]
-    if not names or "--help" in rest:
+    if {"-h", "--help"} & set(rest):
+        return args
+    if not names and verb in (["test"], ["predict"]):
+        raise ValueError("run is missing: give the folder of a run with --run")
+    if not names:
         return args
     folder, _ = find_run(Path(names[-1]))
     if verb == ["fit"] and not ("--resume" in rest and (folder / "config.yaml").is_file()):
