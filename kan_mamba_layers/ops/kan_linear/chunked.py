@@ -103,7 +103,7 @@ class _Splines:
         self.extrapolation = call.extrapolation
         if call.extrapolation == "linear":
             self.ends = end_slopes(call.grid, self.degree).mT.contiguous()  # 2 g+s i
-        if call.uniform:
+        if call.uniform and self.degree > 1:  # the recursion gives degree 1 the right slopes at knots, in one step
             self.evaluate = self._closed_form
             self.per_unit = (len(self.knots) - 1) / (self.knots[-1] - self.knots[0])  # i
             bases = torch.arange(len(self.knots) - 1 - self.degree, dtype=self.dtype, device=self.knots.device)
@@ -139,7 +139,7 @@ class _Splines:
         for j in range(math.ceil((s + 1) / 2)):
             weight = (-1) ** j * math.comb(s + 1, j) / math.factorial(s)
             near = ((s + 1) / 2 - j - distance).clamp_min_(0)
-            power = near.square() if s == 3 else near ** (s - 1) if s > 1 else (near > 0).to(near.dtype)
+            power = near.square() if s == 3 else near ** (s - 1)
             if len(slopes):
                 slopes.add_(power, alpha=-s * weight)
             into.add_(power.mul_(near), alpha=weight)
@@ -155,6 +155,7 @@ class _Splines:
             cells[:, last] = (x >= self.knots[last])[:, 0]
             cells[:, last + 1 :] = False
         bases = cells.to(x.dtype)
+        x = torch.clamp(x, self.knots[0], self.knots[-1])  # an infinity times 0 would be NaN
         for p, per_width in enumerate(self.per_width, 1):
             shares = bases * per_width  # rows m-p i
             bases = (x - self.knots[: -p - 1]) * shares[:, :-1] + (self.knots[p + 1 :] - x) * shares[:, 1:]

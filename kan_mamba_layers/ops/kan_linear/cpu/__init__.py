@@ -92,10 +92,15 @@ class _Launch:
         x = x.to(self.dtype)
         return x.contiguous() if x.shape[-1] == length else F.pad(x, (0, length - x.shape[-1]))
 
-    def uniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' 4
-        """The first knot, the reciprocal of the spacing, and both ends of the interval."""
-        per_spacing = (grid.shape[1] - 1) / (grid[:, -1] - grid[:, 0])
-        knots = torch.stack([grid[:, 0], per_spacing, grid[:, self.degree], grid[:, -self.degree - 1]], 1)
+    def uniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' 5
+        """The first knot, the reciprocal of the spacing, both ends of the interval, the first knot for slopes.
+
+        Slopes of degree 1 jump at the knots, and a knot belongs to the cell on its right, however it was rounded.
+        """
+        first, last = grid[:, 0], grid[:, -1]
+        per_spacing = (grid.shape[1] - 1) / (last - first)
+        before = first if self.degree > 1 else first - 4 * torch.finfo(grid.dtype).eps * (first.abs() + last.abs())
+        knots = torch.stack([first, per_spacing, grid[:, self.degree], grid[:, -self.degree - 1], before], 1)
         return F.pad(knots, (0, 0, 0, self.padded_features - self.features)).contiguous()
 
     def nonuniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' m+2s

@@ -112,7 +112,7 @@ def write_factors(call, first_row, rows, first_feature, scratch, slopes):
             into = factor_at(call, feature, LANES * group)
             _write_activation(call, at, scratch, into, slopes)
             if call.uniform:
-                _locate_uniform(call, first_feature + feature, at, scratch)
+                _locate_uniform(call, first_feature + feature, at, scratch, slopes)
             else:
                 _locate_nonuniform(call, first_feature + feature, at, scratch)
             _write_splines(call, first_feature + feature, scratch, into + LANES, slopes)
@@ -153,14 +153,15 @@ def _one_unless_nan(x, zero, one):
 
 
 @compiled
-def _locate_uniform(call, feature, at, scratch):
+def _locate_uniform(call, feature, at, scratch, slopes):
     """Find the cell of x among equally spaced knots, and its position there, from 0 to 1.
 
     Also 1, or 0 outside all cells, or NaN; and how far x lies beyond the end that it is clamped to.
     """
     knots = call.knots
     zero, one = splat(0.0, knots), splat(1.0, knots)
-    x, first, per_spacing = load(scratch, at), broadcast(knots, 4 * feature), broadcast(knots, 4 * feature + 1)
+    x, per_spacing = load(scratch, at), broadcast(knots, 5 * feature + 1)
+    first = broadcast(knots, 5 * feature + 4) if slopes else broadcast(knots, 5 * feature)
     intervals, degree = call.intervals, call.degree
     if call.extrapolation == ZERO:
         u, end = (x - first) * per_spacing, splat(float(intervals + 2 * degree), knots)
@@ -168,7 +169,7 @@ def _locate_uniform(call, feature, at, scratch):
         u = where_less(u, end, where_less(u, zero, zero, u), zero)
         cell, distance = floor(u), zero
     else:
-        held = _hold(x, broadcast(knots, 4 * feature + 2), broadcast(knots, 4 * feature + 3))
+        held = _hold(x, broadcast(knots, 5 * feature + 2), broadcast(knots, 5 * feature + 3))
         u, distance, counts = (held - first) * per_spacing, x - held, _one_unless_nan(x, zero, one)
         cell = _hold(floor(u), splat(float(degree), knots), splat(float(degree + intervals - 1), knots))
     _write_location(call, at, scratch, u - cell, counts, distance, cell)
@@ -226,7 +227,7 @@ def _rise(call, feature, position, p, k, scratch):
     """The share of the k-th basis of degree p - 1 that has risen at x, from 0 to 1, and its slope times p."""
     knots, one = call.knots, splat(1.0, scratch)
     if call.uniform:
-        return (position + splat(float(p - k), scratch)) * splat(1.0 / p, scratch), broadcast(knots, 4 * feature + 1)
+        return (position + splat(float(p - k), scratch)) * splat(1.0 / p, scratch), broadcast(knots, 5 * feature + 1)
     degree = call.degree
     local = work_at(call) + LANES * (3 * degree + 3 + k)
     left = load(scratch, local - LANES * p)

@@ -79,6 +79,14 @@ def grad_input(
     xi = product(zero, tl.zeros((16, INS), weight.dtype.element_ty), xi, PRECISION, INTERPRETED)
     first, rate, low, high = ends(knots + i, inside, IN, BASES + S + 1, S)
     z = (xi - first) * (rate * (2 / S)) if UNIFORM else xi
+    if S == 1:  # The slope jumps at a knot, which belongs to the cell on its right; the last one to the cell inside.
+        if UNIFORM:
+            z += 2.0**-20 * (rate * (tl.abs(first) + tl.abs(high)) + 1.0)  # more than what is rounded in z
+        if EXTRAPOLATION != "zero":
+            inside_last = (
+                2.0 * BASES - 1.0 if UNIFORM else tl.load(knots + (BASES - 1) * IN + i, mask=inside, other=0.0)
+            )
+            z = tl.where(xi >= high, inside_last, z)
     gy = tl.load(grad_y + r * OUT + k[None, :], mask=(r < rows) & (k[None, :] < OUT), other=0.0)
     sums = tl.zeros((ROWS, INS), tl.float32)
     left = lower_spline(z, 0, knots + i, inside, IN, S, BASES, UNIFORM)
