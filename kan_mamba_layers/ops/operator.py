@@ -47,6 +47,7 @@ class FusedOp(NamedTuple):
     flops: Callable[[Call], int]  # of a call that holds shapes instead of tensors
     gradient_flops: Callable[[Call, Sequence[bool]], int]
     higher: str  # the backends that have higher derivatives
+    formula: Callable[[Call], Tensors] | None = None  # the results in PyTorch's operators, for higher derivatives
     # Gradients that need no backend, by field and from those of the results; they can be differentiated again.
     plain: Mapping[str, Callable[[Tensors], Tensor]] = {}
 
@@ -98,8 +99,22 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     for name in (op.name, f"{op.name}_backward"):
         _LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
 
+    def plain_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+        """The gradients that are wanted, by differentiating the formula."""
+        call, grads, wanted = list(arguments[:width]), arguments[width + op.saved : -2], arguments[-2]
+        chosen = [i for i, want in zip(tensors, wanted, strict=True) if want]
+
+        def results(*inputs: Tensor) -> list[Tensor]:
+            for i, x in zip(chosen, inputs, strict=True):
+                call[i] = x
+            found = op.formula(record(*call))
+            return [y for y, grad in zip(found, grads, strict=True) if grad is not None]
+
+        with autocast_off(call[0]):
+            return _pull_back(results, [call[i] for i in chosen], [grad for grad in grads if grad is not None])
+
     class Gradient(torch.autograd.Function):
-        """The gradient as a node of its own, so that whoever differentiates it gets an error and not zeros."""
+        """The gradient as a node of its own. Whoever differentiates it gets the derivatives of the formula."""
 
         generate_vmap_rule = True  # the operator refuses
 
@@ -109,13 +124,32 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
+            ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not width <= i < width + op.saved]
+            ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
         @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> None:
-            raise RuntimeError(
-                f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
-            )
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            if op.formula is None:
+                raise RuntimeError(
+                    f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
+                )
+            arguments = list(ctx.others)
+            for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                arguments[i] = x
+            chosen = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+
+            def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+                for i, x in zip(chosen, inputs, strict=True):
+                    arguments[i] = x
+                return plain_gradient(*arguments)
+
+            inputs, wanted = [arguments[i] for i in chosen], arguments[-2]
+            found = _pull_back(gradients, inputs, [grad for grad, want in zip(grads, wanted, strict=True) if want])
+            of_argument: list[Tensor | None] = [None] * len(arguments)
+            for i, grad in zip(chosen, found, strict=True):
+                of_argument[i] = grad
+            return tuple(of_argument)
 
     class Fused(torch.autograd.Function):
         """The op with its gradient."""
@@ -182,6 +216,22 @@ def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kan_mamba_layers::{name}", shapes, lib=_LIBRARY)
     return getattr(torch.ops.kan_mamba_layers, name)
+
+
+def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> tuple[Tensor, ...]:
+    """Gradients of the inputs from those of the results. They can be differentiated again."""
+    if torch._C._are_functorch_transforms_active():  # which do not let a tensor require a gradient
+        found: tuple[Tensor, ...] = torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))
+        return found
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, or the gradient of an input would include that of another one which was computed from it.
+        inputs = [x.view_as(x) for x in inputs]
+        results = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if y.requires_grad]
+        if not results:
+            return tuple(torch.zeros_like(x) for x in inputs)
+        outputs, weights = zip(*results, strict=True)
+        return torch.autograd.grad(outputs, inputs, weights, create_graph=again, materialize_grads=True)
 
 
 def _unpacked(results: Tensors) -> Any:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, Grads, Tensors, register
 from kan_mamba_layers.ops.spacing import look_now
@@ -57,6 +59,13 @@ def _gradient_flops(call: KANCall, wanted: Sequence[bool]) -> int:
     return sum(Wanted.of(wanted)) * _flops(call)
 
 
+def _formula(call: KANCall) -> Sequence[Tensor]:
+    activated = call.activated
+    activation = F.silu if activated is None else lambda x: activated.to(x.dtype)
+    tensors = (call.x, call.base_weight, call.spline_weight, call.grid, call.bias)
+    return (reference.kan_linear(*tensors, activation, call.extrapolation, call.uniform),)
+
+
 fused_kan_linear = register(
     KANCall,
     FusedOp(
@@ -68,6 +77,7 @@ fused_kan_linear = register(
         flops=_flops,
         gradient_flops=_gradient_flops,
         higher="backend='reference'",
+        formula=_formula,
         plain={"bias": lambda grads: grads[0].sum(0)},
     ),
 )

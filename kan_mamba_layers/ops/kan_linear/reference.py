@@ -25,6 +25,6 @@ def kan_linear(
     spline_order = grid.shape[-1] - 1 - spline_weight.shape[-1]
     wide = x.to(compute_dtype(x))  # half precision is too coarse for the bases
     bases = basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation)  # ... i g+s
-    features = torch.cat([activate(wide, base_activation)[..., None], bases], -1).to(x.dtype)  # ... i 1+g+s
+    features = torch.cat([activate(wide, base_activation)[..., None], bases], -1).to(base_weight.dtype)  # ... i 1+g+s
     weight = torch.cat([base_weight[..., None], spline_weight], -1)  # o i 1+g+s
     return F.linear(features.flatten(-2), weight.flatten(1), bias)
