@@ -1,4 +1,4 @@
-"""A fused op made from the record of its calls: registered with PyTorch, opaque to it, and differentiable once.
+"""A fused op made from the record of its calls: registered with PyTorch, opaque to it, with a fused gradient.
 
 PyTorch knows an operator's signature, the shapes of its results and its cost, so it runs under ``torch.compile`` and
 ``torch.export``. Its gradient is an ``autograd.Function`` around it: one registered with ``torch.library`` does not
@@ -46,8 +46,8 @@ class FusedOp(NamedTuple):
     shapes: Callable[[Call, bool, str], Tensors]  # empty tensors like those that ``forward`` returns
     flops: Callable[[Call], int]  # of a call that holds shapes instead of tensors
     gradient_flops: Callable[[Call, Sequence[bool]], int]
-    higher: str  # the backends that have higher derivatives
-    formula: Callable[[Call], Tensors] | None = None  # the results in PyTorch's operators, for higher derivatives
+    # The results in PyTorch's operators, or the backends that have higher derivatives.
+    higher: Callable[[Call], Tensors] | str
     # Gradients that need no backend, by field and from those of the results; they can be differentiated again.
     plain: Mapping[str, Callable[[Tensors], Tensor]] = {}
 
@@ -96,27 +96,39 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             "backend='reference'"
         )
 
+    def refuse_forward_mode(*_: Any) -> None:
+        raise RuntimeError(
+            f"the fused {op.name} has no forward-mode derivatives; differentiate in reverse mode, or call it with "
+            "backend='reference'"
+        )
+
     for name in (op.name, f"{op.name}_backward"):
         _LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
 
-    def plain_gradient(*arguments: Any) -> tuple[Tensor, ...]:
-        """The gradients that are wanted, by differentiating the formula."""
+    def formula(call: Call) -> Tensors:
+        if isinstance(op.higher, str):
+            raise RuntimeError(
+                f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
+            )
+        return op.higher(call)
+
+    def gradient_of_formula(*arguments: Any) -> Tensors:
+        """The gradients that are wanted."""
         call, grads, wanted = list(arguments[:width]), arguments[width + op.saved : -2], arguments[-2]
         chosen = [i for i, want in zip(tensors, wanted, strict=True) if want]
 
-        def results(*inputs: Tensor) -> list[Tensor]:
-            for i, x in zip(chosen, inputs, strict=True):
-                call[i] = x
-            found = op.formula(record(*call))
+        def results(*inputs: Tensor) -> Tensors:
+            found = formula(record(*_replaced(call, chosen, inputs)))
             return [y for y, grad in zip(found, grads, strict=True) if grad is not None]
 
         with autocast_off(call[0]):
             return _pull_back(results, [call[i] for i in chosen], [grad for grad in grads if grad is not None])
 
     class Gradient(torch.autograd.Function):
-        """The gradient as a node of its own. Whoever differentiates it gets the derivatives of the formula."""
+        """The gradient as a node of its own, whose derivative is that of the formula's gradient."""
 
-        generate_vmap_rule = True  # the operator refuses
+        vmap = staticmethod(refuse_vmap)
+        jvp = staticmethod(refuse_forward_mode)
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -124,37 +136,26 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not width <= i < width + op.saved]
-            ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+            saved = range(width, width + op.saved)  # which the formula does without
+            ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and i not in saved]
+            ctx.save_for_backward(*(inputs[i] for i in ctx.places))
             ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            if op.formula is None:
-                raise RuntimeError(
-                    f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
-                )
-            arguments = list(ctx.others)
-            for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-                arguments[i] = x
-            chosen = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-
-            def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-                for i, x in zip(chosen, inputs, strict=True):
-                    arguments[i] = x
-                return plain_gradient(*arguments)
-
-            inputs, wanted = [arguments[i] for i in chosen], arguments[-2]
-            found = _pull_back(gradients, inputs, [grad for grad, want in zip(grads, wanted, strict=True) if want])
-            of_argument: list[Tensor | None] = [None] * len(arguments)
-            for i, grad in zip(chosen, found, strict=True):
-                of_argument[i] = grad
-            return tuple(of_argument)
+            arguments = _replaced(ctx.others, ctx.places, ctx.saved_tensors)
+            chosen = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            found = _pull_back(
+                lambda *inputs: gradient_of_formula(*_replaced(arguments, chosen, inputs)),
+                [arguments[i] for i in chosen],
+                [grad for grad, want in zip(grads, arguments[-2], strict=True) if want],
+            )
+            return tuple(_replaced([None] * len(arguments), chosen, found))
 
     class Fused(torch.autograd.Function):
         """The op with its gradient."""
 
-        generate_vmap_rule = True  # the operator refuses
+        vmap = staticmethod(refuse_vmap)
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -176,9 +177,8 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             of_argument: list[Tensor | None] = [None] * (width + 2)
             if all(grad is None for grad in grads[: op.results]):
                 return tuple(of_argument)
-            call, saved = list(ctx.numbers), ctx.saved_tensors
-            for i, x in zip(tensors, saved[: len(tensors)], strict=True):
-                call[i] = x
+            saved = ctx.saved_tensors
+            call = _replaced(ctx.numbers, tensors, saved[: len(tensors)])
             wanted = [ctx.needs_input_grad[i] and i not in plain for i in tensors]
             # Only with a graph can it be differentiated again, which a compiled backward pass refuses by itself.
             graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -189,6 +189,11 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
                     of_argument[i] = plain[i](grads) if i in plain else grad
             return tuple(of_argument)
 
+    class Eager(Fused):
+        """The same outside a compiler, which takes no function with ``jvp``."""
+
+        jvp = staticmethod(refuse_forward_mode)
+
     Fused.forward.__signature__ = signature(Fused.forward)  # type: ignore[attr-defined]  # or found at each call
 
     def run(call: Call, backend: str) -> Tensors:
@@ -198,7 +203,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             found = Fused.apply(*call, save, backend) if save else operator(*call, save, backend)
         else:
             count_flops()
-            found = Fused.apply(*call, save, backend)
+            found = Eager.apply(*call, save, backend)
         return found[: op.results] if isinstance(found, tuple) else (found,)
 
     return run
@@ -218,20 +223,25 @@ def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes:
     return getattr(torch.ops.kan_mamba_layers, name)
 
 
-def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> tuple[Tensor, ...]:
-    """Gradients of the inputs from those of the results. They can be differentiated again."""
-    if torch._C._are_functorch_transforms_active():  # which do not let a tensor require a gradient
-        found: tuple[Tensor, ...] = torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))
-        return found
-    again = torch.is_grad_enabled()
+def _replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -> list[Any]:
+    """The same values, those at some places replaced."""
+    replaced = list(values)
+    for i, value in zip(places, by, strict=True):
+        replaced[i] = value
+    return replaced
+
+
+def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> Tensors:
+    """The gradients of the inputs from those of the results, which can be differentiated again."""
+    if torch._C._are_functorch_transforms_active():  # then no tensor may be told to require a gradient
+        return torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))  # type: ignore[no-any-return]
+    graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, or the gradient of an input would include that of another one which was computed from it.
+        # Of aliases: an input may have been computed from another one, whose gradient is not to include that.
         inputs = [x.view_as(x) for x in inputs]
         results = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if y.requires_grad]
-        if not results:
-            return tuple(torch.zeros_like(x) for x in inputs)
         outputs, weights = zip(*results, strict=True)
-        return torch.autograd.grad(outputs, inputs, weights, create_graph=again, materialize_grads=True)
+        return torch.autograd.grad(outputs, inputs, weights, create_graph=graph, materialize_grads=True)
 
 
 def _unpacked(results: Tensors) -> Any:
