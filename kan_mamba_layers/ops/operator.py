@@ -96,7 +96,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             "backend='reference'"
         )
 
-    def refuse_forward_mode(*_: Any) -> None:
+    def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
         raise RuntimeError(
             f"the fused {op.name} has no forward-mode derivatives; differentiate in reverse mode, or call it with "
             "backend='reference'"
@@ -214,6 +214,11 @@ def contiguous(values: Sequence[Any]) -> list[Any]:
     return [x.contiguous() if isinstance(x, Tensor) else x for x in values]
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes: Any) -> Any:
     returned = ", ".join(["Tensor"] * results)
     schema = f"{name}({', '.join(arguments)}) -> " + (f"({returned})" if results > 1 else returned)
@@ -233,8 +238,8 @@ def _replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -
 
 def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> Tensors:
     """The gradients of the inputs from those of the results, which can be differentiated again."""
-    if torch._C._are_functorch_transforms_active():  # then no tensor may be told to require a gradient
-        return torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))  # type: ignore[no-any-return]
+    if transformed():  # then no tensor may be told to require a gradient
+        return torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Of aliases: an input may have been computed from another one, whose gradient is not to include that.

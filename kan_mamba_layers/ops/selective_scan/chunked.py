@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kan_mamba_layers.ops.operator import transformed
+
 # Values of the state, b k l n d, that one segment holds: 4 MiB of float32, so that its few temporaries stay in cache.
 _SEGMENT_VALUES = 1 << 20
 
@@ -34,7 +36,8 @@ def scan(
     outputs = []
     for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):
         inputs = (*parts, A, state)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        # Under torch.func nothing can be recomputed: there all states are kept.
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not transformed():
             y, state = checkpoint(_scan_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _scan_segment(*inputs)
@@ -50,16 +53,27 @@ def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, sta
         u, delta, B, C = (F.pad(x, (0, 0, 0, padding)) for x in (u, delta, B, C))
     decay = torch.exp(delta[:, :, :, None] * A[:, None])  # b k l n d
     entry = (delta * u)[:, :, :, None] * B[..., None]  # b k l n d
-    states = _LinearScan.apply(decay, entry, state, steps, False)  # b k l n d
+    states = _linear_scan(decay, entry, state, steps, False)  # b k l n d
     y = (states * C[..., None]).sum(3)  # b k l d
     return y[:, :, :length], states[:, :, -1]
 
 
-class _LinearScan(torch.autograd.Function):
-    """``h_t = a_t h_{t-1} + b_t`` along dimension 2, forwards or backwards in time.
+def _linear_scan(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool) -> Tensor:
+    """``h_t = a_t h_{t-1} + b_t`` along dimension 2, forwards or backwards in time."""
+    scan: Any = _LinearScan if torch.compiler.is_compiling() else _EagerLinearScan
+    return scan.apply(a, b, start, steps, reverse)
 
-    Its gradient is a scan of the same kind in the other direction, so it can be differentiated any number of times.
-    """
+
+def _refuse(ctx: Any, *grad_inputs: Any) -> Any:
+    raise RuntimeError(
+        "backend='chunked' of the scan has no vmap and no forward-mode derivatives; call it with backend='reference'"
+    )
+
+
+class _LinearScan(torch.autograd.Function):
+    """Its gradient is a scan of the same kind in the other direction, so it has derivatives of any order."""
+
+    vmap = staticmethod(_refuse)
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool) -> Tensor:
@@ -93,9 +107,15 @@ class _LinearScan(torch.autograd.Function):
         a, start, states = ctx.saved_tensors
         before = _shift(states, start[:, :, None], ctx.reverse)  # h_{t-1}
         after = _shift(a, torch.zeros_like(a[:, :, :1]), not ctx.reverse)  # a_{t+1}
-        adjoint = _LinearScan.apply(after, grad, torch.zeros_like(start), ctx.steps, not ctx.reverse)
+        adjoint = _linear_scan(after, grad, torch.zeros_like(start), ctx.steps, not ctx.reverse)
         first = -1 if ctx.reverse else 0
         return adjoint * before, adjoint, a[:, :, first] * adjoint[:, :, first], None, None
+
+
+class _EagerLinearScan(_LinearScan):
+    """The same outside a compiler, which takes no function with ``jvp``."""
+
+    jvp = staticmethod(_refuse)
 
 
 def _shift(x: Tensor, edge: Tensor, reverse: bool) -> Tensor:
