@@ -140,6 +140,8 @@ GRID = torch.linspace(-2.2, 2.2, 12).expand(4, -1)
 WRONG_SPLINES = [
     Bad(lambda: bspline_basis(z(7, 4), GRID, 0), ValueError, ("spline_order must", "0", ">= 1")),
     Bad(lambda: bspline_basis(z(7, 4), GRID, 2.5), TypeError, ("spline_order must", "2.5", "int")),
+    Bad(lambda: bspline_basis(z(7, 4), GRID, 3, nu=-1), ValueError, ("nu must", "-1", ">= 0")),
+    Bad(lambda: bspline_basis(z(7, 4), GRID, 3, nu=1.0), TypeError, ("nu must", "1.0", "int")),
     Bad(lambda: bspline_basis(z(7, 3), GRID, 3), ValueError, ("x must", "4 features", r"\(7, 3\)")),
     Bad(lambda: bspline_basis(z(7, 4, dtype=torch.int32), GRID, 3), TypeError, ("x must", "int32", "float")),
     Bad(lambda: bspline_basis(z(7, 4), GRID[:, :7], 3), ValueError, ("grid", "7 knots", "spline_order=3")),

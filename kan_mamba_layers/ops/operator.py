@@ -245,6 +245,8 @@ def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors
         # Of aliases: an input may have been computed from another one, whose gradient is not to include that.
         inputs = [x.view_as(x) for x in inputs]
         results = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if y.requires_grad]
+        if not results:  # constants: the slopes of lines
+            return [torch.zeros_like(x) for x in inputs]
         outputs, weights = zip(*results, strict=True)
         return torch.autograd.grad(outputs, inputs, weights, create_graph=graph, materialize_grads=True)
 

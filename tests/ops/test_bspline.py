@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import LAYOUTS, basis_oracle, max_error, strided
+from helpers import LAYOUTS, Array, assert_close, basis_oracle, max_error, strided, to_array
 from kan_mamba_layers import bspline_basis
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -135,9 +137,21 @@ class TestProperties:
         assert ((sums - 1).abs() <= 1e-12).all()
 
     @pytest.mark.parametrize("uniform", [True, False])
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_far_values_are_finite_and_flat(self, order: int, uniform: bool) -> None:
+        grid = (uniform_grid if uniform else uneven_grid)(order, features=1).float()
+        far = torch.tensor([1e20, 1e38, float("inf")])
+        x = torch.cat([far, -far])[:, None].requires_grad_()
+        for nu, extrapolation in product(range(order + 1), ("zero", "clamp")):
+            bases = bspline_basis(x, grid, order, extrapolation=extrapolation, uniform=uniform, nu=nu)
+            (slope,) = torch.autograd.grad(bases.sum(), x)
+            assert bases.isfinite().all() and (slope == 0).all()
+            assert bases.any() == (extrapolation == "clamp" and nu == 0)
+
+    @pytest.mark.parametrize("uniform", [True, False])
     def test_nan_is_not_swallowed(self, uniform: bool) -> None:
-        bases = bspline_basis(torch.tensor([[float("nan")]]), uniform_grid(3).float(), 3, uniform=uniform)
-        assert bases.isnan().all()
+        x, grid = torch.tensor([[float("nan")]]), uniform_grid(3).float()
+        assert all(bspline_basis(x, grid, 3, uniform=uniform, nu=nu).isnan().all() for nu in range(5))
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_coincident_knots(self, order: int) -> None:
@@ -152,6 +166,56 @@ class TestProperties:
         x = torch.rand(9, 1)
         assert bspline_basis(x, uniform_grid(3), 3, uniform=uniform).dtype == torch.float32
         assert bspline_basis(x.double(), uniform_grid(3).float(), 3, uniform=uniform).dtype == torch.float64
+
+
+def from_right(at: Array, knots: Array, order: int, nu: int) -> Array:  # m, k -> m c
+    """Derivatives of the bases; a step at a knot belongs to the right of it, as in SciPy but for an element's end."""
+    if nu > order:
+        return np.zeros((len(at), len(knots) - order - 1))
+    bases = basis_oracle(at[:, None], knots[None], order, nu)[:, 0]
+    return np.where(at[:, None] == knots[order + 1 :], 0.0, bases)
+
+
+def from_left(at: Array, knots: Array, order: int, nu: int) -> Array:  # m, k -> m c
+    return (-1) ** nu * from_right(-at, -knots[::-1], order, nu)[:, ::-1]
+
+
+def derivatives(at: Array, knots: Array, order: int, nu: int, extrapolation: str) -> Array:  # m, k -> m c
+    """Those of order `nu >= 1`; with an extrapolation the interval of the grid is closed."""
+    if extrapolation == "zero":
+        return from_right(at, knots, order, nu)
+    low, high = knots[order], knots[-order - 1]
+    tangent = float(extrapolation == "linear" and nu == 1)
+    below, above = (
+        tangent * side(np.array([end]), knots, order, 1) for side, end in ((from_right, low), (from_left, high))
+    )
+    inside = np.where(at[:, None] == high, from_left(at, knots, order, nu), from_right(at, knots, order, nu))
+    return np.where(at[:, None] < low, below, np.where(at[:, None] > high, above, inside))
+
+
+@pytest.mark.parametrize("extrapolation", ["zero", "clamp", "linear"])
+@pytest.mark.parametrize("uniform", [True, False])
+class TestAtKnots:
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_derivatives_of_every_order(self, order: int, uniform: bool, extrapolation: str) -> None:
+        """At knots, midpoints, and outside: by `nu`, by autograd, and by both one after the other."""
+        grid = (uniform_grid if uniform else uneven_grid)(order, features=1)
+        knots = to_array(grid)[0]
+        at = np.concatenate([knots, (knots[1:] + knots[:-1]) / 2, knots[[0, -1]] + [-0.3, 0.3]])
+        x = torch.from_numpy(at)[:, None].requires_grad_()
+        options = {"extrapolation": extrapolation, "uniform": uniform}
+        pick = torch.arange(1.0, len(knots) - order, dtype=torch.float64).cos()  # c
+        value = (bspline_basis(x, grid, order, **options) @ pick).sum()
+        lower = value
+        for nu in range(1, order + 2):
+            expected = derivatives(at, knots, order, nu, extrapolation)
+            bases = bspline_basis(x, grid, order, nu=nu, **options)
+            assert_close(f"nu={nu}", bases[:, 0], expected, 1e-11)
+            for name, start in (("autograd", value), ("autograd of nu", lower)) if nu <= order else ():
+                (slope,) = torch.autograd.grad(start, x, create_graph=True)
+                assert_close(f"{name} {nu}", slope[:, 0], expected @ to_array(pick), 1e-11)
+                value = slope.sum() if name == "autograd" else value
+            lower = (bases @ pick).sum()
 
 
 class TestDerivatives:

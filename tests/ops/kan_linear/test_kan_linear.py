@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.interpolate import BSpline
 from torch import Tensor
 
 from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, says, to_array
@@ -288,9 +289,10 @@ class TestDerivatives:
 
         assert torch.autograd.gradcheck(function, leaves)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
     @pytest.mark.parametrize("uniform", [True, False])
-    def test_gradgradcheck(self, uniform: bool, extrapolation: str) -> None:
+    def test_gradgradcheck(self, uniform: bool, extrapolation: str, backend: str) -> None:
         x = make_inputs((2,), 2, 1, 2, 3, uniform=uniform)
         grid = x.pop("grid")
         x["x"] = torch.tensor([[-1.9, 0.13], [0.61, 1.77]], dtype=WIDE)
@@ -298,7 +300,52 @@ class TestDerivatives:
 
         def function(*values: Tensor) -> Tensor:
             named = dict(zip(present, values, strict=True))
-            options = {"extrapolation": extrapolation, "uniform": uniform, "backend": "reference"}
+            options = {"extrapolation": extrapolation, "uniform": uniform, "backend": backend}
             return kan_linear(**named, grid=grid, **options)
 
         assert torch.autograd.gradgradcheck(function, tuple(present.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("uniform", [True, False])
+class TestAtKnots:
+    @pytest.mark.parametrize("order", [1, 2, 3, 5])
+    def test_derivatives_of_every_order(self, order: int, uniform: bool, backend: str) -> None:
+        """A step at a knot belongs to the right of it, as in SciPy."""
+        x, _, _ = single_edge(order, uniform)
+        spline = BSpline(to_array(x["grid"])[0], to_array(x["spline_weight"])[0, 0], order)
+        knots = x["grid"][0, order:-order]
+        at = torch.cat([knots[:-1], knots[:-1] + knots.diff() / 2]).requires_grad_()
+        value = run_edge(x, at, "zero", uniform, backend)
+        for nu in range(1, order + 1):
+            (value,) = torch.autograd.grad(value.sum(), at, create_graph=True)
+            assert_close(f"order {nu}", value, spline.derivative(nu)(to_array(at)), 1e-10)
+
+    @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
+    @pytest.mark.parametrize("ends", [(-1.0, 1.0), (0.0, 7.0), (-0.3, 0.77)])
+    def test_slopes_of_lines(self, ends: tuple[float, float], extrapolation: str, uniform: bool, backend: str) -> None:
+        """Degree 1, with knots that are rounded; the ends of an extrapolated grid belong to its inside."""
+        shares = torch.linspace(-0.1, 1.1, 13, dtype=WIDE)
+        if not uniform:
+            shares = shares + 0.03 * torch.arange(13.0).sin()
+        knots = ends[0] + (ends[1] - ends[0]) * shares
+        values = F.pad(torch.arange(11, dtype=WIDE).cos(), (1, 1))  # at the knots
+        slopes = values.diff() / knots.diff()
+        if extrapolation == "zero":
+            expected = F.pad(slopes, (0, 1))
+        else:
+            beyond = float(extrapolation == "linear")
+            expected = torch.cat([beyond * slopes[1:2], slopes[1:-1], slopes[-2:-1], beyond * slopes[-2:-1]])
+        x = knots[:, None].clone().requires_grad_()
+        weights = torch.zeros(1, 1, dtype=WIDE), values[None, None, 1:-1]
+        y = kan_linear(x, *weights, None, knots[None], extrapolation=extrapolation, uniform=uniform, backend=backend)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert_close("slopes", grad[:, 0], expected, 1e-12)
+
+    def test_far_values_leave_the_base_part(self, uniform: bool, backend: str) -> None:
+        inputs = kan_inputs(i=1, o=2, bias=False, uniform=uniform)
+        x = inputs["x"] = torch.tensor([[1e20], [1e38], [-1e38]]).requires_grad_()
+        y = kan_linear(**inputs, uniform=uniform, backend=backend)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert_close("y", y, F.silu(x) @ inputs["base_weight"].T, 1e-6)
+        assert_close("dx", grad[:, 0], torch.tensor([1.0, 1.0, 0.0]) * inputs["base_weight"].sum(), 1e-6)
