@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy.interpolate import BSpline
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Array = np.ndarray
 
@@ -213,6 +214,22 @@ def assert_budget(
     rtol, atol = CEILING[dtype]
     allowed = min(budget, rtol * scale + atol)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (largest value {scale:.3g}, {dtype})"
+
+
+def dual_tangent(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of a function along ones, in forward mode without `torch.func`."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+# Transforms of a function of one tensor that take forward-mode derivatives of it, at a point.
+FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "dual": dual_tangent,
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "jacfwd twice": lambda function, x: torch.func.jacfwd(torch.func.jacfwd(function))(x),
+    "hessian": lambda function, x: torch.func.hessian(function)(x),
+}
 
 
 def gradients(

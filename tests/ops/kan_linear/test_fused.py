@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from helpers import assert_budget, assert_close, gradients, says, strided
+from helpers import FORWARD_MODE, assert_budget, assert_close, gradients, says, strided
 from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops.kan_linear.call import Wanted
 from kan_mamba_layers.ops.kan_linear.fused import load
@@ -189,21 +190,89 @@ class TestGradients:
         assert inputs["x"].grad is not None
 
     @fused
-    @pytest.mark.parametrize("how", ["backward", "grad", "allow_unused"])
-    def test_second_derivatives_are_refused(self, backend: str, how: str) -> None:
-        """For every pair of inputs there is an error, never zeros or None."""
-        again: dict[str, Callable[[Tensor, Tensor], object]] = {
-            "backward": lambda y, x: y.backward(inputs=[x], retain_graph=True),
-            "grad": lambda y, x: torch.autograd.grad(y, x, retain_graph=True),
-            "allow_unused": lambda y, x: torch.autograd.grad(y, x, retain_graph=True, allow_unused=True),
-        }
+    @pytest.mark.parametrize("activation", [F.silu, torch.tanh])
+    def test_higher_derivatives_are_those_of_the_reference(
+        self, backend: str, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        """By every input and every pair and triple of them."""
+        results = []
+        for name in (backend, "reference"):
+            function, inputs = case(name, torch.float64, base_activation=activation)
+            leaves = [v.requires_grad_() for v in inputs.values()]
+            found, grads = [], [function(**inputs)]
+            for _ in range(3):
+                grads = torch.autograd.grad(sum(x.square().sum() for x in grads), leaves, create_graph=True)
+                found += [x.detach() for x in grads]
+            results.append(found)
+        for n, (actual, expected) in enumerate(zip(*results, strict=True)):
+            assert_close(f"gradient {n}", actual, expected, 1e-11)
+
+    @fused
+    def test_a_gradient_is_made_by_the_formula_only_to_be_differentiated(
+        self, backend: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = Seen(monkeypatch, backend)
         function, inputs = case(backend)
-        leaves = {k: v.requires_grad_() for k, v in inputs.items()}
-        for leaf in (v for k, v in leaves.items() if k != "bias"):  # whose gradient is the output's own
-            (grad,) = torch.autograd.grad(function(**leaves).square().sum(), leaf, create_graph=True)
-            for target in leaves.values():
-                with pytest.raises(RuntimeError, match="backend='reference'"):
-                    again[how](grad.sum(), target)
+        y, x = function(**inputs | {"x": inputs["x"].requires_grad_()}), inputs["x"]
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert torch.equal(grad, torch.autograd.grad(y.sum(), x)[0]) and seen == [(True, False)] * 2
+
+    @fused
+    def test_lines_have_second_derivatives_of_zero(self, backend: str) -> None:
+        inputs = kan_inputs(s=1, dtype=torch.float64)
+        x = inputs["x"].requires_grad_()
+        y = kan_linear(**inputs, base_activation=torch.zeros_like, backend=backend)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), x)
+        assert slope.any() and not second.any()
+
+    @fused
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_second_derivatives_under_autocast(self, backend: str, dtype: torch.dtype) -> None:
+        results = []
+        for enabled in (True, False):
+            function, inputs = case(backend)
+            x = inputs["x"].requires_grad_()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                (slope,) = torch.autograd.grad(function(**inputs).float().sum(), x, create_graph=True)
+                results.append(torch.autograd.grad(slope.sum(), x)[0])
+        assert results[0].dtype == torch.float32
+        assert_close("second derivative", *results, 2e-2)
+
+    @fused
+    def test_second_derivatives_where_saved_tensors_are_packed(self, backend: str) -> None:
+        """As checkpoints do, under which torch.func does not run."""
+
+        def laplacian(x: Tensor) -> Tensor:
+            (slope,) = torch.autograd.grad(function(**inputs | {"x": x}).sum(), x, create_graph=True)
+            return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+
+        function, inputs = case(backend, torch.float64)
+        x = inputs["x"].requires_grad_()
+        expected = torch.autograd.grad(laplacian(x).square().sum(), x)
+        actual = torch.autograd.grad(checkpoint(laplacian, x, use_reentrant=False).square().sum(), x)
+        assert_close("gradient", actual[0], expected[0], 1e-13)
+
+    @fused
+    def test_functional_gradient_of_a_gradient(self, backend: str) -> None:
+        """The inner one by weights that the outer one does not follow."""
+        results = []
+        for name in (backend, "reference"):
+            function, inputs = case(name, torch.float64)
+
+            def slope(x: Tensor, function: Callable[..., Tensor] = function, inputs: dict = inputs) -> Tensor:
+                grads = torch.func.grad(lambda w: function(**inputs | {"x": x, "base_weight": w}).pow(3).sum())
+                return grads(inputs["base_weight"]).square().sum()
+
+            results.append(torch.func.grad(slope)(inputs["x"]))
+        assert_close("gradient", *results, 1e-12)
+
+    @fused
+    @pytest.mark.parametrize("transform", FORWARD_MODE)
+    def test_forward_mode_is_refused_with_a_way_out(self, backend: str, transform: str) -> None:
+        function, inputs = case(backend)
+        with pytest.raises(RuntimeError, match=r"(?s)forward-mode.*backend='reference'"):
+            FORWARD_MODE[transform](lambda x: function(**inputs | {"x": x}).square().sum(), inputs["x"])
 
     @fused
     def test_the_gradient_of_the_bias_can_be_differentiated(self, backend: str) -> None:

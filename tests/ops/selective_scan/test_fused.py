@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import assert_close, strided
+from helpers import FORWARD_MODE, assert_close, strided
 from kan_mamba_layers import selective_scan
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
@@ -173,6 +173,27 @@ class TestGradients:
             torch.vmap(lambda u: selective_scan(**{**inputs, "u": u}, backend="cpu"))(many)
         mapped = torch.vmap(lambda u: selective_scan(**{**inputs, "u": u}, backend="reference"))(many)
         assert_close("out", mapped[1], selective_scan(**{**inputs, "u": many[1]}), 1e-5)
+
+    @pytest.mark.parametrize("backend", ["cpu", "chunked"])
+    @pytest.mark.parametrize("transform", [*FORWARD_MODE, "vmap"])
+    def test_transforms_are_refused_with_a_way_out(self, backend: str, transform: str) -> None:
+        inputs = fused_line(length=5)
+        transforms = {**FORWARD_MODE, "vmap": lambda function, u: torch.vmap(function)(u[None])}
+        # Forward over reverse in the chunked scan is stopped by the first of the two that it comes to.
+        with pytest.raises(RuntimeError, match=r"(vmap|forward-mode).*backend='reference'"):
+            transforms[transform](
+                lambda u: selective_scan(**inputs | {"u": u}, backend=backend).square().sum(), inputs["u"]
+            )
+
+    @pytest.mark.parametrize("backend", ["cpu", "chunked"])
+    def test_functional_gradient(self, backend: str) -> None:
+        inputs = fused_line(length=5, dtype=torch.float64)
+
+        def loss(u: Tensor, backend: str = backend) -> Tensor:
+            return selective_scan(**inputs | {"u": u}, backend=backend).square().sum()
+
+        expected = torch.func.grad(lambda u: loss(u, "reference"))(inputs["u"])
+        assert_close("gradient", torch.func.grad(loss)(inputs["u"]), expected, 1e-12)
 
     @pytest.mark.parametrize("name", FUSED)
     @pytest.mark.parametrize("backward_inside", [False, True])
