@@ -83,15 +83,16 @@ def basis(
     x: Tensor, grid: Tensor, spline_order: int, uniform: bool, extrapolation: str, nu: int = 0
 ) -> Tensor:  # ... i g+s
     """Derivatives of order ``nu`` of the bases, which outside go to zero, stay, or go on along their tangent."""
-    # Outside all knots every basis is zero, as it is at the outermost ones.
-    margin = 0 if extrapolation == "zero" else spline_order
+    zero = extrapolation == "zero"
+    margin = 0 if zero else spline_order
     low, high = grid[:, margin], grid[:, -margin - 1]
-    held = torch.clamp(x, low, high)  # far away, powers would overflow
+    # Far away powers would overflow. At the last knot all pieces have ended, so there every basis is zero.
+    held = torch.where((x < low) | (x > high), high, x) if zero else torch.clamp(x, low, high)
     bases = _derivative(held, grid, _joints(grid, margin), spline_order, uniform, nu)
     if extrapolation == "linear" and nu == 0:
         below, above = end_slopes(grid, spline_order)  # i g+s
         bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
-    elif nu > 0:
+    elif nu > 0 and not zero:
         below, above = end_slopes(grid, spline_order) if extrapolation == "linear" and nu == 1 else (0.0, 0.0)
         bases = torch.where((x < low)[..., None], below, torch.where((x > high)[..., None], above, bases))
     if nu >= spline_order:  # constants, which do not show that x is not a number

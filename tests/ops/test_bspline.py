@@ -160,6 +160,8 @@ class TestProperties:
         x = torch.linspace(0, 0.999, 500, dtype=torch.float64)[:, None]
         bases = bspline_basis(x, grid, order)
         assert max_error(bases.sum(-1), torch.ones(500, 1)) <= 1e-12
+        outside = torch.tensor([[-1.0], [-1e-9], [1.0], [2.0]], dtype=torch.float64)
+        assert not any(bspline_basis(outside, grid, order, nu=nu).any() for nu in range(order + 1))
 
     @pytest.mark.parametrize("uniform", [True, False])
     def test_grid_dtype_does_not_decide(self, uniform: bool) -> None:

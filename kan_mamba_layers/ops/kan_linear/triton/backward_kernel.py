@@ -13,6 +13,7 @@ from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import (
     cox_de_boor,
     end_slope,
     ends,
+    hold,
     locate,
     product,
 )
@@ -78,7 +79,7 @@ def grad_input(
     zero = tl.zeros((ROWS, 16), weight.dtype.element_ty)
     xi = product(zero, tl.zeros((16, INS), weight.dtype.element_ty), xi, PRECISION, INTERPRETED)
     first, rate, low, high = ends(knots + i, inside, IN, BASES + S + 1, S)
-    z = (xi - first) * (rate * (2 / S)) if UNIFORM else xi
+    z = (xi - first) * (rate * (2 / S)) if UNIFORM else hold(xi, knots + i, inside, IN, BASES + S + 1)
     if S == 1:  # The slope jumps at a knot, which belongs to the cell on its right; the last one to the cell inside.
         if UNIFORM:
             z += 2.0**-20 * (rate * (tl.abs(first) + tl.abs(high)) + 1.0)  # more than what is rounded in z

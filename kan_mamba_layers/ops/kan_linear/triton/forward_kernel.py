@@ -124,6 +124,14 @@ def degree_5(x, j, knots, inside, IN, KNOTS: tl.constexpr):
 
 
 @triton.jit
+def hold(x, knots, inside, IN, KNOTS: tl.constexpr):
+    """Outside all knots the last one, where all bases are zero too: far away the recursion would overflow."""
+    first = tl.load(knots, mask=inside, other=0.0)
+    last = tl.load(knots + (KNOTS - 1) * IN, mask=inside, other=0.0)
+    return tl.where((x < first) | (x > last), last, x)
+
+
+@triton.jit
 def cox_de_boor(x, j, knots, inside, IN, KNOTS: tl.constexpr, P: tl.constexpr):
     """Basis j of degree P on any knots."""
     if P == 0:
@@ -174,6 +182,8 @@ def locate(
     above = 0.0
     if EXTRAPOLATION != "zero":
         z = tl.minimum(tl.maximum(x, low), high)
+    elif not UNIFORM:
+        z = hold(x, knots, inside, IN, BASES + S + 1)
     if EXTRAPOLATION == "linear":
         below = tl.minimum(x - low, 0.0)
         above = tl.maximum(x - high, 0.0)
