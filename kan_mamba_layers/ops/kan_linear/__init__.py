@@ -49,9 +49,9 @@ def kan_linear(
             along its end tangent.
         uniform: True promises equally spaced knots; see :func:`bspline_basis`. None looks at their values at every
             call, also where a compiled or exported graph runs.
-        backend: ``"auto"``, or ``"reference"``, which has derivatives of any order; ``"chunked"`` (a few rows at a
-            time), ``"cpu"`` and ``"triton"`` can be differentiated once, and not by ``grid``. ``"triton"`` runs spline
-            orders 1 to 5. See :func:`resolve`.
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (a few rows at a time), ``"cpu"`` or ``"triton"``, which
+            runs spline orders 1 to 5. Only ``"reference"`` has derivatives by ``grid``, forward mode and ``vmap``. See
+            :func:`resolve`.
 
     Returns:
         Output of shape ``(..., o)`` in ``x``'s dtype, under autocast in autocast's.
@@ -63,7 +63,8 @@ def kan_linear(
     Numerics:
         Bases and activation are computed in float32 (float64 for float64 input) and rounded at most once, for the
         product, which adds up in float32 at least. All backends but ``"reference"`` save nothing but their arguments
-        for the backward pass.
+        for the backward pass. They too have derivatives of any order, but compute those of a gradient as
+        ``"reference"`` does, in its time and memory.
 
     Example:
         >>> import torch
