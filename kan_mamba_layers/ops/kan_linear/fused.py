@@ -63,7 +63,7 @@ def _formula(call: KANCall) -> Sequence[Tensor]:
     activated = call.activated
     activation = F.silu if activated is None else lambda x: activated.to(x.dtype)
     tensors = (call.x, call.base_weight, call.spline_weight, call.grid, call.bias)
-    return (reference.kan_linear(*tensors, activation, call.extrapolation, call.uniform),)
+    return (reference.kan_linear(*tensors, activation, call.extrapolation, bool(call.uniform)),)
 
 
 fused_kan_linear = register(
