@@ -217,6 +217,6 @@ class TestWithoutNumba:
             "try:\n"
             "    SS2D(4, backend='cpu')(x)\n"
             "except ValueError as error:\n"
-            "    print('kan-mamba-layers[cpu]' in str(error))\n"
+            "    print('pip install numba' in str(error))\n"
         )
         assert printed.split() == ["chunked", "True"]
