@@ -1,6 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
@@ -31,6 +31,7 @@ __all__ = [
     "from_pretrained",
     "kan_linear",
     "list_models",
+    "param_groups",
     "resolve",
     "selective_scan",
 ]

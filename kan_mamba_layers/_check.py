@@ -5,15 +5,22 @@ from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """``x`` is a real floating-point tensor."""
+    """``x`` is a dense tensor of real floating-point numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}; convert it, e.g. {name}.float()")
+    if x.dtype not in _FLOATS:
+        fix = "real" if x.is_complex() else "dequantize()" if x.is_quantized else "float()"
+        raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}; convert it, e.g. {name}.{fix}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind, fix = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (x.layout, "to_dense()")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one; convert it, e.g. {name}.{fix}")
 
 
 def check_shape(name: str, x: Any, shape: Sequence[int | str], letters: str) -> None:
@@ -71,6 +78,12 @@ def check_interval(name: str, value: Any) -> None:
     check_number(f"{name}[1]", high)
     if low >= high:
         raise ValueError(f"{name} must ascend, got {value!r}; pass e.g. (-1.0, 1.0)")
+
+
+def check_pixels(name: str, x: Tensor, height: int, width: int) -> None:
+    """``x`` is a batch of images of that size, which is not zero."""
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must have at least one pixel, got shape {tuple(x.shape)}; pass h >= 1 and w >= 1")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

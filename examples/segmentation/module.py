@@ -13,7 +13,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kan_mamba_layers import SS2D, KANLinear
+from kan_mamba_layers import SS2D, KANLinear, param_groups
 from segmentation.callbacks import AveragedWeights
 from segmentation.data.item import Item, Pixels
 from segmentation.inference import flip_axes, probabilities, to_classes_map
@@ -158,11 +158,11 @@ class Segmentation(lightning.LightningModule):
             if isinstance(layer, kind)
             for p in layer.parameters()
         }
+        decays = {id(p): g["weight_decay"] for g in param_groups(self, self.weight_decay) for p in g["params"]}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.parameters():
             if p.requires_grad:
-                decayed = p.ndim > 1 and not getattr(p, "_no_weight_decay", False)
-                groups.setdefault((self.weight_decay * decayed, factors.get(id(p), 1.0)), []).append(p)
+                groups.setdefault((decays[id(p)], factors.get(id(p), 1.0)), []).append(p)
         optimizer = torch.optim.AdamW(
             [{"params": ps, "weight_decay": decay, "lr": self.lr * factor} for (decay, factor), ps in groups.items()],
             lr=self.lr,

@@ -66,15 +66,19 @@ def _original(name: str) -> str | None:
     return None if spec is None or spec.loader is _FINDER or spec.origin is None else f"found at {spec.origin}"
 
 
-def install() -> None:
+def install(*, force: bool = False) -> None:
     """Make the stand-ins importable in this process; a second call changes nothing.
 
     Call it before the code that imports ``mamba_ssm``, ``causal_conv1d``, ``selective_scan`` or one of the extensions
     ``selective_scan_cuda*``. Asking a stand-in for a name that it lacks raises ImportError or AttributeError and lists
     the names that it has.
 
+    Args:
+        force: whether the stand-ins also take the place of real modules of these names, such as a copy of
+            ``mamba_ssm`` in a repository. Modules imported before are removed from ``sys.modules``.
+
     Raises:
-        ImportError: a real module of one of these names is installed or imported; a stand-in never shadows it.
+        ImportError: a real module of one of these names is installed or imported, and ``force`` is False.
 
     Example:
         >>> from kan_mamba_layers import compat
@@ -82,14 +86,18 @@ def install() -> None:
         >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
     """
     for name in MODULES:
-        if "." not in name and name not in YIELDING and (found := _original(name)):
+        if not force and "." not in name and name not in YIELDING and (found := _original(name)):
             raise ImportError(
                 f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
-                "or uninstall it",
+                "uninstall it, or shadow it with install(force=True)",
                 name=name,
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
+    tops = {name for name in MODULES if "." not in name and name not in YIELDING}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in tops and not _is_ours(module):  # only with force
+            del sys.modules[name]
     for name in MODULES:
         if name not in YIELDING:
             importlib.import_module(name)

@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Run a program with stand-ins for mamba_ssm, causal_conv1d and VMamba's selective_scan.",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
+    parser.add_argument("--force", action="store_true", help="shadow modules of these names that are installed")
     parser.add_argument("target", metavar="TARGET", help="the script to run")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="passed to the program")
     options = parser.parse_args(arguments)
@@ -24,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no such script: {options.target!r}; give the path of a Python file, or -m and a module")
     sys.argv = [options.target, *options.arguments]
     if options.module:
-        install()
+        install(force=options.force)
         run_module(options.target, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(script.resolve().parent))
-        install()
+        install(force=options.force)
         run_path(str(script.absolute()), run_name="__main__")

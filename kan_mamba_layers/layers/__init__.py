@@ -3,6 +3,7 @@
 from kan_mamba_layers.layers.ema import EMA
 from kan_mamba_layers.layers.kan import KANBlock, KANConv2d, KANLayer, KANLinear
 from kan_mamba_layers.layers.mamba import Mamba
+from kan_mamba_layers.layers.module import param_groups
 from kan_mamba_layers.layers.ss2d import SS2D
 
-__all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear", "Mamba"]
+__all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear", "Mamba", "param_groups"]

@@ -4,10 +4,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_divisible, check_int, check_shape
+from kan_mamba_layers._check import check_divisible, check_int, check_pixels, check_shape
+from kan_mamba_layers.layers.module import Layer
+from kan_mamba_layers.ops.precision import check_dtype
 
 
-class EMA(nn.Module):
+class EMA(Layer):
     r"""Weight every pixel by the agreement of two branches with different receptive fields.
 
     The channels are split into ``factor`` groups :math:`x`, which share all weights. With :math:`\bar{x}^h, \bar{x}^w`
@@ -31,7 +33,8 @@ class EMA(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``factor`` does not divide ``channels``, or the input is not ``(b, channels, h, w)``.
+        ValueError: ``factor`` does not divide ``channels``, the input is not ``(b, channels, h, w)``, or it has another
+            dtype than the parameters, without autocast.
 
     Numerics:
         Uses plain means instead of adaptive pooling, whose backward pass on CUDA is not deterministic.
@@ -65,8 +68,11 @@ class EMA(nn.Module):
         self.gn = nn.GroupNorm(width, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
+        """Weight the pixels of images of any size: ``(b, channels, h, w)`` to the same shape."""
         check_shape("x", x, ("any", self.channels, "any", "any"), "b, channels, h, w")
         height, width = x.shape[2:]
+        check_pixels("x", x, height, width)
+        check_dtype("x", x, "conv3x3.weight", self.conv3x3.weight)
         groups = rearrange(x, "b (f c) h w -> (b f) c h w", f=self.factor)
         means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
         gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
+from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
 from kan_mamba_layers.ops.precision import compute_dtype
@@ -20,14 +21,16 @@ class MambaState(NamedTuple):
     scan: Tensor  # b d n: the state of the recurrence
 
 
-class StepProjection(nn.Linear):
+class StepProjection(Layer, nn.Linear):
     """The product alone: the scan adds the bias, in float32 at least."""
+
+    undecayed = ("bias",)
 
     def forward(self, low: Tensor) -> Tensor:  # ... r -> ... d
         return F.linear(low, self.weight)
 
 
-class Mamba(nn.Module):
+class Mamba(Layer):
     r"""Mix the positions of a sequence at linear cost, by a gated selective scan.
 
     .. math::
@@ -169,8 +172,7 @@ class Mamba(nn.Module):
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         dt_proj = StepProjection(self.dt_rank, d, **factory)
         A_log, D = (nn.Parameter(torch.empty(*shape, **factory)) for shape in ((d, self.d_state), (d,)))
-        for dynamics in (dt_proj.bias, A_log, D):
-            dynamics._no_weight_decay = True  # type: ignore[attr-defined]
+        self.undecayed += (f"A{suffix}_log", f"D{suffix}")
         dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
         self.add_module(f"conv1d{suffix}", nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias, **factory))
         self.add_module(f"x_proj{suffix}", nn.Linear(d, self.dt_rank + 2 * self.d_state, bias=False, **factory))

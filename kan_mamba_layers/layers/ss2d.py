@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
+from kan_mamba_layers._check import check_choice, check_int, check_number, check_pixels, check_shape
+from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
+from kan_mamba_layers.ops.precision import check_dtype
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
 
 
-class SS2D(nn.Module):
+class SS2D(Layer):
     r"""Mix the pixels of a whole image at linear cost, by selective scans along four directions.
 
     .. math::
@@ -42,11 +44,12 @@ class SS2D(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the input is not ``(b, h, w, d_model)``.
+        ValueError: an argument is out of range, the input is not ``(b, h, w, d_model)``, or it has another dtype than
+            the parameters, without autocast.
 
     Numerics:
         The scan runs in float32 at least; see :func:`~kan_mamba_layers.ops.cross_selective_scan`. ``A_logs``, ``Ds``
-        and ``dt_projs_bias`` carry ``_no_weight_decay = True`` for optimisers that honour it.
+        and ``dt_projs_bias`` carry ``_no_weight_decay = True``; :func:`~kan_mamba_layers.param_groups` honours it.
 
     Example:
         >>> import torch
@@ -57,6 +60,8 @@ class SS2D(nn.Module):
         Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752,
         section 3.6. The parameter names are those of VMamba v0 and its descendants, whose weights load strictly.
     """
+
+    undecayed = ("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(
         self,
@@ -116,8 +121,6 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(d, **factory)
         self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)
-        for dynamics in (self.dt_projs_bias, self.A_logs, self.Ds):
-            dynamics._no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -136,7 +139,10 @@ class SS2D(nn.Module):
         nn.init.ones_(self.Ds)
 
     def forward(self, x: Tensor) -> Tensor:  # b h w c
+        """Mix the pixels of images of any size: ``(b, h, w, d_model)`` to the same shape."""
         check_shape("x", x, ("any", "any", "any", self.d_model), "b, h, w, d_model")
+        check_pixels("x", x, *x.shape[1:3])
+        check_dtype("x", x, "conv2d.weight", self.conv2d.weight)
         u, z = self.in_proj(x).chunk(2, -1)  # b h w d, b h w d
         u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # b h w d
         y = cross_selective_scan(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -59,6 +59,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
         these are dropped.
 
     Raises:
+        TypeError: ``state_dict`` is not a mapping from names to tensors, for example a checkpoint that contains one.
         ValueError: ``source`` is unknown, or a key does not belong to the published model.
 
     Example:
@@ -69,6 +70,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
         (['head.logits.bias'], ['dnorm3.bias'])
     """
     check_choice("source", source, _NAMES)
+    _check_state(state_dict, source)
     converted: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}  # by the name of the running mean that absorbs them
     dropped = []
@@ -94,6 +96,20 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
             )
         converted[mean] = converted[mean] - bias
     return converted, dropped
+
+
+def _check_state(state_dict: Any, source: Source) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}; pass model.state_dict()")
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            raise TypeError(f"state_dict[{key!r}] is a mapping itself; pass it alone, as checkpoint[{key!r}]")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state_dict[{key!r}] must be a torch.Tensor, got {type(value).__name__}; leave it out")
+    keys = [key.removeprefix("module.") for key in state_dict]
+    encoder, context = (any(key.startswith(tuple(names)) for key in keys) for names in (("encoder1.",), _CONTEXT))
+    if source == "km_unet" and encoder and not context:
+        raise ValueError("state_dict has no SS2D and no EMA, so it is not of a published km_unet; pass source='u_kan'")
 
 
 def _rename(key: str, names: dict[str, str]) -> str | None:

@@ -57,6 +57,11 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
     if name not in _MODELS:
         raise ValueError(f"name {name!r} is not one of list_models(); did you mean {_nearest(name, _MODELS)}?")
     cls, arguments = _MODELS[name]
+    if "pretrained" in overrides:
+        raise TypeError(
+            f"pretrained={overrides['pretrained']!r} is not an argument: there are no pretrained weights. Leave it "
+            "out, and load weights of your own with from_pretrained(folder) or load_state_dict"
+        )
     accepted = inspect.signature(cls).parameters
     for override in overrides:
         if override not in accepted:
@@ -79,15 +84,20 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def from_pretrained(folder: str | Path) -> SegmentationModel:
+def from_pretrained(
+    folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None
+) -> SegmentationModel:
     """Load a model of either class from a folder that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
 
     Args:
         folder: the local folder.
+        num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
+        in_channels: another number of channels than the stored one; the first convolution is drawn anew.
 
     Raises:
         FileNotFoundError: the folder or one of its files does not exist.
-        ValueError: the folder holds no model of this library, or its files are damaged.
+        TypeError: ``num_classes`` or ``in_channels`` is not an integer.
+        ValueError: the folder holds no model of this library, its files are damaged, or an argument is less than 1.
         ImportError: safetensors is not installed.
     """
     name = read_class(folder)
@@ -95,7 +105,7 @@ def from_pretrained(folder: str | Path) -> SegmentationModel:
         raise ValueError(
             f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder"
         )
-    return _CLASSES[name].from_pretrained(folder)
+    return _CLASSES[name].from_pretrained(folder, num_classes=num_classes, in_channels=in_channels)
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

@@ -111,4 +111,5 @@ class KMUNet(SegmentationModel):
         return x
 
     def forward(self, x: Tensor) -> Tensor:  # b in_channels h w -> b num_classes h w
+        """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32."""
         return self.head(self.forward_features(x), x.shape[2:])

@@ -112,6 +112,10 @@ class KMUNetPP(SegmentationModel):
         return self._top_row(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # b in_channels h w -> b num_classes h w
+        """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32.
+
+        In training under deep supervision it is a list with the logits of every head, the final ones first.
+        """
         top = self._top_row(x)
         if self.deep_supervision and self.training:
             return [self.heads[str(j)](top[j], x.shape[2:]) for j in range(self.depth, 0, -1)]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from kan_mamba_layers._check import check_divisible, check_int, check_shape
 from kan_mamba_layers.layers import KANBlock
 from kan_mamba_layers.layers.arguments import options_for
+from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.models.blocks import ContextBlock, DownLayer, KANStage, PatchEmbed
 from kan_mamba_layers.models.storage import read_model, write_model
 from kan_mamba_layers.ops.backend import check_backend
@@ -24,7 +25,7 @@ _MIN_SIZE = 32
 Model = TypeVar("Model", bound="SegmentationModel")
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(Layer):
     """An encoder of levels, each at half the size of the one before, and the blocks for a decoder.
 
     Args:
@@ -64,19 +65,29 @@ class SegmentationModel(nn.Module):
         write_model(folder, type(self).__name__, self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
+    def from_pretrained(
+        cls: type[Model], folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> Model:
         """Load a model that :meth:`save_pretrained` stored, in evaluation mode, on the CPU.
 
         Args:
             folder: the local folder.
+            num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
+            in_channels: another number of channels than the stored one; the first convolution is drawn anew.
 
         Raises:
             FileNotFoundError: the folder or one of its files does not exist.
-            ValueError: the folder holds another model, or its files are damaged.
+            TypeError: ``num_classes`` or ``in_channels`` is not an integer.
+            ValueError: the folder holds another model, its files are damaged, or an argument is less than 1.
             ImportError: safetensors is not installed.
         """
         arguments, state = read_model(folder, cls.__name__)
-        model = cls(**arguments)
+        wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        changes = {name: value for name, value in wanted.items() if value not in (None, arguments[name])}
+        model = cls(**{**arguments, **changes})
+        drawn = model.state_dict()
+        if changes:
+            state = {name: x if x.shape == drawn[name].shape else drawn[name] for name, x in state.items()}
         model.load_state_dict(state)
         return model.eval()
 

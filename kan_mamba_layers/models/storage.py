@@ -79,5 +79,7 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("storing models needs safetensors: pip install kan-mamba-layers[hub]") from error
+        raise ImportError(
+            "storing models needs safetensors, which is not installed (pip install safetensors)"
+        ) from error
     return safetensors.torch

@@ -18,13 +18,19 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
     "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
     "kan_linear": ("triton", "cpu", "chunked", "reference"),
 }
-# Pure-PyTorch backends, for export to ONNX.
+# Pure-PyTorch backends, for export to ONNX and for calls with a size of zero.
 _PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
 # Tensors of each op besides its first argument.
 _TENSORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
     "cross_selective_scan": ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"),
     "kan_linear": ("base_weight", "spline_weight", "spline_scaler", "grid", "bias"),
+}
+# Those whose shapes hold the number of channels, states, features and outputs, and the rank.
+_WEIGHTS: dict[str, tuple[str, ...]] = {
+    "selective_scan": ("A",),
+    "cross_selective_scan": ("dt_proj_weight", "A_log"),
+    "kan_linear": ("spline_weight",),
 }
 # Why a backend cannot run a call, judged by its arguments except for dtype and device.
 _LIMITS: dict[str, Callable[..., str]] = {
@@ -45,15 +51,18 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     3. ``"chunked"``, which runs every call but the gradient of ``kan_linear`` with respect to ``grid``;
     4. ``"reference"``, which runs every call.
 
-    ``"triton"`` cannot run float64, no or more than 1024 states, spline orders above 5, or images of 2**31 addresses
-    or more. Neither ``"triton"`` nor ``"cpu"`` can run a ``cross_selective_scan`` of rank 0.
+    ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, or images of 2**31 addresses or more.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
     ``kan_linear`` gives the compiler its ``"reference"``. For ONNX, ``"auto"`` takes ``"chunked"`` for the scans and
-    ``"reference"`` for ``kan_linear``. Without features or outputs, ``kan_linear`` always runs ``"reference"``.
+    ``"reference"`` for ``kan_linear``.
 
     A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
-    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``.
+    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``. Two kinds of calls are not for
+    kernels, whatever backend they ask for:
+
+    * Without channels, states, rank, features or outputs, a scan runs ``"chunked"`` and ``kan_linear`` ``"reference"``.
+    * ``torch.jit.trace`` records ``"reference"``, which can be saved, and loaded without this package.
 
     Args:
         op: ``"selective_scan"``, ``"cross_selective_scan"`` or ``"kan_linear"``.
@@ -91,9 +100,11 @@ def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> 
         chosen = backend
         if reason := _reason_against(op, backend, x, arguments):
             raise ValueError(f"backend={backend!r} cannot run this call of {op}: {reason}; use backend='auto'")
-    # Without features or outputs there is nothing to compute, and the fused backends do not expect that.
-    spline_weight = arguments.get("spline_weight")
-    return "reference" if spline_weight is not None and 0 in spline_weight.shape else chosen
+    traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+    if traced or chosen == "reference":
+        return "reference"
+    weights = (arguments.get(name) for name in _WEIGHTS[op])
+    return _PLAIN[op] if any(x is not None and 0 in x.shape for x in weights) else chosen
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -137,12 +148,12 @@ def _reason_against(op: str, backend: str, x: Tensor, arguments: dict[str, Tenso
     device = x.device.type
     if backend == "cpu":
         if not _HAS["numba"]:
-            return "it needs Numba, which is not installed (pip install 'kan-mamba-layers[cpu]')"
+            return "it needs Numba, which is not installed (pip install numba, or -e '.[cpu]' in a checkout)"
         if device != "cpu":
             return f"x is on {device!r}, and it computes on 'cpu'"
     if backend == "triton":
         if not _HAS["triton"]:
-            return "it needs Triton, which is not installed (pip install 'kan-mamba-layers[triton]')"
+            return "it needs Triton, which is not installed (pip install triton, or -e '.[triton]' in a checkout)"
         if x.dtype == torch.float64:
             return "it computes in float32, and x is float64"
         if device != "cuda" and not (device == "cpu" and _triton_interprets()):

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from kan_mamba_layers._check import check_choice, check_int, check_shape, check_tensor
 from kan_mamba_layers.ops.precision import compute_dtype
+from kan_mamba_layers.ops.subclasses import accepts_subclasses
 
 Extrapolation = Literal["zero", "clamp", "linear"]
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
 
 
+@accepts_subclasses()
 def bspline_basis(
     x: Tensor,  # ... i
     grid: Tensor,  # i g+2s+1

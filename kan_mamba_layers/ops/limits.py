@@ -15,6 +15,7 @@ SPLINE_ORDER = 5
 
 def count_groups(B: Tensor, C: Tensor, channels: int) -> int:
     """The coarsest grouping of channels that serves both ``B`` and ``C`` of ``selective_scan``."""
+    channels = max(1, channels)
     counts = [channels if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)]
     largest = max(counts)
     return largest if all(largest % count == 0 for count in counts) else channels
@@ -49,19 +50,13 @@ def against_cross_selective_scan(
     **others: Tensor | None,
 ) -> str:
     """Why ``backend`` cannot run this call of ``cross_selective_scan``."""
-    if backend not in ("cpu", "triton"):
-        return ""
-    if dt_proj_weight is not None:
-        check_shape("dt_proj_weight", dt_proj_weight, ("any", "any", "any"), "4, d, r")
-        if 0 in dt_proj_weight.shape:
-            shape = tuple(dt_proj_weight.shape)
-            return f"dt_proj_weight has shape (4, d, r) = {shape}, and it needs at least one channel and rank 1"
-    if backend == "cpu" or A_log is None:
+    if backend != "triton" or A_log is None:
         return ""
     check_shape("A_log", A_log, ("any", "any"), "4*d, n")
     states = A_log.shape[1]
     if dt_proj_weight is None:
         return against_states("A_log", states)
+    check_shape("dt_proj_weight", dt_proj_weight, ("any", "any", "any"), "4, d, r")
     check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
     _, height, width, channels = x.shape
     directions, _, rank = dt_proj_weight.shape
@@ -92,8 +87,7 @@ def against_kan_linear(
 
 def against_states(name: str, states: int) -> str:
     """Why the Triton kernels of the scans cannot run that many states."""
-    fits = 1 <= states <= STATES
-    return "" if fits else f"{name} has {states} states, and it computes 1 to {STATES}"
+    return "" if states <= STATES else f"{name} has {states} states, and it computes up to {STATES}"
 
 
 def against_addresses(name: str, positions: int, channels: int, values: int) -> str:

@@ -74,7 +74,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             grads = op.load(backend).backward(call, rest[: op.saved], rest[op.saved :], wanted)
         return _unpacked(
             [
-                grad if want and grad is not None else _like(call[i], call[0], False)
+                _in_order(grad) if want and grad is not None else _like(call[i], call[0], False)
                 for i, grad, want in zip(tensors, grads, wanted, strict=True)
             ]
         )
@@ -254,6 +254,11 @@ def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors
 def _unpacked(results: Tensors) -> Any:
     """An operator of one result returns it, not a tuple of it."""
     return tuple(results) if len(results) > 1 else results[0]
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """The strides of a contiguous tensor in dimensions of size 1 too, where others count as contiguous: DDP asks."""
+    return x.flatten().view(x.shape) if 1 in x.shape else x
 
 
 def _like(x: Tensor | None, other: Tensor, whole: bool) -> Tensor:

@@ -101,6 +101,20 @@ class TestInstalling:
             compat.uninstall()
             del sys.modules["csm_triton"]
 
+    def test_shadows_an_installation_by_force(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mamba_ssm" / "modules").mkdir(parents=True)
+        for file in ("mamba_ssm/__init__.py", "mamba_ssm/modules/__init__.py"):
+            (tmp_path / file).write_text("theirs = True")
+        monkeypatch.syspath_prepend(tmp_path)
+        assert importlib.import_module("mamba_ssm.modules").theirs
+        compat.install(force=True)
+        assert function("mamba_ssm").__module__ == "kan_mamba_layers.compat.functions"
+        with pytest.raises(ImportError, match=says("stand-in", "mamba_ssm")):
+            exec("from mamba_ssm import theirs", {})
+        compat.uninstall()
+        assert importlib.import_module("mamba_ssm").theirs
+        del sys.modules["mamba_ssm"]
+
     def test_a_folder_of_sources_is_no_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "selective_scan" / "csrc").mkdir(parents=True)
         monkeypatch.syspath_prepend(tmp_path)

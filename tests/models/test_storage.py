@@ -45,6 +45,21 @@ class TestStorage:
             assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
             assert torch.equal(again.eval()(image(1, 48, 40)), model(image(1, 48, 40)))
 
+    @pytest.mark.parametrize("changes", [{"num_classes": 3}, {"in_channels": 4}, {"num_classes": 2}], ids=str)
+    def test_other_classes_and_channels(self, changes: dict[str, int], tmp_path: Path) -> None:
+        """Only the layers at both ends change, and only where their size does."""
+        model = KMUNetPP(1, 2, widths=(8, 16), deep_supervision=True)
+        model.save_pretrained(tmp_path)
+        state = model.state_dict()
+        for other in (from_pretrained(tmp_path, **changes), KMUNetPP.from_pretrained(tmp_path, **changes)):
+            assert other.config == {**model.config, **changes}
+            drawn = {key for key, x in other.state_dict().items() if not torch.equal(x, state[key])}
+            logits = {key for key in state if ".logits." in key}
+            ends = {"num_classes": logits, "in_channels": {"encoder.0.conv.0.0.weight"}}
+            ((name, value),) = changes.items()
+            assert drawn == (ends[name] if value != model.config[name] else set())
+            assert other(image(1, 32, 32)[:, :1].expand(-1, other.config["in_channels"], -1, -1)).isfinite().all()
+
     def damaged(self, folder: Path, tmp_path: Path, name: str, change: Callable[[bytearray], bytes]) -> Path:
         copy_of = tmp_path / "damaged"
         copy_of.mkdir()

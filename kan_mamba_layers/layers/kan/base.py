@@ -23,6 +23,7 @@ from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_poi
 from kan_mamba_layers.layers.kan.refit import fit, refine
 from kan_mamba_layers.layers.kan.state import change_size, check_local, check_whole
 from kan_mamba_layers.layers.kan.weight import EdgeWeight, edge_weight
+from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
 from kan_mamba_layers.ops.kan_linear.call import activate
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 GridMode = Literal["uniform", "adaptive"]
 
 
-class SplineLayer(nn.Module):
+class SplineLayer(Layer):
     """Edges from ``i`` features to ``o`` outputs, each an activation plus a learned B-spline.
 
     A subclass implements ``_features_last`` and ``forward``. An edge is named by its index in ``base_weight``:
@@ -175,7 +176,7 @@ class SplineLayer(nn.Module):
             wide; a constant feature gets a range of 0.5 % of its value on either side if ``margin`` is 0.
         """
         check_number("margin", margin, 0.0)
-        fit(self, self._features_last(x).detach().reshape(-1, len(self.grid)), margin)
+        fit(self, self._features_last(x).detach().as_subclass(Tensor).reshape(-1, len(self.grid)), margin)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -338,13 +339,12 @@ class SplineLayer(nn.Module):
             ValueError: ``edges`` is empty or too long, or there is no such edge.
         """
         shape = self.base_weight.shape
-        per_row = None
         if edges is not None:
-            chosen = check_edges(edges, shape, MAX_PANELS)
+            chosen, per_row = check_edges(edges, shape, MAX_PANELS), None
         elif shape.numel() <= MAX_PANELS:
             chosen, per_row = all_edges(shape), shape[1:].numel()  # one row per output
         else:
-            chosen = largest_edges(self.edge_sizes(), MAX_PANELS)
+            chosen, per_row = largest_edges(self.edge_sizes(), MAX_PANELS), None
         same_grid = bool((self.grid == self.grid[0]).all())
         return draw([self._sample_edge(edge) for edge in chosen], per_row, same_grid=same_grid)
 

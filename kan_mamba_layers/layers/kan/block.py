@@ -7,15 +7,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_int, check_shape
+from kan_mamba_layers._check import check_int, check_pixels, check_shape
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
 from kan_mamba_layers.layers.kan.linear import KANLinear
+from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops.backend import Backend
 from kan_mamba_layers.ops.bspline import Extrapolation
 
 
-class KANLayer(nn.Module):
+class KANLayer(Layer):
     r"""Three KANLinear layers on tokens, each followed by a depthwise convolution on the image that the tokens form.
 
     .. math::
@@ -89,14 +90,16 @@ class KANLayer(nn.Module):
         self.dwconv_3 = _DepthwiseConv(out_features, **factory)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c -> b (h w) o
+        """Map the tokens of images of ``H`` rows and ``W`` columns: ``(b, H*W, in_features)``, row by row."""
         _check_sizes(H, W)
         check_shape("x", x, ("any", H * W, self.in_features), "b, H*W, in_features")
+        check_pixels("x", x, H, W)
         x = self.dwconv_1(self.fc1(x), H, W)
         x = self.dwconv_2(self.fc2(x), H, W)
         return self.dwconv_3(self.fc3(x), H, W)
 
 
-class KANBlock(nn.Module):
+class KANBlock(Layer):
     r"""A residual KAN layer: ``x + DropPath(KANLayer(LayerNorm(x)))``.
 
     Args:
@@ -150,6 +153,7 @@ class KANBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
+        """Map the tokens of images of ``H`` rows and ``W`` columns: ``(b, H*W, dim)``, row by row."""
         _check_sizes(H, W)
         check_shape("x", x, ("any", H * W, self.dim), "b, H*W, dim")
         return x + self.drop_path(self.layer(self.norm2(x), H, W))

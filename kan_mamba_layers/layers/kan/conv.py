@@ -114,6 +114,7 @@ class KANConv2d(SplineLayer):
         self.padding = _padding(padding, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w -> b o h' w'
+        """Sum the edge functions over channels and taps: ``(b, c, h, w)`` or ``(c, h, w)``, as ``nn.Conv2d`` does."""
         pixels = self._features_last(x)  # b h w c
         self._check_image(x)
         terms = self._terms(pixels, self.grid).to(x.dtype)  # b h w c 1+g+s

@@ -93,6 +93,7 @@ class KANLinear(SplineLayer):
         self.backend: Backend = backend
 
     def forward(self, x: Tensor) -> Tensor:  # ... i -> ... o
+        """Sum the edge functions at every output: ``(..., in_features)`` to ``(..., out_features)``."""
         return kan_linear(
             x,
             self.base_weight,

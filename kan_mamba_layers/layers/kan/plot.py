@@ -42,7 +42,7 @@ def draw(curves: Sequence[Curve], per_row: int | None, *, same_grid: bool) -> "F
         from matplotlib.figure import Figure  # avoid pyplot's global state
     except ImportError as error:
         raise ImportError(
-            "plot needs matplotlib, which is not installed (pip install 'kan-mamba-layers[plot]')"
+            "plot needs matplotlib, which is not installed (pip install matplotlib, or -e '.[plot]' in a checkout)"
         ) from error
     square = math.ceil(math.sqrt(len(curves)))
     columns = square if per_row is None or per_row > _MAX_COLUMNS else per_row

@@ -12,12 +12,14 @@ from kan_mamba_layers.ops.bspline import EXTRAPOLATIONS, Extrapolation, check_fe
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
 from kan_mamba_layers.ops.kan_linear.fused import fused_kan_linear
-from kan_mamba_layers.ops.precision import autocast_is_on, compute_dtype
+from kan_mamba_layers.ops.precision import autocast_is_on, check_dtype, compute_dtype
 from kan_mamba_layers.ops.spacing import look
+from kan_mamba_layers.ops.subclasses import accepts_subclasses
 
 __all__ = ["kan_linear"]
 
 
+@accepts_subclasses(jagged=True)
 def kan_linear(
     x: Tensor,  # ... i
     base_weight: Tensor,  # o i
@@ -94,8 +96,7 @@ def kan_linear(
     check_choice("extrapolation", extrapolation, EXTRAPOLATIONS)
     check_tensor("x", x)
     check_features("x", x, in_features)
-    if x.dtype != base_weight.dtype and not autocast_is_on(x):
-        raise ValueError(f"x is {x.dtype} but base_weight is {base_weight.dtype}; convert one, or use torch.autocast")
+    check_dtype("x", x, "base_weight", base_weight)
     chosen = select("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
     uniform = look(grid) if uniform is None else uniform
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler.unsqueeze(-1)

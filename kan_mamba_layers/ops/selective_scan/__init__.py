@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers._check import check_shape
+from kan_mamba_layers._check import check_pixels, check_shape
 from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
+from kan_mamba_layers.ops.subclasses import accepts_subclasses
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
@@ -32,6 +33,7 @@ _FUSED = ("cpu", "triton")
 _SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": chunked.scan}
 
 
+@accepts_subclasses()
 def selective_scan(
     u: Tensor,  # b d l
     delta: Tensor,  # b d l
@@ -149,6 +151,7 @@ def _for_fused(x: Tensor, backend: str) -> Tensor:
     return x if backend == "triton" else x.to(compute_dtype(x))
 
 
+@accepts_subclasses()
 def cross_selective_scan(
     x: Tensor,  # b h w d
     x_proj_weight: Tensor,  # k r+2n d
@@ -227,7 +230,8 @@ def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b h w d
     u = call.u.to(call.A.dtype).unflatten(1, (call.height, call.width))  # b h w d
     projected = flatten_directions(_coefficients(u, call))  # b k l r+2n
     low, B, C = projected.split([rank, states, states], -1)
-    delta = F.softplus(low @ call.dt_proj_weight.mT + call.dt_proj_bias[:, None])  # b k l d
+    weight = call.dt_proj_weight.flatten().view(call.dt_proj_weight.shape)  # so that its gradient has its strides
+    delta = F.softplus(low @ weight.mT + call.dt_proj_bias[:, None])  # b k l d
     sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
     y, _ = scan(sequences, delta, call.A, B, C, None)  # b k l d
     return sum_directions(y, call.height, call.width) + call.D * u
@@ -253,8 +257,7 @@ def _check_cross_selective_scan(
 ) -> None:
     check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
     _, height, width, channels = x.shape
-    if height < 1 or width < 1:
-        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}; pass h >= 1 and w >= 1")
+    check_pixels("x", x, height, width)
     check_shape("A_log", A_log, (NUM_DIRECTIONS * channels, "any"), "4*d, n")
     check_shape("dt_proj_weight", dt_proj_weight, (NUM_DIRECTIONS, channels, "any"), "4, d, r")
     states, rank = A_log.shape[1], dt_proj_weight.shape[2]

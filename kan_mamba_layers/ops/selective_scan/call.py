@@ -67,7 +67,8 @@ class Line(NamedTuple):
 
         def per_group(x: Tensor) -> Tensor:  # any form of B or C -> b g l n
             if x.ndim == 2:  # d n: constant in time, every channel is a group of its own
-                return x.to(dtype)[None, :, None].expand(batch, channels, length, x.shape[1])
+                x = x if channels else x.new_zeros(1, x.shape[1])  # one group, for no channels
+                return x.to(dtype)[None, :, None].expand(batch, groups, length, x.shape[1])
             x = (x[:, None] if x.ndim == 3 else x).to(dtype)  # b g' n l
             return x.repeat_interleave(groups // x.shape[1], 1).transpose(2, 3)
 

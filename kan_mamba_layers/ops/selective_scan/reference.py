@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 
+@torch.jit.script_if_tracing  # so that a trace has the loop, and not its steps at one length
 def scan(
     u: Tensor,  # b k l d
     delta: Tensor,  # b k l d
@@ -16,11 +17,12 @@ def scan(
     batch, groups, length, channels = u.shape
     if state is None:
         state = u.new_zeros(batch, groups, channels, A.shape[-1])
+    # One view for each step: the gradient of slices would take a time that is quadratic in the length.
+    inputs, steps, entries, exits = u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2)  # b k d, b k d, b k n, b k n
     outputs = []
     for t in range(length):
-        step = delta[:, :, t, :, None]  # b k d 1
-        decay = torch.exp(step * A)  # b k d n
-        state = decay * state + (delta[:, :, t] * u[:, :, t])[..., None] * B[:, :, t, None]
-        outputs.append((state * C[:, :, t, None]).sum(-1))  # b k d
+        decay = torch.exp(steps[t][..., None] * A)  # b k d n
+        state = decay * state + (steps[t] * inputs[t])[..., None] * entries[t][:, :, None]
+        outputs.append((state * exits[t][:, :, None]).sum(-1))  # b k d
     y = torch.stack(outputs, 2) if outputs else torch.zeros_like(u)
     return y, state

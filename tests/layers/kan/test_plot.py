@@ -66,5 +66,5 @@ def test_leaves_pyplot_and_the_layer_alone() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=says("plot", "matplotlib", "pip install", r"kan-mamba-layers\[plot\]")):
+    with pytest.raises(ImportError, match=says("plot", "matplotlib", "pip install", r"-e .\.\[plot\]. in a checkout")):
         KANLinear(3, 2).plot()
