@@ -85,7 +85,9 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
 
 def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> str:
     """What ``resolve`` returns, for an op that has checked the name of the backend and its arguments."""
-    if backend == "auto":
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
+        chosen = _PLAIN[op]
+    elif backend == "auto":
         chosen = _choose(op, x, arguments)
     else:
         chosen = backend
@@ -114,8 +116,6 @@ def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
 
 def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
     """The backend that ``"auto"`` takes."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
-        return _PLAIN[op]
     fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
     fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))
     # A compiler fuses the formula better than tiles of PyTorch's operators do.
