@@ -18,7 +18,7 @@ _BACKENDS: dict[str, tuple[str, ...]] = {
     "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
     "kan_linear": ("triton", "cpu", "chunked", "reference"),
 }
-# Pure-PyTorch backends, for export to ONNX.
+# Pure-PyTorch backends, which an export to ONNX writes in place of any backend.
 _PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
 # Tensors of each op besides its first argument.
 _TENSORS: dict[str, tuple[str, ...]] = {
@@ -49,8 +49,9 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     or more. Neither ``"triton"`` nor ``"cpu"`` can run a ``cross_selective_scan`` of rank 0.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
-    ``kan_linear`` gives the compiler its ``"reference"``. For ONNX, ``"auto"`` takes ``"chunked"`` for the scans and
-    ``"reference"`` for ``kan_linear``. Without features or outputs, ``kan_linear`` always runs ``"reference"``.
+    ``kan_linear`` gives the compiler its ``"reference"``. Without features or outputs, ``kan_linear`` always runs
+    ``"reference"``. An ONNX file has no backends: while one is written, every call, also one that names a backend, runs
+    ``"chunked"`` for the scans and ``"reference"`` for ``kan_linear``.
 
     A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
     So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``.

@@ -29,6 +29,8 @@ __all__ = ["cross_selective_scan", "selective_scan"]
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _FUSED = ("cpu", "triton")
+# Without it, before PyTorch 2.7, torch.export writes one size of "chunked".
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": chunked.scan}
 
 
@@ -113,13 +115,15 @@ def selective_scan(
 
 def _plain(backend: str) -> Scan:
     """A backend in plain PyTorch; while a graph is exported, ``"chunked"`` keeps its loops as loops."""
+    if backend != "chunked":
+        return _SCANS[backend]
     to_onnx = torch.onnx.is_in_onnx_export()
     if to_onnx and torch.jit.is_tracing():
         raise ValueError(
             "dynamo=False writes a scan of one size only; use kan_mamba_layers.export_onnx, or torch.onnx.export with "
             "dynamo=True"
         )
-    return looped.scan if backend == "chunked" and (to_onnx or torch.compiler.is_exporting()) else _SCANS[backend]
+    return looped.scan if to_onnx or _is_exporting() else chunked.scan
 
 
 def _scan_plain(line: Line, scan: Scan) -> tuple[Tensor, Tensor]:  # b d l, b d n

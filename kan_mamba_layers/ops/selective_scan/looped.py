@@ -21,7 +21,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:  # y: b k l d, last state: b k d n
     """The same mathematics as ``reference.scan`` in PyTorch's operator of a loop, which ONNX calls ``Scan``."""
     (batch, groups, length, channels), states = u.shape, A.shape[2]
-    chunks = (length + _STEPS - 1) // _STEPS
+    chunks = length // _STEPS + 2  # never 0 or 1, which exporters take for cases of their own
 
     def by_steps(x: Tensor) -> Tensor:  # b k l c -> t m b k c
         padded = F.pad(x, (0, 0, 0, chunks * _STEPS - length))  # steps of size 0 leave the state as it is
