@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kan_mamba_layers._check import check_int, check_tensor
-from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear
+from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear, Mamba
 from kan_mamba_layers.models.levels import SegmentationModel
 
 _TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ def export_onnx(
     runtime = _onnxruntime()
     with torch.no_grad():
         model(*inputs)  # an input that does not fit is refused here, in the model's own words
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model, inputs, dynamo=True, dynamic_shapes=names, opset_version=opset, verbose=False, external_data=False
         )
         graph = program.model_proto.SerializeToString()
@@ -135,6 +135,8 @@ def _shape(model: nn.Module) -> tuple[int, ...] | None:
             return (2, model.in_channels, 32, 40)
         case SS2D():
             return (2, 10, 12, model.d_model)
+        case Mamba():
+            return (2, 12, model.d_model)
         case KANLinear():
             return (6, model.in_features)
         case _:
@@ -172,6 +174,8 @@ def _names(
 def _default_names(model: nn.Module, x: Tensor) -> Sizes:
     if isinstance(model, KANLinear):
         return {dim: f"rows_{dim}" for dim in range(x.ndim - 1)}
+    if isinstance(model, Mamba):
+        return {0: "batch", 1: "length"}
     dims = (0, 1, 2) if isinstance(model, SS2D) else (0, 2, 3)
     return {dim: name for dim, name in zip(dims, ("batch", "height", "width"), strict=True) if dim < x.ndim}
 

@@ -118,7 +118,7 @@ def _plain(backend: str) -> Scan:
     if backend != "chunked":
         return _SCANS[backend]
     to_onnx = torch.onnx.is_in_onnx_export()
-    if to_onnx and torch.jit.is_tracing():
+    if to_onnx and torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(
             "dynamo=False writes a scan of one size only; use kan_mamba_layers.export_onnx, or torch.onnx.export with "
             "dynamo=True"
