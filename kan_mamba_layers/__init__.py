@@ -1,5 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
+from kan_mamba_layers.export import export_onnx
 from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
 from kan_mamba_layers.models import (
     KMUNet,
@@ -28,6 +29,7 @@ __all__ = [
     "convert_state_dict",
     "create_model",
     "cross_selective_scan",
+    "export_onnx",
     "from_pretrained",
     "kan_linear",
     "list_models",

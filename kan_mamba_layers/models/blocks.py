@@ -132,4 +132,5 @@ def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c
 
 
 def _to_image(tokens: Tensor, like: Tensor) -> Tensor:  # b (h w) c -> b c h w
-    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])
+    # In the order of its shape: Inductor cannot bound the strides of another order at sizes it does not know.
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2], w=like.shape[3]).contiguous()

@@ -54,15 +54,15 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, or images of 2**31 addresses or more.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
-    ``kan_linear`` gives the compiler its ``"reference"``. For ONNX, ``"auto"`` takes ``"chunked"`` for the scans and
-    ``"reference"`` for ``kan_linear``.
+    ``kan_linear`` gives the compiler its ``"reference"``.
 
     A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
-    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``. Two kinds of calls are not for
-    kernels, whatever backend they ask for:
+    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``. Three kinds of calls are not
+    for kernels, whatever backend they ask for:
 
     * Without channels, states, rank, features or outputs, a scan runs ``"chunked"`` and ``kan_linear`` ``"reference"``.
     * ``torch.jit.trace`` records ``"reference"``, which can be saved, and loaded without this package.
+    * An ONNX file gets ``"chunked"`` for the scans and ``"reference"`` for ``kan_linear``.
 
     Args:
         op: ``"selective_scan"``, ``"cross_selective_scan"`` or ``"kan_linear"``.
@@ -94,7 +94,9 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
 
 def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> str:
     """What ``resolve`` returns, for an op that has checked the name of the backend and its arguments."""
-    if backend == "auto":
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
+        chosen = _PLAIN[op]
+    elif backend == "auto":
         chosen = _choose(op, x, arguments)
     else:
         chosen = backend
@@ -125,8 +127,6 @@ def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
 
 def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
     """The backend that ``"auto"`` takes."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
-        return _PLAIN[op]
     fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
     fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))
     # A compiler fuses the formula better than tiles of PyTorch's operators do.

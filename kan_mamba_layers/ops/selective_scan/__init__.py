@@ -20,7 +20,7 @@ from torch import Tensor
 from kan_mamba_layers._check import check_pixels, check_shape
 from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
-from kan_mamba_layers.ops.selective_scan import chunked, reference
+from kan_mamba_layers.ops.selective_scan import chunked, looped, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
@@ -30,6 +30,8 @@ __all__ = ["cross_selective_scan", "selective_scan"]
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _FUSED = ("cpu", "triton")
+# Without it, before PyTorch 2.7, torch.export writes one size of "chunked".
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _SCANS: dict[str, Scan] = {"reference": reference.scan, "chunked": chunked.scan}
 
 
@@ -106,11 +108,24 @@ def selective_scan(
     with autocast_off(u):
         # With a gate, y is rounded once, after it: a fused backend must not round y to half precision before.
         line = given.prepared(rounds=z is None)
-        y, state = _scan_fused(line, chosen) if chosen in _FUSED else _scan_plain(line, _SCANS[chosen])
+        y, state = _scan_fused(line, chosen) if chosen in _FUSED else _scan_plain(line, _plain(chosen))
         if z is not None:
             y = y.to(dtype) * F.silu(z.to(dtype))
     y = y.to(u.dtype)
     return (y, state) if return_last_state else y
+
+
+def _plain(backend: str) -> Scan:
+    """A backend in plain PyTorch; while a graph is exported, ``"chunked"`` keeps its loops as loops."""
+    if backend != "chunked":
+        return _SCANS[backend]
+    to_onnx = torch.onnx.is_in_onnx_export()
+    if to_onnx and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "dynamo=False writes a scan of one size only; use kan_mamba_layers.export_onnx, or torch.onnx.export with "
+            "dynamo=True"
+        )
+    return looped.scan if to_onnx or _is_exporting() else chunked.scan
 
 
 def _scan_plain(line: Line, scan: Scan) -> tuple[Tensor, Tensor]:  # b d l, b d n
@@ -221,7 +236,7 @@ def cross_selective_scan(
             width=width,
             softplus=True,
         )
-        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _SCANS[chosen])
+        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _plain(chosen))
         return y.to(x.dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 from shutil import which
 
 import pytest
@@ -127,15 +126,3 @@ class TestExport:
         for shape in [(3, 3, 4, 6), (5, 12, 10, 6)]:
             x = torch.randn(shape)
             assert_close("out", module(x), layer(x), 1e-6)
-
-    def test_onnx_takes_the_chunked_form(self, tmp_path: Path) -> None:
-        onnx = pytest.importorskip("onnx")
-        pytest.importorskip("onnxscript")
-        reference = pytest.importorskip("onnx.reference")
-        layer, x = SS2D(4, d_state=2, backend="auto").eval(), torch.randn(1, 3, 4, 4)
-        torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, verbose=False)
-        model = onnx.load(tmp_path / "layer.onnx")
-        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-        session = reference.ReferenceEvaluator(model)
-        (out,) = session.run(None, {model.graph.input[0].name: x.numpy()})
-        assert_close("out", torch.from_numpy(out), layer(x), 1e-5)

@@ -1,0 +1,116 @@
+"""Export to ONNX and of plain scans: one graph, right at every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import assert_close
+from kan_mamba_layers import EMA, SS2D, KANLinear, create_model, export_onnx, selective_scan
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+class Line(nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend: Any = backend
+
+    def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor) -> Any:
+        options: Any = {"return_last_state": True, "initial_state": start, "backend": self.backend}
+        return selective_scan(u, delta, A, B, C, **options)
+
+
+def line(batch: int, length: int) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(length)
+    u, delta, B, C = (torch.randn(batch, n, length, generator=draw) for n in (6, 6, 3, 3))
+    A, start = torch.randn(6, 3, generator=draw), torch.randn(batch, 6, 3, generator=draw)
+    return u, delta.exp(), -A.exp(), B, C, start
+
+
+def test_chunked_exports_with_any_length() -> None:
+    along: Any = {0: DYNAMIC, 2: DYNAMIC}
+    shapes = (along, along, None, along, along, {0: DYNAMIC})
+    module = torch.export.export(Line("chunked"), line(2, 20), dynamic_shapes=shapes).module()
+    for batch, length in [(3, 2), (2, 63), (4, 64), (2, 65), (2, 130)]:
+        inputs = line(batch, length)
+        for name, got, want in zip(("y", "state"), module(*inputs), Line("reference")(*inputs), strict=True):
+            assert_close(f"{name} of {batch}, {length}", got, want, 1e-5)
+
+
+class Frozen(nn.Module):
+    """A module whose code turns the number of pixels into a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / len(range(x.shape[2] * x.shape[3]))
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def packages(self) -> None:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+
+    def test_one_file_serves_every_size(self, tmp_path: Path) -> None:
+        import onnx
+        import onnxruntime
+
+        layer, path = SS2D(4, d_state=2, backend="cpu").eval(), tmp_path / "layer.onnx"
+        report = export_onnx(layer, path, opset=19)
+        model = onnx.load(path)
+        assert report.opset == model.opset_import[0].version == 19
+        assert report.nodes == len(model.graph.node) < 200
+        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}, "operators that every runtime has"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for shape in [(2, 10, 12, 4), (1, 1, 1, 4), (1, 9, 7, 4), (3, 17, 9, 4), (1, 8, 8, 4), (1, 1, 65, 4)]:
+            x = torch.randn(shape)
+            (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            assert_close(f"out at {shape}", torch.from_numpy(out), layer(x), 1e-5)
+
+    def test_a_graph_of_one_size_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="differs from PyTorch"):
+            export_onnx(Frozen().eval(), tmp_path / "m.onnx", torch.randn(2, 3, 4, 5))
+        assert not list(tmp_path.iterdir())
+
+    def test_a_trace_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="export_onnx"):
+            torch.onnx.export(SS2D(4, d_state=2).eval(), (torch.randn(1, 3, 4, 4),), tmp_path / "m.onnx", dynamo=False)
+
+    @pytest.mark.parametrize(
+        ("model", "options", "message"),
+        [
+            (KANLinear(3, 2), {}, r"model\.eval"),
+            (KANLinear(3, 2).eval().half(), {}, "float16"),
+            (nn.Sequential(KANLinear(3, 2)).eval(), {}, "example is None"),
+            (KANLinear(3, 2).eval(), {"opset": 9}, "opset must be at least 18"),
+            (KANLinear(3, 2).eval(), {"example": torch.randn(4, 5)}, "3 features"),
+            (KANLinear(3, 2).eval(), {"example": torch.randn(1, 3)}, r"example\[0\] has size 1 in dimension 0"),
+            (KANLinear(3, 2).eval(), {"sizes": {2: "rows"}}, "dimension 2"),
+            (KANLinear(3, 2).eval(), {"sizes": [{0: "a"}, {0: "a"}]}, "2 entries for 1 inputs"),
+            (EMA(8).eval(), {"sizes": {2: "side", 3: "side"}}, "'side'"),
+        ],
+    )
+    def test_bad_arguments(self, model: nn.Module, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=message):
+            export_onnx(model, tmp_path / "m.onnx", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_autocast_trains_without_nan(scale: float, dtype: torch.dtype) -> None:
+    """One image to a model, on a scale that its BatchNorm must take out, with the scaled loss of mixed precision."""
+    torch.manual_seed(0)
+    model = create_model("km_unet_tiny")
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with torch.autocast("cpu", dtype):
+        loss = model(scale * torch.randn(2, 3, 32, 32)).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimiser)
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
