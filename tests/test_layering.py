@@ -177,6 +177,14 @@ def test_no_two_examples_share_a_name() -> None:
     assert {name for name, count in names.items() if count > 1} == {"__init__"}
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    """Outside of packages pytest imports them by their names alone."""
+    names = Counter(
+        path.name for path in (ROOT / "tests").rglob("test_*.py") if not (path.parent / "__init__.py").exists()
+    )
+    assert not [name for name, count in names.items() if count > 1]
+
+
 def bare_imports(source: str, names: Collection[str]) -> list[str]:
     """Imports of a script of `benchmarks` without its package: they would find, or be taken for, another's module."""
     tops = ((target.split(".")[0], line) for target, line in imports(ast.parse(source)))

@@ -121,6 +121,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes")
+@pytest.mark.nightly
 def test_killed_ten_times_at_random_moments(examples, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for out, kills in ((unbroken, 0), (broken, 10)):

@@ -117,15 +117,15 @@ def selective_scan(
 
 def _plain(backend: str) -> Scan:
     """A backend in plain PyTorch; while a graph is exported, ``"chunked"`` keeps its loops as loops."""
-    if backend != "chunked":
-        return _SCANS[backend]
     to_onnx = torch.onnx.is_in_onnx_export()
     if to_onnx and torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(
             "dynamo=False writes a scan of one size only; use kan_mamba_layers.export_onnx, or torch.onnx.export with "
             "dynamo=True"
         )
-    return looped.scan if to_onnx or _is_exporting() else chunked.scan
+    if backend == "chunked" and (to_onnx or _is_exporting()):
+        return looped.scan
+    return _SCANS[backend]
 
 
 def _scan_plain(line: Line, scan: Scan) -> tuple[Tensor, Tensor]:  # b d l, b d n

@@ -7,6 +7,7 @@ from torch import nn
 
 from kan_mamba_layers import KANConv2d, KANLinear
 from kan_mamba_layers.layers.kan import SplineLayer
+from kan_mamba_layers.layers.module import Layer
 
 
 def test_finds_the_kan_layers_of_a_model() -> None:
@@ -20,4 +21,4 @@ def test_finds_the_kan_layers_of_a_model() -> None:
 def test_is_the_only_base_class() -> None:
     for layer in (KANConv2d, KANLinear):
         assert layer.__bases__ == (SplineLayer,)
-    assert SplineLayer.__bases__ == (nn.Module,)
+    assert SplineLayer.__bases__ == (Layer,)

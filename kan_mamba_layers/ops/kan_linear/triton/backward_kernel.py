@@ -13,7 +13,6 @@ from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import (
     cox_de_boor,
     end_slope,
     ends,
-    hold,
     locate,
     product,
 )
@@ -79,7 +78,7 @@ def grad_input(
     zero = tl.zeros((ROWS, 16), weight.dtype.element_ty)
     xi = product(zero, tl.zeros((16, INS), weight.dtype.element_ty), xi, PRECISION, INTERPRETED)
     first, rate, low, high = ends(knots + i, inside, IN, BASES + S + 1, S)
-    z = (xi - first) * (rate * (2 / S)) if UNIFORM else hold(xi, knots + i, inside, IN, BASES + S + 1)
+    z = (xi - first) * (rate * (2 / S)) if UNIFORM else xi
     if S == 1:  # The slope jumps at a knot, which belongs to the cell on its right; the last one to the cell inside.
         if UNIFORM:
             z += 2.0**-20 * (rate * (tl.abs(first) + tl.abs(high)) + 1.0)  # more than what is rounded in z
@@ -111,6 +110,9 @@ def grad_input(
         sums *= rate * LOWER_UNIT
     if EXTRAPOLATION == "clamp":
         sums = tl.where((xi < low) | (xi > high), 0.0, sums)
+    elif EXTRAPOLATION == "zero" and not UNIFORM:  # far away the recursion overflows
+        last = tl.load(knots + (BASES + S) * IN + i, mask=inside, other=0.0)
+        sums = tl.where((xi < first) | (xi > last), 0.0, sums)
 
     g = grad_slot(
         gy, grad_y, weight, r, k, i, rows, IN, OUT, ROWS, INS, OUTS, BASES, ONCE, PRECISION, INTERPRETED
