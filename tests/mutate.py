@@ -28,9 +28,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("kan_mamba_layers", "tests", "examples", "pyproject.toml")
+BAD_INPUT = "tests/test_bad_input.py"
 KAN, SCAN = "kan_mamba_layers/layers/kan", "kan_mamba_layers/ops/selective_scan"
 TARGETS = {
-    "kan_mamba_layers/ops/bspline.py": ["tests/ops/test_bspline.py"],
+    "kan_mamba_layers/ops/bspline.py": [BAD_INPUT, "tests/ops/test_bspline.py"],
     "kan_mamba_layers/ops/kan_linear/reference.py": ["tests/ops/kan_linear/test_kan_linear.py"],
     "kan_mamba_layers/ops/kan_linear/chunked.py": ["tests/ops/kan_linear/test_kan_linear.py"],
     f"{SCAN}/reference.py": ["tests/ops/selective_scan/test_selective_scan.py"],
@@ -39,9 +40,14 @@ TARGETS = {
         "tests/ops/selective_scan/test_cross_selective_scan.py",
     ],
     f"{SCAN}/directions.py": ["tests/ops/selective_scan/test_cross_selective_scan.py"],
-    **{f"{KAN}/{name}.py": ["tests/layers/kan"] for name in ("base", "grid", "edges", "linear", "conv", "block")},
-    "kan_mamba_layers/layers/ss2d.py": ["tests/layers/test_ss2d.py"],
-    "kan_mamba_layers/layers/ema.py": ["tests/layers/test_ema.py"],
+    **{
+        f"{KAN}/{name}.py": ["tests/layers/kan"]
+        for name in ("base", "grid", "refit", "state", "activation", "edges", "linear", "conv", "block")
+    },
+    "kan_mamba_layers/layers/ss2d.py": [BAD_INPUT, "tests/layers/test_ss2d.py"],
+    "kan_mamba_layers/layers/mamba.py": [BAD_INPUT, "tests/layers/test_mamba.py"],
+    "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],
+    "kan_mamba_layers/layers/ema.py": [BAD_INPUT, "tests/layers/test_ema.py"],
     "kan_mamba_layers/layers/drop_path.py": ["tests/models/test_blocks.py"],
     "examples/segmentation/data/split.py": ["tests/examples/data"],
 }

@@ -58,7 +58,7 @@ BARS = {
     ),
     "Kernels": (
         Bar("PyTorch's own check of operators", ("*opcheck*",)),
-        Bar("Triton kernels in the interpreter", ("*test_interpreter*",)),
+        Bar("Triton kernels in the interpreter, more than 40 cases a test", ("*test_kernels_in_the_interpreter*",)),
         Bar(
             "Triton kernels compiled ahead of time, their registers and spills as in a table", ("*test_ahead_of_time*",)
         ),

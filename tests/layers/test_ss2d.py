@@ -132,6 +132,8 @@ class TestParameters:
         expected = torch.arange(1.0, 5).log().expand(4 * 32, 4)
         assert_close("A_logs", layer.A_logs, expected, 1e-6)
         assert (layer.Ds == 1).all()
+        for weight, bound in ((layer.x_proj_weight, 32**-0.5), (layer.dt_projs_weight, 1.0)):
+            assert -bound <= weight.min() < -0.9 * bound and 0.9 * bound < weight.max() <= bound
 
     def test_the_floor_bounds_the_initial_step(self) -> None:
         layer = SS2D(16, dt_min=1e-6, dt_max=1e-5, dt_init_floor=0.01)

@@ -95,7 +95,7 @@ def test_bad_splits(groups, given, message):
         split_items(found, 0.2, 0.2, seed=0)
 
 
-@pytest.mark.parametrize(("val", "test"), [(0, 0.2), (0.2, 1.0), (0.6, 0.5)])
+@pytest.mark.parametrize(("val", "test"), [(0, 0.2), (0.2, 1.0), (0.6, 0.5), (0.5, 0.5)])
 def test_bad_fractions(val, test):
     with pytest.raises(ValueError, match="must lie between 0 and 1, and both together below 1"):
         split_items(people(9), val, test, seed=0)
