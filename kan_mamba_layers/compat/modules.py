@@ -81,8 +81,8 @@ class Mamba(Layer):
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.empty_like(self.out_proj.weight[:, 0]))
         if bimamba_type == "v1":
+            self.undecayed += ("A_b_log",)
             self.A_b_log = nn.Parameter(torch.empty_like(self.A_log))
-            self.A_b_log._no_weight_decay = True  # type: ignore[attr-defined]
         if bimamba_type == "v3":
             self._add_direction("_s", conv_bias)
         self._reset_additions()

@@ -1,6 +1,5 @@
 """Mamba: the selective scan along a sequence as a layer."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
+from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
@@ -129,19 +129,10 @@ class Mamba(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("d_model", d_model, 1)
-        check_int("d_state", d_state, 1)
-        check_int("d_conv", d_conv, 1)
-        check_number("expand", expand, 1 / d_model)
-        if isinstance(dt_rank, str):
-            check_choice("dt_rank", dt_rank, ("auto",))
-        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        check_int("dt_rank", rank, 1)
-        check_number("dt_min", dt_min, 0.0, open_low=True)
-        check_number("dt_max", dt_max, dt_min)
+        d_inner, rank = check_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        check_steps(dt_min, dt_max, dt_init_floor)
         check_choice("dt_init", dt_init, ("random", "constant"))
         check_number("dt_scale", dt_scale, 0.0)
-        check_number("dt_init_floor", dt_init_floor, 0.0, open_low=True)
         if if_divide_out and not bidirectional:
             raise ValueError("if_divide_out=True halves the sum of two directions; pass bidirectional=True too")
         check_backend("selective_scan", backend)
@@ -149,7 +140,7 @@ class Mamba(Layer):
         self.d_state = d_state
         self.d_conv = d_conv
         self.expand = expand
-        self.d_inner = int(expand * d_model)
+        self.d_inner = d_inner
         self.dt_rank = rank
         self.dt_min = dt_min
         self.dt_max = dt_max
@@ -198,14 +189,9 @@ class Mamba(Layer):
         conv, x_proj, dt_proj, A_log, D = self._direction(suffix)
         conv.reset_parameters()
         x_proj.reset_parameters()
-        bound, bias = self.dt_scale * self.dt_rank**-0.5, dt_proj.bias
+        bound = self.dt_scale * self.dt_rank**-0.5
         nn.init.uniform_(dt_proj.weight, bound if self.dt_init == "constant" else -bound, bound)
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        step = torch.rand(bias.shape, device=bias.device).mul(high - low).add(low).exp().clamp_min(self.dt_init_floor)
-        bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=bias.device)
-        A_log.copy_(rates.log().expand_as(A_log))
-        nn.init.ones_(D)
+        reset_dynamics(dt_proj.bias, A_log, D, self.dt_min, self.dt_max, self.dt_init_floor)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # b l c
         self._check_input(x)

@@ -1,13 +1,13 @@
 """SS2D: the four-direction selective scan as a layer."""
 
-import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_choice, check_int, check_number, check_pixels, check_shape
+from kan_mamba_layers._check import check_number, check_pixels, check_shape
+from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
@@ -82,24 +82,15 @@ class SS2D(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("d_model", d_model, 1)
-        check_int("d_state", d_state, 1)
-        check_int("d_conv", d_conv, 1)
+        d_inner, rank = check_sizes(d_model, d_state, d_conv, expand, dt_rank)
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd to keep the size of the image, got {d_conv}; use {d_conv + 1}")
-        check_number("expand", expand, 1 / d_model)
-        if isinstance(dt_rank, str):
-            check_choice("dt_rank", dt_rank, ("auto",))
-        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        check_int("dt_rank", rank, 1)
-        check_number("dt_min", dt_min, 0.0, open_low=True)
-        check_number("dt_max", dt_max, dt_min)
-        check_number("dt_init_floor", dt_init_floor, 0.0, open_low=True)
+        check_steps(dt_min, dt_max, dt_init_floor)
         check_number("dropout", dropout, 0.0, 0.999)
         check_backend("cross_selective_scan", backend)
         self.d_model = d_model
         self.d_state = d_state
-        self.d_inner = int(expand * d_model)
+        self.d_inner = d_inner
         self.dt_rank = rank
         self.dt_min = dt_min
         self.dt_max = dt_max
@@ -130,13 +121,8 @@ class SS2D(Layer):
             module.reset_parameters()
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        bias = self.dt_projs_bias
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        step = torch.rand(bias.shape, device=bias.device).mul(high - low).add(low).exp().clamp_min(self.dt_init_floor)
-        bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=bias.device)
-        self.A_logs.copy_(rates.log().expand_as(self.A_logs))
-        nn.init.ones_(self.Ds)
+        steps = (self.dt_min, self.dt_max, self.dt_init_floor)
+        reset_dynamics(self.dt_projs_bias, self.A_logs, self.Ds, *steps)
 
     def forward(self, x: Tensor) -> Tensor:  # b h w c
         """Mix the pixels of images of any size: ``(b, h, w, d_model)`` to the same shape."""

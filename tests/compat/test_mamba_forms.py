@@ -159,6 +159,11 @@ class TestMamba:
         x = torch.randn(1, 5, 4)
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
+    def test_the_second_recurrence_is_marked_in_every_copy(self) -> None:
+        layer = copy.deepcopy(mamba(d_model=4, bimamba_type="v1"))
+        assert layer.no_weight_decay() == {"A_log", "A_b_log", "D", "dt_proj.bias"}
+        assert layer.A_b_log._no_weight_decay
+
     def test_wrong_calls(self) -> None:
         with pytest.raises(ValueError, match=says("bimamba_type must", "'v4'", "'v3'")):
             mamba(d_model=4, bimamba_type="v4")

@@ -12,8 +12,9 @@ import torch
 import torch.multiprocessing as mp
 from tiny_models import TINY, build, image, total
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from kan_mamba_layers import EMA, SS2D, KANLayer, KANLinear
+from kan_mamba_layers import EMA, SS2D, KANLayer, KANLinear, Mamba
 
 
 class Block(nn.Module):
@@ -116,6 +117,36 @@ class TestOneProcess:
             torch.testing.assert_close(p, (first[key] + model.state_dict()[key]) / 2)
         average.eval()
         assert average(x).isfinite().all()
+
+
+SIZES = ((2, 64, 64), (1, 64, 64), (2, 80, 48), (3, 65, 97), (2, 96, 96))
+# What is compiled, its input, whether it trains, and the graphs that PyTorch 2.13 makes of it.
+COMPILED = {
+    "EMA": (lambda: EMA(16), lambda b, h, w: (torch.randn(b, 16, h, w),), False, 4),
+    "SS2D": (lambda: SS2D(16), lambda b, h, w: (torch.randn(b, h, w, 16),), True, 5),
+    "KANLayer": (lambda: KANLayer(16), lambda b, h, w: (torch.randn(b, h * w, 16), h, w), False, 3),
+    "Mamba": (lambda: Mamba(16), lambda b, h, w: (torch.randn(b, h, 16),), False, 3),
+    "km_unet_tiny": (lambda: build("km_unet_tiny"), lambda *size: (image(*size),), False, 3),
+    "km_unet_pp_tiny": (lambda: build("km_unet_pp_tiny"), lambda *size: (image(*size),), True, 3),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", COMPILED)
+def test_five_sizes_make_few_graphs(name: str) -> None:
+    make, inputs, training, graphs = COMPILED[name]
+    module, counter = make().train(training), CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for size in SIZES:
+        x = inputs(*size)
+        if training:
+            total(compiled(*x)).backward()
+            continue
+        with torch.no_grad():
+            expected = module(*x)
+            assert (compiled(*x) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert counter.frame_count <= graphs
 
 
 @pytest.mark.nightly
