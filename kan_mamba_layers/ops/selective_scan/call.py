@@ -1,7 +1,7 @@
 """The records of a scan along a sequence and of a fused scan.
 
 The fused form serves both public ops: ``k`` directions over the same positions, and ``g`` groups of channels that share
-coefficients. Direction 0 reads the positions row by row, 1 column by column, 2 and 3 are these two reversed.
+coefficients.
 """
 
 import math
@@ -79,7 +79,12 @@ class Line(NamedTuple):
 
 
 class ScanCall(NamedTuple):
-    """The arguments of a scan along ``k`` directions over ``height x width`` positions, whose results are added."""
+    """The arguments of a scan along ``k`` directions over ``l = height width`` positions, whose results are added.
+
+    Without ``orders`` the directions are those of an image: rows, columns, and the two reversed. With ``orders``
+    direction ``k`` visits position ``orders[k, t]`` at time ``t``, and ``height`` is 1. Where ``mask`` is 0 the step
+    size is 0, so that the state stays as it is.
+    """
 
     u: Tensor  # b l d
     coeffs: Tensor | None  # b l k*g r+2n: the low-rank step, B and C of every direction and group
@@ -93,6 +98,8 @@ class ScanCall(NamedTuple):
     height: int
     width: int
     softplus: bool
+    orders: Tensor | None = None  # k l, int32
+    mask: Tensor | None = None  # b l, 1 or 0 in the dtype of A
 
     @property
     def groups(self) -> int:

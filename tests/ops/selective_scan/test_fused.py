@@ -18,21 +18,21 @@ pytest.importorskip("numba")
 
 OPS = torch.ops.kan_mamba_layers
 NAMES = ScanCall._fields[:9]
-ALL = [True] * 9
+ALL = [True] * 9 + [False] * 2
 BOTH = (torch.float32, torch.float64)
 
 
-Form = tuple[Inputs, tuple[int, int, bool]]  # tensors; height, width, softplus
+Form = tuple[Inputs, tuple]  # tensors; height, width, softplus, orders, mask
 
 
 def image_form() -> Form:
     """Four directions over an image; the backend computes the coefficients."""
-    return operator_inputs(2, 5 * 8, 6, 3, 2, directions=4, coeffs=False), (5, 8, True)
+    return operator_inputs(2, 5 * 8, 6, 3, 2, directions=4, coeffs=False), (5, 8, True, None, None)
 
 
 def line_form(l: int = 37, groups: int = 1, initial: bool = False) -> Form:
     """One direction along a sequence, with given coefficients and steps."""
-    return operator_inputs(2, l, 6, 3, groups=groups, initial=initial), (1, l, True)
+    return operator_inputs(2, l, 6, 3, groups=groups, initial=initial), (1, l, True, None, None)
 
 
 FORMS = {
@@ -66,7 +66,7 @@ class TestRegistration:
         with torch.no_grad():
             y, last, saved = OPS.selective_scan(*inputs, *sizes, True, "cpu")
         grads = [strided(torch.randn_like(x), layout).requires_grad_(requires_grad) for x in (y, last)]
-        wanted = [x is not None for x in inputs]
+        wanted = [*(x is not None for x in inputs), False, False]
         arguments = (*inputs, *sizes, saved, *grads, wanted, "cpu")
         torch.library.opcheck(OPS.selective_scan_backward.default, arguments)
 

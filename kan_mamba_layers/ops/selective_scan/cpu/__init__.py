@@ -105,6 +105,8 @@ def backward(
         launch.cut(grad_A.sum(0)).mT.contiguous(),
         launch.cut(grad_D.sum(0)),
         launch.cut(grad_initial).mT.contiguous(),
+        None,
+        None,
     )
 
 

@@ -178,7 +178,9 @@ def backward(
         grad_bias.sum(0),
         grad_a.mT.sum((0, 1)),
         (grad_y.float() * u.float()).sum((0, 1)),
-        in_front.mT.contiguous() if wanted[-1] else None,
+        in_front.mT.contiguous() if wanted[ScanCall._fields.index("initial_state")] else None,
+        None,
+        None,
     )
 
 
