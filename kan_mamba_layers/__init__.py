@@ -1,5 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
+from kan_mamba_layers.explain import effective_receptive_field, scan_attention
 from kan_mamba_layers.export import export_onnx
 from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
 from kan_mamba_layers.models import (
@@ -29,11 +30,13 @@ __all__ = [
     "convert_state_dict",
     "create_model",
     "cross_selective_scan",
+    "effective_receptive_field",
     "export_onnx",
     "from_pretrained",
     "kan_linear",
     "list_models",
     "param_groups",
     "resolve",
+    "scan_attention",
     "selective_scan",
 ]

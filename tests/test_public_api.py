@@ -56,6 +56,7 @@ def test_names_of_the_contract() -> None:
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
         *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "EMA", "param_groups"),
         *("KMUNet", "KMUNetPP", "create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
+        *("effective_receptive_field", "scan_attention"),
     }
     for name in ("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"):
         assert getattr(ops, name) is getattr(kan_mamba_layers, name)
