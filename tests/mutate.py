@@ -49,6 +49,7 @@ TARGETS = {
     "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],
     "kan_mamba_layers/layers/ema.py": [BAD_INPUT, "tests/layers/test_ema.py"],
     "kan_mamba_layers/layers/drop_path.py": ["tests/models/test_blocks.py"],
+    "kan_mamba_layers/explain.py": ["tests/test_explain.py"],
     "examples/segmentation/data/split.py": ["tests/examples/data"],
 }
 SWAPS: dict[type, type] = {

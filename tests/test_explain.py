@@ -111,11 +111,11 @@ class TestScanAttention:
             assert torch.equal(scan_attention(layer, x, positions), scan_attention(layer, x)[..., rows, :])
 
     def test_far_decays_are_exact_in_single_precision(self) -> None:
-        layer, x = Mamba(4, backend=BACKEND), torch.randn(1, 3000, 4)
-        single = scan_attention(layer, x, [2999])
+        layer, x = Mamba(4, backend=BACKEND), torch.randn(1, 1000, 4)
+        single = scan_attention(layer, x, [999])
         assert single.dtype == torch.float32
-        assert_close("last row", single, scan_attention(layer.double(), x.double(), [2999]), 1e-5)
-        half = scan_attention(layer.bfloat16(), x.bfloat16(), [2999])
+        assert_close("last row", single, scan_attention(layer.double(), x.double(), [999]), 1e-5)
+        half = scan_attention(layer.bfloat16(), x.bfloat16(), [999])
         assert half.dtype == torch.float32
         assert_close("in half precision", half, single, 0.03)
 

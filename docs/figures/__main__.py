@@ -6,6 +6,7 @@ from pathlib import Path
 import architecture
 import directions
 import learned
+import sight
 import speed
 from palette import use_style
 
@@ -14,6 +15,8 @@ FIGURES = {
     "km_unet_pp": architecture.km_unet_pp,
     "directions": directions.directions,
     "edges": learned.edges,
+    "receptive_fields": sight.receptive_fields,
+    "scan_attention": sight.attention,
     "speed_scans": speed.scans,
     "speed_kan": speed.layers,
     "memory": speed.memory,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -17,7 +18,10 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "figures"
-NAMES = ("directions", "edges", "km_unet", "km_unet_pp", "memory", "speed_kan", "speed_scans")
+NAMES = (
+    *("directions", "edges", "km_unet", "km_unet_pp", "memory"),
+    *("receptive_fields", "scan_attention", "speed_kan", "speed_scans"),
+)
 
 
 @pytest.fixture
@@ -79,6 +83,27 @@ def test_directions(figures: dict[str, ModuleType]) -> None:
     assert paths[0][:6] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1)]
     assert paths[1][:5] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
     assert paths[2] == paths[0][::-1] and paths[3] == paths[1][::-1]
+
+
+def test_attention(figures: dict[str, ModuleType]) -> None:
+    """A direction gives weight to the pixels that it visited before, and to no others."""
+    sight = figures["sight"]
+    shares = sight.scan_shares(sight.lesion(sight.SIZE, 0)) > 0  # q 1+k h w
+    rows, columns = np.mgrid[: shares.shape[2], : shares.shape[3]]
+    for (row, column), (total, *found) in zip(sight.PIXELS, shares, strict=True):
+        above = (rows < row) | (rows == row) & (columns < column)
+        left = (columns < column) | (columns == column) & (rows < row)
+        own = (rows == row) & (columns == column)
+        for share, seen in zip(found, (above, left, ~above & ~own, ~left & ~own), strict=True):
+            assert not share[~seen].any() and share[seen].mean() > 0.5
+        assert not total[own].any()
+
+
+def test_half_of_a_field(figures: dict[str, ModuleType]) -> None:
+    """The square around the centre of 9 x 9 equal pixels that holds at least half of them."""
+    field = np.zeros((20, 20))
+    field[6:15, 6:15] = 1
+    assert figures["sight"].half_side(field) == 7  # 25 < 81 / 2 <= 49
 
 
 @pytest.mark.parametrize(("name", "record"), [("scans", "cpu"), ("layers", "cpu-kan")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,22 @@ import torch
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
 
 
+def run(page: str) -> dict[str, Any]:
+    """What the blocks of a page define, one after the other."""
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```\{code-block\} python\n(.*?)```", (GUIDE / page).read_text(), re.DOTALL):
+        exec(compile(block, page, "exec"), scope)
+    return scope
+
+
 def test_the_pipeline_of_monai() -> None:
     pytest.importorskip("monai")
-    (block,) = re.findall(r"```\{code-block\} python\n(.*?)```", (GUIDE / "monai.md").read_text(), re.DOTALL)
-    scope: dict[str, object] = {}
-    exec(compile(block, "monai.md", "exec"), scope)
-    assert scope["logits"].shape == (2, 1, 40, 48)  # type: ignore[attr-defined]
-    assert torch.isfinite(scope["loss"])  # type: ignore[arg-type]
+    scope = run("monai.md")
+    assert scope["logits"].shape == (2, 1, 40, 48)
+    assert torch.isfinite(scope["loss"])
+
+
+def test_what_a_model_sees() -> None:
+    scope = run("explain.md")
+    assert scope["corner"].shape == (64, 64) and scope["corner"].argmax() // 64 < 16
+    assert scope["picture"].argmax() == 16 * 32 + 16
