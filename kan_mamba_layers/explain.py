@@ -80,7 +80,7 @@ def effective_receptive_field(
         raise ValueError(f"images must have at least one image and channel, got shape {tuple(images.shape)}; pass one")
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
         x = images.detach().clone().requires_grad_()
-        y = _pick(model(x), output)
+        y = _pick(model(x.clone()), output)  # a model may write into its input
         if y.ndim != 4 or not y.numel() or y.shape[0] != x.shape[0]:
             raise TypeError(
                 f"model must return a map ({letters}) of {x.shape[0]} images, got shape {tuple(y.shape)}; pass the "
@@ -144,19 +144,19 @@ def scan_attention(layer: SS2D | Mamba, x: Tensor, positions: Sequence[Any] | No
     References:
         Ali, Zimerman and Wolf, The Hidden Attention of Mamba Models, arXiv 2403.01590, section 3.
     """
-    if not isinstance(layer, (SS2D, Mamba)):
+    if isinstance(layer, SS2D):
+        letters, place, directions = "b, h, w, d_model", "pixel", NUM_DIRECTIONS
+    elif isinstance(layer, Mamba):
+        letters, place, directions = "b, l, d_model", "position", 1 + layer.bidirectional
+    else:
         raise TypeError(
             f"layer must be an SS2D or a Mamba, got {type(layer).__name__}; pass one of model.modules() and its input"
         )
-    image = isinstance(layer, SS2D)
-    check_shape(
-        "x", x, ("any",) * (3 if image else 2) + (layer.d_model,), "b, h, w, d_model" if image else "b, l, d_model"
-    )
+    check_shape("x", x, ("any",) * letters.count(",") + (layer.d_model,), letters)
     sizes = tuple(x.shape[1:-1])
     if 0 in sizes:
-        raise ValueError(f"x must have at least one {'pixel' if image else 'position'}, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have at least one {place}, got shape {tuple(x.shape)}; pass one or more")
     at = _rows(positions, sizes).to(x.device)
-    directions = NUM_DIRECTIONS if image else 1 + layer.bidirectional
     _check_size(x, len(at), x.shape[0] * directions * layer.d_inner * math.prod(sizes))
     calls = _calls(layer, x)
     with autocast_off(x):
@@ -330,8 +330,8 @@ def _contents(y: Any) -> str:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards each module is in its own mode again."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in modes.items():

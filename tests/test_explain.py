@@ -206,18 +206,18 @@ class TestEffectiveReceptiveField:
 
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
     def test_nothing_is_left_behind(self, context: Callable) -> None:
-        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Conv2d(4, 1, 3))
-        model[1].eval()
-        model[0].weight.requires_grad_(False)
-        model[3].weight.grad = torch.ones_like(model[3].weight)
+        convolutions, norm = (nn.Conv2d(2, 4, 3), nn.Conv2d(4, 1, 3)), nn.BatchNorm2d(4).eval()
+        model = nn.Sequential(nn.ReLU(inplace=True), convolutions[0], norm, nn.Dropout(0.9), convolutions[1])
+        convolutions[0].weight.requires_grad_(False)
+        convolutions[1].weight.grad = torch.ones_like(convolutions[1].weight)
         state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
         with context():
             images = torch.ones(2, 2, 9, 9)
             found = effective_receptive_field(model, images)
         assert found.max() == 1 and not found.requires_grad and images.grad is None
-        assert [m.training for m in model.modules()] == [True, True, False, True, True]
-        assert model[3].weight.grad.eq(1).all() and model[1].weight.grad is None
-        assert not model[0].weight.requires_grad and model[1].weight.requires_grad
+        assert [m for m in model.modules() if not m.training] == [norm]
+        assert convolutions[1].weight.grad.eq(1).all() and norm.weight.grad is None
+        assert not convolutions[0].weight.requires_grad and norm.weight.requires_grad
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), state)
 
