@@ -177,7 +177,7 @@ class _Scan(NamedTuple):
         """The weights of all positions for those in ``at``."""
         time = self.order.argsort()  # l: the time at each position
         passed = self.step.double()[..., self.order].cumsum(-1)[..., time]  # b d l
-        since = (passed[..., at, None] - passed[..., None, :]).clamp_min(0).to(self.A.dtype)  # b d q l
+        since = (passed[..., at, None] - passed[..., None, :]).to(self.A.dtype)  # b d q l
         weights = torch.zeros_like(since)
         for A, B, C in zip(self.A.unbind(1), self.B.unbind(1), self.C.unbind(1), strict=True):  # d, b l, b l
             weights += torch.exp(A[:, None, None] * since) * (C[:, at, None] * B[:, None])[:, None]
