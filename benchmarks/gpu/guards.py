@@ -39,7 +39,12 @@ def guarded(*launchers: ModuleType) -> Iterator[list[Tensor]]:
             raise Wrong(f"a kernel wrote outside buffer {i} of {buffer.numel() - 2 * BAND} values")
 
 
+def between(x: Tensor, value: float) -> Tensor:
+    """The same values with another one before and behind them in memory."""
+    buffer = torch.full((x.numel() + 2 * BAND,), value, dtype=x.dtype, device=x.device)
+    return buffer[BAND : BAND + x.numel()].view(x.shape).copy_(x)
+
+
 def between_nan(x: Tensor) -> Tensor:
     """The same values with NaN before and behind them in memory."""
-    buffer = torch.full((x.numel() + 2 * BAND,), float("nan"), dtype=x.dtype, device=x.device)
-    return buffer[BAND : BAND + x.numel()].view(x.shape).copy_(x)
+    return between(x, float("nan"))

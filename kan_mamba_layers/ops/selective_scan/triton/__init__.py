@@ -18,6 +18,8 @@ from kan_mamba_layers.ops.operator import contiguous
 from kan_mamba_layers.ops.selective_scan.call import LOG2E, ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
 
+Tensors = tuple[Tensor | None, ...]
+
 TILE = 16  # steps between two saved states
 PIXELS = 64  # per program that makes step sizes or their gradients
 _MAX_RANK = 16  # for higher ranks a matrix product makes the steps, since registers would not hold the weights
@@ -65,12 +67,15 @@ def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ..
 
 
 @cache
-def choose_plan(s: Sizes, multiprocessors: int, *, back: bool = False, rule: Rule | None = None) -> Plan:
+def choose_plan(
+    s: Sizes, multiprocessors: int, *, back: bool = False, table: bool = False, rule: Rule | None = None
+) -> Plan:
     """Give every multiprocessor work.
 
     Four programs per multiprocessor, one for each of its schedulers, are enough to leave the sequences whole, since
     cutting them costs a second pass. Otherwise they are cut into chunks of at least two tiles. Directions go in pairs,
-    which halves the partial outputs, where that does not force a cut and leaves chunks that are long enough.
+    which halves the partial outputs, where that does not force a cut and leaves chunks that are long enough. Those of
+    a table of positions have no reverse.
     """
     rule = rule or (BACKWARD if back else FORWARD)
     full = rule.enough * multiprocessors
@@ -84,7 +89,8 @@ def choose_plan(s: Sizes, multiprocessors: int, *, back: bool = False, rule: Rul
         return min(_blocks(s.l, TILE), max(2, _blocks(s.l, count * TILE))) * TILE
 
     half = programs // 2
-    pair = s.k == 4 and not back and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
+    paired = s.k == 4 and not (back or table)
+    pair = paired and (half >= full or (programs < full and chunk(half) >= rule.pair_steps))
     return Plan(block, chunk(half if pair else programs), pair)
 
 
@@ -99,7 +105,7 @@ def forward(
     saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
     if u.numel() == 0:
         return y, last.mT.contiguous(), saved
-    plan = plan or choose_plan(s, _multiprocessors(u.device))
+    plan = plan or choose_plan(s, _multiprocessors(u.device), table=call.orders is not None)
     with torch.cuda.device_of(u):
         launch = _Launch(call, s, plan)
         entering = launch.entering(u, call.initial_state, launch.step_inputs, launch.step_constants, back=False)
@@ -140,7 +146,7 @@ def backward(
         steps = _empty(u, s.b, s.l, s.k, s.d)
         launch.over_pixels(steps_kernel.step_sizes, steps)
         # Ready-made steps in place of what makes them.
-        ready = (launch.coeffs, steps, call.dt_proj_weight, torch.zeros_like(call.dt_proj_bias))
+        ready = (launch.coeffs, steps, call.dt_proj_weight, torch.zeros_like(call.dt_proj_bias), None)
         behind = launch.entering(grad_y, grad_last, ready, {"R": 0, "RP": 1, "SOFTPLUS": False}, back=True)
         scratch = _empty(u, s.b, s.k, launch.chunks, launch.blocks, TILE, launch.states, plan.block)
         partials = _empty(u, s.k, s.b, s.l, s.d)
@@ -200,29 +206,31 @@ class _Launch:
         self.a2 = torch.mul(call.A.mT, LOG2E, out=_empty(call.u, s.k, s.n, s.d))  # k n d
         self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
         self.dt_proj_weight, self.dt_proj_bias = call.dt_proj_weight.mT.contiguous(), call.dt_proj_bias
+        self.orders, self.mask = call.orders, call.mask
+        self.up = 2 if call.orders is None else s.k  # directions that visit their indices upwards
         self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
         self.sizes = {"N": s.n, "RANK": s.r, "DIRECTIONS": s.k, "GROUPS": s.g}
 
     @property
-    def step_inputs(self) -> tuple[Tensor, ...]:
+    def step_inputs(self) -> Tensors:
         """Inputs of the step sizes."""
-        return self.coeffs, self.delta, self.dt_proj_weight, self.dt_proj_bias
+        return self.coeffs, self.delta, self.dt_proj_weight, self.dt_proj_bias, self.mask
 
     @property
     def step_constants(self) -> dict[str, Any]:
         """Constants of the forward kernels that make them."""
         return {"R": self.rank, "RP": _power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
 
-    def __call__(self, kernel: Any, directions: int, tensors: tuple[Tensor, ...], block: int, **constants: Any) -> None:
+    def __call__(self, kernel: Any, directions: int, tensors: Tensors, block: int, **constants: Any) -> None:
         """Launch a kernel over blocks of channels, directions, chunks and images."""
         s, plan = self.s, self.plan
         blocks, tiles = s.g * _blocks(s.d // s.g, block), _blocks(s.l, TILE)
         numbers = (self.height, self.width, s.d, s.d // s.g, plan.chunk, self.chunks, tiles, blocks, s.b)
-        constants |= {"NP": self.states, "BLOCK": block, "TILE": TILE, **self.sizes}
+        constants |= {"NP": self.states, "BLOCK": block, "TILE": TILE, "UP": self.up, **self.sizes}
         constants["num_warps"] = plan.warps or min(16, max(1, self.states // 32))
         if plan.stages:
             constants["num_stages"] = plan.stages
-        kernel[(blocks * directions * self.chunks * s.b,)](*tensors, *numbers, **constants)
+        kernel[(blocks * directions * self.chunks * s.b,)](*tensors, self.orders, *numbers, **constants)
 
     def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
         """Launch a kernel of the step sizes."""
@@ -235,7 +243,7 @@ class _Launch:
         )  # fmt: skip
 
     def entering(
-        self, x: Tensor, start: Tensor | None, inputs: tuple[Tensor, ...], constants: dict[str, Any], *, back: bool
+        self, x: Tensor, start: Tensor | None, inputs: Tensors, constants: dict[str, Any], *, back: bool
     ) -> Tensor:  # b k c n d
         """The state that enters each chunk, or (back) the adjoint that comes from behind it."""
         s = self.s
@@ -248,7 +256,7 @@ class _Launch:
         grid = (_blocks(s.n * s.d, 128) * s.b * s.k,)
         sizes = (s.d, self.chunks, s.n * s.d)
         forward_kernel.carry[grid](
-            ends, sums, self.a2, start, *sizes, DIRECTIONS=s.k, BACK=back, BLOCK=128, num_warps=4
+            ends, sums, self.a2, start, *sizes, DIRECTIONS=s.k, UP=self.up, BACK=back, BLOCK=128, num_warps=4
         )
         return ends
 

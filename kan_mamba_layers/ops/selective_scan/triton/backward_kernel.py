@@ -32,9 +32,9 @@ def scan_backward(
     steps,  # b l k d: step sizes, then their gradients
     grad_a,  # b c k n d
     in_front,  # b k n d: adjoint of the initial state
-    height, width, channels, group, chunk, chunks, tiles, blocks, batch,
-    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, GRAD_ROW: tl.constexpr,
+    orders, height, width, channels, group, chunk, chunks, tiles, blocks, batch,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, DIRECTIONS: tl.constexpr, UP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, GRAD_ROW: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk; GRAD_ROW is ``m``."""
     ROW: tl.constexpr = RANK + 2 * N
@@ -52,7 +52,7 @@ def scan_backward(
 
     first = c * chunk
     count_all = tl.minimum(chunk, length - first)
-    up = k < 2
+    up = k < UP
     bk = b * DIRECTIONS + k
     u += b * (length * channels)
     grad_y += b * (length * channels)
@@ -71,14 +71,13 @@ def scan_backward(
         count = tl.minimum(TILE, first + count_all - index)
         h = tl.load(saved + (bk * tiles + index // TILE) * (N * channels) + tile, mask=inside, other=0.0)
 
-        p, i, line, stride, jump = start_at(tl.where(up, index, index + count - 1), k, up, height, width)
+        p, i, line, stride, jump = start_at(orders, tl.where(up, index, index + count - 1), count, k, up, height, width)
         dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
         x = tl.load(u + p * channels + d, mask=keep, other=0.0)
         bt = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
         for s in range(count):
             # The loads of the next step are issued first; after the last one the same values are read again.
-            after, i = advance(p, i, line, stride, jump)
-            p = tl.where(s + 1 < count, after, p)
+            p, i = advance(orders, p, i, line, stride, jump, s, count)
             next_dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
             next_b = load_row(coeffs + p * (DIRECTIONS * GROUPS * ROW), n, N, NP)
@@ -87,7 +86,9 @@ def scan_backward(
             dt, x, bt = next_dt, next_x, next_b
         tl.debug_barrier()
 
-        p, i, line, stride, jump = start_at(tl.where(up, index + count - 1, index), k, not up, height, width)
+        p, i, line, stride, jump = start_at(
+            orders, tl.where(up, index + count - 1, index), count, k, not up, height, width
+        )
         dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
         x = tl.load(u + p * channels + d, mask=keep, other=0.0)
         gy = tl.load(grad_y + p * channels + d, mask=keep, other=0.0)
@@ -96,8 +97,7 @@ def scan_backward(
         before = tl.load(scratch + (count - 1) * (NP * BLOCK) + local)  # the state before this step
         for s in range(count):
             here = p
-            after, i = advance(p, i, line, stride, jump)
-            p = tl.where(s + 1 < count, after, p)
+            p, i = advance(orders, p, i, line, stride, jump, s, count)
             next_dt = tl.load(steps + p * (DIRECTIONS * channels) + d, mask=keep, other=0.0)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
             next_gy = tl.load(grad_y + p * channels + d, mask=keep, other=0.0)

@@ -10,7 +10,10 @@ one at a time, each with all of its states, and the sum over the states stays in
 
 An index numbers the pixels along a direction by rows or by columns: ``p_0`` and ``p_1`` of the definition. The reversed
 directions visit the same indices downwards. Chunks (the share of a program) and tiles (between two saved states) are
-ranges of indices, so a direction and its reverse have the same ones.
+ranges of indices, so a direction and its reverse have the same ones. With a table of positions the index is the time,
+and all directions go upwards. The first ``UP`` directions are those that do.
+
+``orders`` and ``mask`` are None where a call has none. Triton compiles that as a variant without them.
 """
 
 import triton
@@ -40,12 +43,13 @@ def softplus_and_slope(z):
 
 
 @triton.jit
-def step_size(z, SOFTPLUS: tl.constexpr):
-    """The step from its raw value, and the derivative."""
+def step_size(z, unmasked, SOFTPLUS: tl.constexpr):
+    """The step from its raw value, and the derivative; both 0 where ``unmasked`` is."""
     if SOFTPLUS:
-        return softplus_and_slope(z)
+        step, slope = softplus_and_slope(z)
+        return step * unmasked, slope * unmasked
     else:
-        return z, 1.0
+        return z * unmasked, unmasked
 
 
 @triton.jit
@@ -58,27 +62,50 @@ def this_program(blocks, chunks, DIRECTIONS: tl.constexpr):
 
 
 @triton.jit
-def start_at(index, k, up, height, width):
-    """Position of a index, and what it takes to go on: (position, steps since the line began, line, stride, jump).
+def start_at(orders, index, steps, k, up, height, width):
+    """Position of an index, and what it takes to go on for ``steps`` steps: (position, i, line, stride, jump).
 
-    A line is a row or a column of the image. After ``line`` steps of ``stride`` the next line begins, ``jump`` further.
-    ``up`` tells whether indices are visited upwards.
+    A line is a row or a column of the image, and ``i`` counts the steps since it began. After ``line`` steps of
+    ``stride`` the next line begins, ``jump`` further. With a table, ``i`` is the next position, ``line`` the address
+    of this one, and ``stride`` leads to the address of the next. ``up`` tells whether indices are visited upwards.
     """
-    column = k % 2 == 1
-    line = tl.where(column, height, width)
-    i = index % line
-    p = tl.where(column, i * width + index // line, index)
-    stride = tl.where(column, width, 1)
-    jump = tl.where(column, 1 - height * width, 0)
-    return p, tl.where(up, i, line - 1 - i), line, tl.where(up, stride, -stride), tl.where(up, jump, -jump)
+    if orders is None:
+        column = k % 2 == 1
+        line = tl.where(column, height, width)
+        i = index % line
+        p = tl.where(column, i * width + index // line, index)
+        stride = tl.where(column, width, 1)
+        jump = tl.where(column, 1 - height * width, 0)
+        return p, tl.where(up, i, line - 1 - i), line, tl.where(up, stride, -stride), tl.where(up, jump, -jump)
+    else:
+        line = orders + k * (height * width) + index
+        stride = tl.where(up, 1, -1)
+        return tl.load(line), tl.load(line + stride * tl.minimum(1, steps - 1)), line, stride, 0
 
 
 @triton.jit
-def advance(p, i, line, stride, jump):
-    """The next pixel, without a division."""
-    i += 1
-    ends = i == line
-    return p + stride + tl.where(ends, jump, 0), tl.where(ends, 0, i)
+def advance(orders, p, i, line, stride, jump, s, steps):
+    """The position after the s-th step, without a division, and ``i`` there; after the last step the same position.
+
+    All other loads wait for a table's, so it is read for the step after the next one.
+    """
+    if orders is None:
+        i += 1
+        ends = i == line
+        after = p + stride + tl.where(ends, jump, 0)
+        i = tl.where(ends, 0, i)
+        return tl.where(s + 1 < steps, after, p), i
+    else:
+        return i, tl.load(line + stride * tl.minimum(s + 2, steps - 1))
+
+
+@triton.jit
+def load_mask(mask, p):
+    """What the step at a position is multiplied by."""
+    if mask is None:
+        return tl.full((), 1.0, tl.float32)
+    else:
+        return tl.load(mask + p)
 
 
 @triton.jit
@@ -111,12 +138,12 @@ def raw_step(low, weight, bias, R: tl.constexpr):
 @triton.jit(do_not_specialize=["channels", "group"])
 def chunk_ends(
     x,  # b l d: u, or the gradient of y
-    coeffs, delta, weight, bias, a2,
+    coeffs, delta, weight, bias, mask, a2,
     ends,  # b k c n d
     sums,  # b k c d: sums of the step sizes
-    height, width, channels, group, chunk, chunks, tiles, blocks, batch,
+    orders, height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, UP: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk if zero enters it; with BACK the adjoint in front of it if none comes from behind."""
@@ -136,11 +163,13 @@ def chunk_ends(
 
     first = c * chunk
     steps = tl.minimum(chunk, length - first)
-    up = (k < 2) != BACK
-    p, i, line, stride, jump = start_at(tl.where(up, first, first + steps - 1), k, up, height, width)
+    up = (k < UP) != BACK
+    p, i, line, stride, jump = start_at(orders, tl.where(up, first, first + steps - 1), steps, k, up, height, width)
     x += b * (length * channels)
     coeffs += b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
     delta += b * (length * (DIRECTIONS * channels)) + k * channels
+    if mask is not None:
+        mask += b * length
     offset: tl.constexpr = RANK + N if BACK else RANK  # of C or B in a row of coeffs
 
     h = tl.zeros((NP, BLOCK), tl.float32)
@@ -148,22 +177,23 @@ def chunk_ends(
     row = coeffs + p * (DIRECTIONS * GROUPS * ROW)
     xt = tl.load(x + p * channels + d, mask=keep, other=0.0)
     low = load_raw_step(row, delta + p * (DIRECTIONS * channels), r, d, keep, R, RP)
+    unmasked = load_mask(mask, p)
     bt = load_row(row + offset, n, N, NP)
     for s in tl.range(0, steps, loop_unroll_factor=2):
         # The loads of the next step are issued first; after the last one the same values are read again.
-        after, i = advance(p, i, line, stride, jump)
-        p = tl.where(s + 1 < steps, after, p)
+        p, i = advance(orders, p, i, line, stride, jump, s, steps)
         row = coeffs + p * (DIRECTIONS * GROUPS * ROW)
         next_x = tl.load(x + p * channels + d, mask=keep, other=0.0)
         next_low = load_raw_step(row, delta + p * (DIRECTIONS * channels), r, d, keep, R, RP)
+        next_unmasked = load_mask(mask, p)
         next_b = load_row(row + offset, n, N, NP)
-        dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
+        dt, _ = step_size(raw_step(low, w, bi, R), unmasked, SOFTPLUS)
         decay = tl.exp2(dt[None, :] * a)
         xt = xt.to(tl.float32)
         inflow = xt if BACK else dt * xt
         h = decay * (h + inflow[None, :] * bt[:, None]) if BACK else decay * h + inflow[None, :] * bt[:, None]
         total += dt
-        xt, low, bt = next_x, next_low, next_b
+        xt, low, unmasked, bt = next_x, next_low, next_unmasked, next_b
     at = (b * DIRECTIONS + k) * chunks + c
     tl.store(ends + at * (N * channels) + tile, h, mask=inside)
     tl.store(sums + at * channels + d, total, mask=keep)
@@ -183,7 +213,7 @@ def carry(
     sums,  # b k c d
     a2,  # k n d
     start,  # b k n d
-    channels, chunks, values, DIRECTIONS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+    channels, chunks, values, DIRECTIONS: tl.constexpr, UP: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn, in index, what each chunk ends with if it starts from zero into what really enters it."""
     blocks = tl.cdiv(values, BLOCK)  # values = n d
@@ -191,7 +221,7 @@ def carry(
     bk = (tl.program_id(0) // blocks).to(tl.int64)
     inside = e < values
     k = (bk % DIRECTIONS).to(tl.int32)
-    down = (k >= 2) != BACK
+    down = (k >= UP) != BACK
     ends += bk * chunks * values + e
     sums += bk * chunks * channels + e % channels
     a = tl.load(a2 + k * values + e, mask=inside, other=0.0)
@@ -212,14 +242,14 @@ def carry(
 
 @triton.jit(do_not_specialize=["channels", "group"])
 def scan(
-    u, coeffs, delta, weight, bias, a2,
+    u, coeffs, delta, weight, bias, mask, a2,
     entering,  # b k c n d: state that enters each chunk
     partials,  # j b l d: sums over n of C h, one buffer per pair of directions or direction
     saved,  # b k t n d: state that enters each tile
     last,  # b k n d
-    height, width, channels, group, chunk, chunks, tiles, blocks, batch,
+    orders, height, width, channels, group, chunk, chunks, tiles, blocks, batch,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    DIRECTIONS: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, UP: tl.constexpr, GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr,
     PASSES: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk, without the skip. With PASSES = 2 also of the reverse, added."""
@@ -236,11 +266,13 @@ def scan(
     first = c * chunk
     steps = tl.minimum(chunk, length - first)
     u += b * (length * channels)
+    if mask is not None:
+        mask += b * length
     partials += (k0 * batch + b) * (length * channels)
 
     for backwards in tl.static_range(PASSES):
         k = k0 + 2 * backwards
-        up = k < 2
+        up = k < UP
         bk = b * DIRECTIONS + k
         a = tl.load(a2 + k * N * channels + tile, mask=inside, other=0.0)
         w = tl.load(
@@ -248,13 +280,14 @@ def scan(
         )
         bi = tl.load(bias + k * channels + d, mask=keep, other=0.0)
         h = tl.load(entering + (bk * chunks + c) * (N * channels) + tile, mask=inside, other=0.0)
-        p, i, line, stride, jump = start_at(tl.where(up, first, first + steps - 1), k, up, height, width)
+        p, i, line, stride, jump = start_at(orders, tl.where(up, first, first + steps - 1), steps, k, up, height, width)
         coeffs_k = coeffs + b * (length * (DIRECTIONS * GROUPS * ROW)) + (k * GROUPS + g) * ROW
         delta_k = delta + b * (length * (DIRECTIONS * channels)) + k * channels
 
         row = coeffs_k + p * (DIRECTIONS * GROUPS * ROW)
         xt = tl.load(u + p * channels + d, mask=keep, other=0.0)
         low = load_raw_step(row, delta_k + p * (DIRECTIONS * channels), r, d, keep, R, RP)
+        unmasked = load_mask(mask, p)
         bt, ct = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
         for s in tl.range(0, steps, loop_unroll_factor=2):
             if SAVE & ((s == 0) | (tl.where(up, s, steps - s) % TILE == 0)):
@@ -263,19 +296,19 @@ def scan(
             out = partials + p * channels + d
             if backwards > 0:
                 before = tl.load(out, mask=keep, other=0.0)
-            after, i = advance(p, i, line, stride, jump)
-            p = tl.where(s + 1 < steps, after, p)
+            p, i = advance(orders, p, i, line, stride, jump, s, steps)
             row = coeffs_k + p * (DIRECTIONS * GROUPS * ROW)
             next_x = tl.load(u + p * channels + d, mask=keep, other=0.0)
             next_low = load_raw_step(row, delta_k + p * (DIRECTIONS * channels), r, d, keep, R, RP)
+            next_unmasked = load_mask(mask, p)
             next_b, next_c = load_row(row + RANK, n, N, NP), load_row(row + RANK + N, n, N, NP)
-            dt, _ = step_size(raw_step(low, w, bi, R), SOFTPLUS)
+            dt, _ = step_size(raw_step(low, w, bi, R), unmasked, SOFTPLUS)
             h = tl.exp2(dt[None, :] * a) * h + (dt * xt.to(tl.float32))[None, :] * bt[:, None]
             y = tl.sum(h * ct[:, None], 0)
             if backwards > 0:
                 y += before
             tl.store(out, y, mask=keep)
-            xt, low, bt, ct = next_x, next_low, next_b, next_c
+            xt, low, unmasked, bt, ct = next_x, next_low, next_unmasked, next_b, next_c
         if c == tl.where(up, chunks - 1, 0):
             tl.store(last + bk * (N * channels) + tile, h, mask=inside)
         tl.debug_barrier()  # the way back reads what the way there wrote

@@ -22,13 +22,22 @@ def load_weight(weight, r, d, keep, channels, R: tl.constexpr):  # r d
 
 
 @triton.jit
-def raw_steps(low, w, delta, rows, d, bias, channels, mask, R: tl.constexpr, DIRECTIONS: tl.constexpr):  # rows d
+def raw_steps(low, w, delta, rows, d, bias, channels, there, R: tl.constexpr, DIRECTIONS: tl.constexpr):  # rows d
     """Steps before softplus: ``low @ w + bias`` or, for ``R = 0``, ``delta + bias``."""
     if R > 0:
         return tl.dot(low, w, input_precision="ieee") + bias[None, :]
     else:
         at = rows[:, None] * (DIRECTIONS * channels) + d[None, :]
-        return tl.load(delta + at, mask=mask, other=0.0) + bias[None, :]
+        return tl.load(delta + at, mask=there, other=0.0) + bias[None, :]
+
+
+@triton.jit
+def load_masks(mask, rows, inside):  # rows 1
+    """What the steps at some pixels are multiplied by."""
+    if mask is None:
+        return 1.0
+    else:
+        return tl.load(mask + rows, mask=inside, other=0.0)[:, None]
 
 
 @triton.jit
@@ -37,6 +46,7 @@ def step_sizes(
     delta,  # m k d, read where R = 0
     weight,  # k r d
     bias,  # k d
+    mask,  # m
     steps,  # m k d
     pixels, channels, group, blocks,
     R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
@@ -49,6 +59,7 @@ def step_sizes(
     k, g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
     r = tl.arange(0, RP)
     low = load_low(coeffs + (k * GROUPS + g) * ROW, rows, inside, r, R, DIRECTIONS * GROUPS * ROW)
+    unmasked = load_masks(mask, rows, inside)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
@@ -57,11 +68,11 @@ def step_sizes(
         lane = block * BLOCK + tl.arange(0, BLOCK)
         keep = lane < group
         d = g * group + lane
-        mask = inside[:, None] & keep[None, :]
+        there = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
-        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, DIRECTIONS)
-        dt, _ = step_size(z, SOFTPLUS)
-        tl.store(steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :], dt, mask=mask)
+        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, there, R, DIRECTIONS)
+        dt, _ = step_size(z, unmasked, SOFTPLUS)
+        tl.store(steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :], dt, mask=there)
 
 
 @triton.jit
@@ -70,6 +81,7 @@ def step_gradients(
     delta,  # m k d, read where R = 0
     weight,  # k r d
     bias,  # k d
+    mask,  # m
     grad_steps,  # m k d: gradients of the steps; where R = 0 those of delta take their index
     grad_coeffs,  # m k*g r+2n: the first r are written
     grad_weight,  # t k r d: one part for each range of pixels
@@ -88,6 +100,7 @@ def step_gradients(
     r = tl.arange(0, RP)
     first = (k * GROUPS + g) * ROW
     low = load_low(coeffs + first, rows, inside, r, R, PITCH)
+    unmasked = load_masks(mask, rows, inside)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
@@ -99,12 +112,12 @@ def step_gradients(
         lane = block * BLOCK + tl.arange(0, BLOCK)
         keep = lane < group
         d = g * group + lane
-        mask = inside[:, None] & keep[None, :]
+        there = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
-        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, mask, R, DIRECTIONS)
-        _, slope = step_size(z, SOFTPLUS)
+        z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, there, R, DIRECTIONS)
+        _, slope = step_size(z, unmasked, SOFTPLUS)
         at = grad_steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :]
-        grad_z = tl.load(at, mask=mask, other=0.0) * slope
+        grad_z = tl.load(at, mask=there, other=0.0) * slope
         tl.store(grad_bias + d, tl.sum(grad_z, 0), mask=keep)
         if R > 0:
             grad_low = tl.dot(grad_z, tl.trans(w), grad_low, input_precision="ieee")
@@ -112,7 +125,7 @@ def step_gradients(
             to = grad_weight + r[:, None] * channels + d[None, :]
             tl.store(to, product, mask=(r < R)[:, None] & keep[None, :])
         else:
-            tl.store(at, grad_z, mask=mask)
+            tl.store(at, grad_z, mask=there)
     if R > 0:
         to = grad_coeffs + first + rows[:, None] * PITCH + r[None, :]
         tl.store(to, grad_low, mask=inside[:, None] & (r < R)[None, :])

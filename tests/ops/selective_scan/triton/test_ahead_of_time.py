@@ -126,11 +126,11 @@ def compiled(name: str, target: str) -> Any:
     kernel, arguments, constants = variants()[name]
     options = {"num_warps": constants["num_warps"]}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    kinds = {
-        name: pointers[x.dtype] if isinstance(x, Tensor) else "i32"
-        for name, x in zip(kernel.arg_names, arguments, strict=False)
-    } | dict.fromkeys(constants, "constexpr")
+    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    constants |= {name: None for name, x in given.items() if x is None}
+    kinds = {name: pointers[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in given.items()}
+    kinds |= dict.fromkeys(constants, "constexpr")
     # Divisible by 16 at launch: the addresses of tensors, and the sizes of ordinary models.
     sizes = [p.name for p in kernel.params if p.name in EVEN_SIZES and not p.do_not_specialize]
     even = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in sizes]

@@ -30,13 +30,14 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
-from benchmarks.gpu.guards import between_nan, guarded
+from benchmarks.gpu.guards import between, between_nan, guarded
 from kan_mamba_layers.ops.selective_scan import triton as launcher
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import Plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
+WANTED = [True] * 9 + [False] * 2  # of all tensors but the orders and the mask
 INPUTS = ("u", "coeffs", "delta", "dt_proj_weight", "dt_proj_bias", "A", "D", "initial_state")
 
 
@@ -50,6 +51,8 @@ class Case:
     r: int = 2
     k: int = 4
     g: int = 1
+    table: bool = False
+    masked: bool = False
     initial: bool = False
     softplus: bool = True
     dtype: torch.dtype = torch.float32
@@ -64,6 +67,11 @@ class Case:
 def line(**changes: object) -> Case:
     """A sequence in one dimension with given steps, as in `selective_scan`."""
     return Case(**{"h": 1, "w": 11, "d": 6, "r": 0, "k": 1, **changes})
+
+
+def table(**changes: object) -> Case:
+    """A sequence whose directions visit its positions in random orders."""
+    return Case(**{"h": 1, "w": 11, "table": True, **changes})
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -117,6 +125,16 @@ CASES = [
     line(w=21, tile=4, plan=Plan(32, 4), softplus=False, initial=True),
     line(w=12, r=3, g=2),  # steps of low rank, one direction
     line(w=5, n=100),
+    # Random orders, masked positions, both.
+    table(k=1, w=1, masked=True),
+    table(k=2, w=5, r=20, masked=True),
+    table(k=6, tile=4, plan=Plan(32, 4), d=8, r=1, initial=True),
+    table(tile=4, plan=Plan(32, 8), w=10, n=16, r=1, dtype=BF16, masked=True),
+    table(tile=4, w=13, n=1, r=1),  # by the launcher's own plan
+    line(tile=4, plan=Plan(32, 8), g=2, table=True, masked=True, dtype=FP16, initial=True),
+    line(k=2, w=6, g=2, table=True, masked=True, softplus=False),
+    Case(tile=4, plan=Plan(32, 8, True), h=3, w=3, masked=True, initial=True),
+    Case(b=2, w=2, masked=True, softplus=False, r=1),
 ]
 
 
@@ -131,13 +149,26 @@ def make_inputs(case: Case) -> dict[str, Tensor | None]:
     return {name: between_nan(inputs[name]) if name in inputs else None for name in INPUTS}
 
 
+def orders(case: Case) -> list[list[int]]:
+    """The positions in the order in which each direction visits them."""
+    if case.table:
+        draw = torch.Generator().manual_seed(2)
+        return [torch.randperm(case.h * case.w, generator=draw).tolist() for _ in range(case.k)]
+    return [[i * case.w + j for i, j in pixel_order(k, case.h, case.w)] for k in range(case.k)]
+
+
+def mask(case: Case) -> Tensor | None:  # b l
+    """Every third position is masked, beginning elsewhere in every image."""
+    return (torch.arange(case.b * case.h * case.w).view(case.b, -1) % 3 > 0).float() if case.masked else None
+
+
 def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """y and the last states by explicit lists of pixels and `reference.scan`, in the dtype of the inputs."""
     groups, n, r = (case.g, -1), case.n, case.r
     u, coeffs, initial = x["u"], x["coeffs"], x["initial_state"]
     y, last = x["D"] * u, []
-    for k in range(case.k):
-        order = [i * case.w + j for i, j in pixel_order(k, case.h, case.w)]
+    unmasked = mask(case)
+    for k, order in enumerate(orders(case)):
         rows = coeffs[:, order, k * case.g : (k + 1) * case.g].transpose(1, 2)  # b g l r+2n
         low, B, C = rows.split([r, n, n], -1)
         if x["delta"] is None:
@@ -146,6 +177,8 @@ def oracle(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
             z = x["delta"][:, order, k].unflatten(2, groups).transpose(1, 2)
         z = z + x["dt_proj_bias"][k].unflatten(0, groups)[:, None]
         step = F.softplus(z) if case.softplus else z
+        if unmasked is not None:
+            step = step * unmasked[:, order][:, None, :, None]
         A = x["A"][k].unflatten(0, groups)  # g d/g n
         out, end = reference.scan(u[:, order].unflatten(2, groups).transpose(1, 2), step, A, B, C)
         if initial is not None:  # the scan is linear in its initial state
@@ -169,7 +202,16 @@ def oracle_gradients(
 
 
 def call_of(case: Case, inputs: dict[str, Tensor | None]) -> ScanCall:
-    return ScanCall(**inputs, x_proj_weight=None, height=case.h, width=case.w, softplus=case.softplus)
+    table, unmasked = torch.tensor(orders(case), dtype=torch.int32) if case.table else None, mask(case)
+    return ScanCall(
+        **inputs,
+        x_proj_weight=None,
+        height=case.h,
+        width=case.w,
+        softplus=case.softplus,
+        orders=None if table is None else between(table, 1 << 30),  # a position that is nowhere in memory
+        mask=None if unmasked is None else between_nan(unmasked),
+    )
 
 
 def run(
@@ -179,7 +221,7 @@ def run(
     call = call_of(case, inputs)
     y, last, saved = launcher.forward(call, True, plan=case.plan)
     back_plan = case.plan and case.plan._replace(pair=False)
-    found = launcher.backward(call, [saved], (grad_y, grad_last), [True] * 9, plan=back_plan)
+    found = launcher.backward(call, [saved], (grad_y, grad_last), WANTED, plan=back_plan)
     named = {f"d{k}": grad for k, grad in zip(ScanCall._fields, found, strict=False) if grad is not None}
     for name in INPUTS:
         like = inputs[name]
@@ -344,6 +386,7 @@ def test_plans() -> None:
     assert plan(1, 1, 1) == Plan(32, 16) and plan(1, 1, 1, back=True).block >= 16
     assert plan(64, 3136, 192, rule=launcher.FORWARD._replace(values=512)) == Plan(32, 3136, True)
     assert plan(8, 16384, 32, rule=launcher.FORWARD._replace(wanted=64)).chunk < plan(8, 16384, 32).chunk
+    assert not plan(128, 3136, 192, table=True).pair and not plan(8, 3136, 192, table=True).pair
     for b, l, d, n, k in [(1, 1, 1, 1, 1), (1, 17, 3, 17, 4), (2, 4096, 96, 16, 4), (1, 100000, 64, 16, 1)]:
         for back in (False, True):
             block, chunk, pair, *_ = plan(b, l, d, n, k, back=back)
