@@ -34,7 +34,7 @@ def scan_inputs(
 
 
 def scan_call(x: dict[str, Tensor], height: int, width: int) -> launchers.ScanCall:
-    """The call of such inputs, along four directions, under softplus."""
+    """The call of such inputs, under softplus, along the four directions or the ``orders`` among them."""
     absent = {"x_proj_weight": None, "delta": None, "initial_state": None}
     return launchers.ScanCall(**x, **absent, height=height, width=width, softplus=True)
 
@@ -51,7 +51,7 @@ def scan_backward(
     call = scan_call(x, height, width)
     b, (k, d, n) = len(x["u"]), x["A"].shape
     grads = (grad_y, x["A"].new_zeros(b, k, d, n))
-    found = launchers.scan.backward(call, [saved], grads, [True] * 9, plan=plan)
+    found = launchers.scan.backward(call, [saved], grads, [True] * 9 + [False] * 2, plan=plan)
     return {name: grad for name, grad in zip(call._fields, found, strict=False) if name in (*x, "initial_state")}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.gpu import sanitizer, suspects, sweep
+from benchmarks.gpu import sanitizer, suspects, sweep, walks
 from benchmarks.gpu.tasks import Setting, Task
 
 
@@ -13,5 +13,6 @@ def tasks(setting: Setting) -> Iterator[Task]:
     first, *checkers = sanitizer.tasks(setting)
     yield first
     yield from sweep.tasks(setting)
+    yield from walks.checks(setting)
     yield from suspects.tasks(setting)
     yield from checkers

@@ -48,7 +48,7 @@ def kernels_of(part: str, task: str, reason: str) -> tuple[str, ...]:
         return _of_fault(rest, reason)
     if kind in ("again", "graph", "compiled"):
         return kernels_of(part, rest, reason)
-    if kind in ("scan1d", "scan2d", "plans"):
+    if kind in ("scan1d", "scan2d", "plans", "walks"):
         return blamed(SCAN, wrong_results(reason))
     if kind in ("kan", "tf32"):
         return blamed(KAN, wrong_results(reason))

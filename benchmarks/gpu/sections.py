@@ -52,6 +52,13 @@ def speed_section(speed: Summary) -> Iterator[str]:
     yield "## Speed"
     if speed["cases"]:
         yield from (f"#{text}" if text.startswith("##") else text for text in measurements(rows_of(speed["cases"])))
+    if walks := speed.get("walks"):
+        yield "### Walks"
+        yield "Milliseconds of the scan along the four directions, by a table of them, in random orders, under a mask:"
+        names = list(next(iter(walks.values())))
+        yield table(
+            ["case", *names], [[f"`{c}`", *(three_digits(1e3 * x[n]) for n in names)] for c, x in walks.items()]
+        )
 
 
 def tune_section(tune: Summary) -> Iterator[str]:

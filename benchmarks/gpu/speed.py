@@ -11,6 +11,7 @@ import torch
 from benchmarks import limit, run
 from benchmarks.candidates import MODES, Candidate
 from benchmarks.cases import CASES, Case, block, cross, kan, model
+from benchmarks.gpu import walks
 from benchmarks.gpu.compare import tf32
 from benchmarks.gpu.tasks import Setting, Task
 from benchmarks.kan_layers import EFFICIENT, GEMM, TUNED
@@ -116,5 +117,6 @@ def tasks(setting: Setting) -> Iterator[Task]:
         if not setting.rehearsal:
             yield Task(f"warm/{case.name}/{dtype}", partial(warm, case, dtype), limit=240)
     yield Task("limits", limits, alone=True)
+    yield from walks.timings(setting)
     for case, dtype in cases(setting):
         yield Task(f"time/{case.name}/{dtype}", partial(measured, case, dtype), limit=300, alone=True)

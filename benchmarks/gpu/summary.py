@@ -127,10 +127,11 @@ def _check(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, A
 
 
 def _speed(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:
-    """A case for each task, with a row for each mode and candidate."""
+    """A case for each task, with a row for each mode and candidate; seconds of the scans along other walks."""
     rates = ends.get("limits", {}).get("rates")
     cases = [pack(end["rows"], rates or {}) for end in ends.values() if end.get("rows")]
-    return {"limits": rates, "cases": cases}
+    walks = {task.partition("/")[2]: end["walks"] for task, end in ends.items() if end.get("walks")}
+    return {"limits": rates, "cases": cases, "walks": walks}
 
 
 def _tune(ends: Mapping[str, Record], records: Sequence[Record]) -> dict[str, Any]:

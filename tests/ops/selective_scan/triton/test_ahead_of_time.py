@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,18 +39,24 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-# name: (d, n, r, k, dtype of u, y and their gradients); r = 0 is one direction with given steps
+# name: (d, n, r, k, dtype of u, y and their gradients), and what there is of orders and a mask; r = 0 is one direction
+# with given steps
 MODELS = {
     "n16 r1": (32, 16, 1, 4, "fp32"),
     "n16 r2": (64, 16, 2, 4, "fp32"),
     "n16 r8": (256, 16, 8, 4, "fp32"),
     "n16 r8 bf16": (256, 16, 8, 4, "bf16"),
+    "n16 r6 masked": (96, 16, 6, 4, "fp32", "mask"),
+    "n16 r6 table bf16": (96, 16, 6, 4, "bf16", "orders"),
+    "n16 r6 table masked": (96, 16, 6, 4, "fp32", "orders", "mask"),
+    "n1 r0 table": (192, 1, 0, 1, "fp32", "orders"),
     "n1 r0": (192, 1, 0, 1, "fp32"),
     "n1 r0 bf16": (192, 1, 0, 1, "bf16"),
     "n4 r2": (64, 4, 2, 4, "fp32"),
     "n17 r3": (96, 17, 3, 4, "fp32"),
 }
-SOME_MODELS = ("n16 r1", "n16 r8", "n1 r0", "n17 r3")  # the other models differ little outside the scans
+# The other models differ little outside the scans.
+SOME_MODELS = ("n16 r1", "n16 r8", "n16 r6 table masked", "n1 r0", "n17 r3")
 EVEN_SIZES = ("channels", "group", "values", "chunk")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KERNELS = {
@@ -79,11 +85,12 @@ class Recorder:
         return lambda *arguments, **constants: self.found.append(Variant(self.kernel, arguments, constants))
 
 
-def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
+def launches(d: int, n: int, r: int, k: int, dtype: str, *given: str) -> list[Variant]:
     """What a forward and a backward pass launch for two chunks of an image, under the plans for a batch of 8."""
     found: list[Variant] = []
-    sizes = launcher.Sizes(8, 1024, d, k, 1, n)
-    plans = (launcher.choose_plan(sizes, 132, back=back)._replace(chunk=32) for back in (False, True))
+    sizes, table = launcher.Sizes(8, 1024, d, k, 1, n), "orders" in given
+    choose = partial(launcher.choose_plan, sizes, 132, table=table)
+    plans = (choose(back=back)._replace(chunk=32) for back in (False, True))
     call = ScanCall(
         u=torch.zeros(1, 64, d, dtype=TYPES[dtype]),
         coeffs=torch.zeros(1, 64, k, r + 2 * n),
@@ -94,16 +101,18 @@ def launches(d: int, n: int, r: int, k: int, dtype: str) -> list[Variant]:
         A=torch.ones(k, d, n),
         D=torch.zeros(d),
         initial_state=None,
-        height=8,
-        width=8,
+        height=1 if table else 8,
+        width=64 if table else 8,
         softplus=True,
+        orders=torch.zeros(k, 64, dtype=torch.int32) if table else None,
+        mask=torch.ones(1, 64) if "mask" in given else None,
     )
     with pytest.MonkeyPatch.context() as patch:
         for module, names in KERNELS.items():
             for name in names:
                 patch.setattr(module, name, Recorder(getattr(module, name), found))
         y, last, saved = launcher.forward(call, True, plan=next(plans))
-        launcher.backward(call, [saved], [y, last], [True] * 9, plan=next(plans))
+        launcher.backward(call, [saved], [y, last], [True] * 9 + [False] * 2, plan=next(plans))
     return found
 
 
