@@ -59,7 +59,6 @@ def step_sizes(
     k, g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
     r = tl.arange(0, RP)
     low = load_low(coeffs + (k * GROUPS + g) * ROW, rows, inside, r, R, DIRECTIONS * GROUPS * ROW)
-    unmasked = load_masks(mask, rows, inside)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
@@ -71,7 +70,7 @@ def step_sizes(
         there = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
         z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, there, R, DIRECTIONS)
-        dt, _ = step_size(z, unmasked, SOFTPLUS)
+        dt, _ = step_size(z, load_masks(mask, rows, inside), SOFTPLUS)
         tl.store(steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :], dt, mask=there)
 
 
@@ -100,7 +99,6 @@ def step_gradients(
     r = tl.arange(0, RP)
     first = (k * GROUPS + g) * ROW
     low = load_low(coeffs + first, rows, inside, r, R, PITCH)
-    unmasked = load_masks(mask, rows, inside)
     weight += k * R * channels
     bias += k * channels
     delta += k * channels
@@ -115,7 +113,7 @@ def step_gradients(
         there = inside[:, None] & keep[None, :]
         w = load_weight(weight, r, d, keep, channels, R)
         z = raw_steps(low, w, delta, rows, d, tl.load(bias + d, mask=keep, other=0.0), channels, there, R, DIRECTIONS)
-        _, slope = step_size(z, unmasked, SOFTPLUS)
+        _, slope = step_size(z, load_masks(mask, rows, inside), SOFTPLUS)
         at = grad_steps + rows[:, None] * (DIRECTIONS * channels) + d[None, :]
         grad_z = tl.load(at, mask=there, other=0.0) * slope
         tl.store(grad_bias + d, tl.sum(grad_z, 0), mask=keep)
