@@ -98,8 +98,8 @@ def forward(
     call: ScanCall, save: bool, *, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # y: b l d, last: b k d n, saved states
     """Run all directions and add them up in image order."""
-    call = ScanCall(*contiguous(call))
-    u, s = call.u, _sizes(call)
+    s, call = _sizes(call), ScanCall(*contiguous(call))
+    u = call.u
     y = _empty(u, s.b, s.l, s.d, dtype=u.dtype)
     last = _empty(u, s.b, s.k, s.n, s.d)
     saved = _empty(u, math.prod(saved_shape(*s[:-1])) if save else 0)
