@@ -217,8 +217,8 @@ def hilbert(h: int, w: int) -> Walks:
 def volume(d: int, h: int, w: int) -> Walks:
     """Visit a volume along three orders of its axes and along these from behind.
 
-    From the slowest axis to the fastest the orders are ``d h w``, ``h w d`` and ``w d h``, so that each axis is once the
-    fastest.
+    From the slowest axis to the fastest the orders are ``d h w``, ``h w d`` and ``w d h``, so that each axis is the
+    fastest once.
 
     Args:
         d: depth of the volume.

@@ -1,7 +1,7 @@
 """A Hilbert curve through a rectangle of any size, whose steps go to neighbours.
 
-A box is a number of steps along and across. Its curve begins at (0, 0) and ends at the other end of the side along. It
-consists of two or three curves of smaller boxes, turned and moved. Boxes of one size have one curve, which is made once.
+A box has a side along and a side across. Its curve begins at (0, 0) and ends at the other end of the side along. It
+consists of two or three curves of smaller boxes, turned and moved. Boxes of one size share a curve.
 """
 
 from functools import cache
@@ -23,13 +23,13 @@ def hilbert_curve(h: int, w: int) -> NDArray[np.int64]:  # l
             return np.stack([line, 0 * line] if n == 1 else [0 * line, line])
         if 2 * m > 3 * n:  # two halves
             half = _even_half(m)
-            return np.hstack([curve(half, n), curve(m - half, n) + [[half], [0]]])
+            return np.hstack([curve(half, n), np.add(curve(m - half, n), [[half], [0]])])
         half, up = m // 2, _even_half(n)  # across, along, and back across
         return np.hstack(
             [
                 curve(up, half)[::-1],
-                curve(m, n - up) + [[0], [up]],
-                [[m - 1], [up - 1]] - curve(up, m - half)[::-1],
+                np.add(curve(m, n - up), [[0], [up]]),
+                np.subtract([[m - 1], [up - 1]], curve(up, m - half)[::-1]),
             ]
         )
 

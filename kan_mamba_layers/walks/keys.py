@@ -20,7 +20,7 @@ DIRECTIONS |= {"volume": 6}
 
 
 def keys_of(name: str, grid: Sequence[int], parameters: Sequence[int], position: Array) -> list[Array]:
-    """The keys of the directions that are not reversed, for positions counted from 0 with the last dimension fastest."""
+    """The keys of the directions that are not reversed; positions count with the last dimension of the grid fastest."""
     if name == "bidirectional":
         return [position]
     if name == "volume":
@@ -28,7 +28,9 @@ def keys_of(name: str, grid: Sequence[int], parameters: Sequence[int], position:
         a, i, j = position // (h * w), position // w % h, position % w
         return [position, (i * w + j) * d + a, (j * d + a) * h + i]
     if name == "hilbert":
-        raise ValueError("a Hilbert curve has no keys; use sizes that are numbers, not symbols, or another walk")
+        raise ValueError(
+            "walks.hilbert has no arithmetic for an ONNX file of any size; export with fixed sizes, or take another walk"
+        )
     h, w = grid
     i, j = position // w, position % w
     if name == "diagonal":
