@@ -19,20 +19,16 @@ DIRECTIONS = {"bidirectional": 2, "cross": 4, "snake": 4, "diagonal": 4, "window
 DIRECTIONS |= {"volume": 6}
 
 
-def keys_of(name: str, grid: Sequence[int], parameters: Sequence[int], position: Array) -> list[Array]:
-    """The keys of the directions that are not reversed; positions count with the last dimension of the grid fastest."""
+def keys_of(name: str, grid: Sequence[int], parameters: Sequence[int], coordinates: Sequence[Array]) -> list[Array]:
+    """The keys of the directions that are not reversed, from the coordinates of all positions along each dimension."""
     if name == "bidirectional":
-        return [position]
+        return list(coordinates)
     if name == "volume":
-        d, h, w = grid
-        a, i, j = position // (h * w), position // w % h, position % w
-        return [position, (i * w + j) * d + a, (j * d + a) * h + i]
+        (d, h, w), (a, i, j) = grid, coordinates
+        return [(a * h + i) * w + j, (i * w + j) * d + a, (j * d + a) * h + i]
     if name == "hilbert":
-        raise ValueError(
-            "walks.hilbert has no arithmetic for an ONNX file of any size; export with fixed sizes, or take another walk"
-        )
-    h, w = grid
-    i, j = position // w, position % w
+        raise ValueError("walks.hilbert has no arithmetic for sizes that vary; use fixed sizes, or take another walk")
+    (h, w), (i, j) = grid, coordinates
     if name == "diagonal":
         return [_diagonals(i, j, h, w), _diagonals(i, w - 1 - j, h, w)]
     along_rows: Callable[..., Array] = {"cross": _rows, "snake": _snake, "windows": _windows, "strided": _strided}[name]
@@ -47,7 +43,8 @@ def table_of(name: str, grid: Sequence[int], parameters: Sequence[int]) -> NDArr
     if name == "hilbert":
         forwards = [hilbert_curve(*grid), _transposed(hilbert_curve(*grid[::-1]), *grid)]
     else:
-        forwards = [key.argsort() for key in keys_of(name, grid, parameters, np.arange(length))]
+        coordinates = np.indices(grid).reshape(len(grid), -1)
+        forwards = [key.argsort() for key in keys_of(name, grid, parameters, coordinates)]
     return np.stack([*forwards, *(order[::-1] for order in forwards)]).astype(np.int32)
 
 

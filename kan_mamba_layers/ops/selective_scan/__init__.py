@@ -276,10 +276,7 @@ def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b l d
         delta = delta * _along_directions(call.mask[:, :, None, None].expand(-1, -1, directions, -1), call)
     sequences = _along_directions(u[:, :, None].expand(-1, -1, directions, -1), call)  # b k l d
     y, _ = scan(sequences, delta, call.A, B, C, None)  # b k l d
-    if call.orders is None:
-        y = sum_directions(y, call.height, call.width).flatten(1, 2)
-    else:
-        y = sum_walks(y, call.orders)
+    y = sum_directions(y, call.height, call.width).flatten(1, 2) if call.orders is None else sum_walks(y, call.orders)
     return y + call.D * u
 
 

@@ -35,7 +35,10 @@ def orders_on(walks: Walks, device: torch.device) -> Tensor:  # k l
 def _copied(walks: Walks, part: Part, device: torch.device) -> Tensor:  # k l
     if part.table is None:
         return torch.ops.kan_mamba_layers.walk_orders(part.name, walks.grid, part.parameters, device)
-    return part.table.orders.to(device)
+    table = part.table.orders
+    if not torch.compiler.is_dynamo_compiling():  # dynamo sees it as an input, others as a constant of the graph
+        table = torch.ops.aten.lift_fresh_copy(table)
+    return table.to(device)
 
 
 def _make(name: str, grid: Sequence[int], parameters: Sequence[int], device: torch.device) -> Tensor:
@@ -52,11 +55,18 @@ torch.library.register_fake("kan_mamba_layers::walk_orders", _shape, lib=_LIBRAR
 
 def _for_onnx(walks: Walks, device: torch.device) -> Tensor:  # k l
     """A constant, or the sorted keys where sizes vary: ONNX has no operator of ours."""
-    if all(type(size) is int for size in walks.grid):
-        return walks.on(device)
-    position = torch.arange(prod(walks.grid), device=device)
+    return walks.on(device) if all(type(size) is int for size in walks.grid) else by_keys(walks, device)
+
+
+def by_keys(walks: Walks, device: torch.device) -> Tensor:  # k l
+    """The same table in PyTorch's operators, for sizes that are not known."""
+    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in walks.grid), indexing="ij")
+    coordinates = [axis.flatten() for axis in axes]  # l, l
     directions = []
     for part in walks.parts:
-        forwards = [key.argsort() for key in keys_of(part.name, walks.grid, part.parameters, position)]
+        if part.table is not None:
+            directions += part.table.orders.to(device).unbind(0)
+            continue
+        forwards = [key.argsort() for key in keys_of(part.name, walks.grid, part.parameters, coordinates)]
         directions += [*forwards, *(order.flip(0) for order in forwards)]
     return torch.stack(directions)
