@@ -31,7 +31,7 @@ def keys_of(name: str, grid: Sequence[int], parameters: Sequence[int], coordinat
     (h, w), (i, j) = grid, coordinates
     if name == "diagonal":
         return [_diagonals(i, j, h, w), _diagonals(i, w - 1 - j, h, w)]
-    along_rows: Callable[..., Array] = {"cross": _rows, "snake": _snake, "windows": _windows, "strided": _strided}[name]
+    along_rows = _ALONG_ROWS[name]
     return [along_rows(i, j, h, w, *parameters), along_rows(j, i, w, h, *parameters[::-1])]
 
 
@@ -43,7 +43,7 @@ def table_of(name: str, grid: Sequence[int], parameters: Sequence[int]) -> NDArr
     if name == "hilbert":
         forwards = [hilbert_curve(*grid), _transposed(hilbert_curve(*grid[::-1]), *grid)]
     else:
-        coordinates = np.indices(grid).reshape(len(grid), -1)
+        coordinates = list(np.indices(grid).reshape(len(grid), -1))
         forwards = [key.argsort() for key in keys_of(name, grid, parameters, coordinates)]
     return np.stack([*forwards, *(order[::-1] for order in forwards)]).astype(np.int32)
 
@@ -72,3 +72,11 @@ def _windows(i: Array, j: Array, h: int, w: int, p: int, q: int) -> Array:
 
 def _strided(i: Array, j: Array, h: int, w: int, step: int) -> Array:
     return (i % step * step + j % step) * (h * w) + i * w + j
+
+
+_ALONG_ROWS: dict[str, Callable[..., Array]] = {
+    "cross": _rows,
+    "snake": _snake,
+    "windows": _windows,
+    "strided": _strided,
+}

@@ -171,6 +171,8 @@ def whole(name: str, value: Any) -> int:
     """A positive integer, or one of a compiler's symbols for it."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        value = int(value)  # a trace has one table
     check_int(name, value, 1)
     return value if torch.compiler.is_compiling() else int(value)  # int() would ask a compiler for the number
 

@@ -62,7 +62,7 @@ def by_keys(walks: Walks, device: torch.device) -> Tensor:  # k l
     """The same table in PyTorch's operators, for sizes that are not known."""
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in walks.grid), indexing="ij")
     coordinates = [axis.flatten() for axis in axes]  # l, l
-    directions = []
+    directions: list[Tensor] = []
     for part in walks.parts:
         if part.table is not None:
             directions += part.table.orders.to(device).unbind(0)

@@ -265,7 +265,8 @@ class TestCompilers:
         from torch._dynamo.testing import CompileCounterWithBackend
 
         torch._dynamo.reset()
-        counter, module = CompileCounterWithBackend("aot_eager"), Walking(joined, masked=True)
+        counter = CompileCounterWithBackend("aot_eager")
+        module = Walking(lambda h, w: walks.windows(h, w, (2, 3)), masked=True)
         compiled = torch.compile(module, fullgraph=True, backend=counter)
         for b, h, w in [(2, 5, 8), (3, 9, 7)]:
             x = torch.randn(b, h, w, 3, requires_grad=True)
@@ -316,13 +317,15 @@ class TestCompilers:
             assert on(of, None, "cpu")(**fakes).shape == inputs["x"].shape
         assert on(of, None, "cpu")(**inputs).isfinite().all()
 
-    def test_a_trace_has_the_table(self) -> None:
-        module = Walking(walks.snake).eval()
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("module", [Walking(walks.hilbert), Fixed()])
+    def test_a_trace_serves_images_of_its_size(self, module: nn.Module) -> None:
         x = torch.randn(2, 5, 8, 3)
-        traced = torch.jit.trace(Fixed().eval(), x)
-        assert_close("out", traced(x), traced(x), 1e-6)
-        with pytest.raises(TypeError, match="h must be an integer"):
-            torch.jit.trace(module, x)
+        traced = torch.jit.trace(module, torch.randn_like(x))
+        assert_close("out", traced(x), module(x), 1e-6)
+        for h, w in [(8, 5), (10, 4), (5, 9), (1, 1)]:
+            with pytest.raises(RuntimeError, match="size"):
+                traced(torch.randn(2, h, w, 3))
 
     @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
     def test_opcheck(self) -> None:
