@@ -93,14 +93,18 @@ class Walks:
 
     def on(self, device: torch.device) -> Tensor:  # k l
         """The table on a device, int32: one tensor for all calls, not to be written to."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return self._made_on(device)  # so that a second trace, which checks the first, makes it too
         table = self._tables.get(device)
         if table is None:
-            with torch.inference_mode(False):  # or a later call could not save it for its gradient
-                table = torch.from_numpy(self._table()).to(device)
+            table = self._tables[device] = self._made_on(device)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # other streams will read it too
-            self._tables[device] = table
         return table
+
+    def _made_on(self, device: torch.device) -> Tensor:  # k l
+        with torch.inference_mode(False):  # or a later call could not save it for its gradient
+            return torch.from_numpy(self._table()).to(device)
 
     def _table(self) -> NDArray[np.int32]:  # k l
         grid = self._grid
