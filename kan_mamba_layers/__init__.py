@@ -1,5 +1,6 @@
 """KAN, selective-scan and attention layers for PyTorch, and the segmentation models built from them."""
 
+from kan_mamba_layers import walks
 from kan_mamba_layers.explain import effective_receptive_field, scan_attention
 from kan_mamba_layers.export import export_onnx
 from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
@@ -39,4 +40,5 @@ __all__ = [
     "resolve",
     "scan_attention",
     "selective_scan",
+    "walks",
 ]

@@ -36,6 +36,15 @@ def check_shape(name: str, x: Any, shape: Sequence[int | str], letters: str) -> 
         raise ValueError(f"{name} must have shape ({letters}) = ({wanted}), got {tuple(sizes)}; reshape or slice it")
 
 
+def check_mask(name: str, mask: Any, shape: Sequence[int], letters: str) -> None:
+    """``mask`` is a boolean tensor of the given shape."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean tensor, got {kind}; pass True where x counts, e.g. {name}.bool()")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape ({letters}) = {tuple(shape)}, got {tuple(mask.shape)}; reshape it")
+
+
 def check_int(name: str, value: Any, minimum: int) -> None:
     """``value`` is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -14,7 +14,8 @@ from kan_mamba_layers._check import check_int, check_pixels, check_shape
 from kan_mamba_layers.layers import SS2D, Mamba
 from kan_mamba_layers.ops import cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
-from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions
+from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
+from kan_mamba_layers.walks import Walks, cross
 
 _MOST_VALUES = 2**27
 
@@ -205,13 +206,14 @@ def _image_scans(
     dt_proj_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    walks: Walks | None,
+    mask: None,
     backend: str,
 ) -> list[_Scan]:
-    """The directions of a call of :func:`cross_selective_scan`, each pixel where it is in the image."""
+    """The directions of a call of :func:`cross_selective_scan` without a mask, each pixel where it is in the image."""
     dtype, (_, height, width, channels) = compute_dtype(x), x.shape
     rank, states = dt_proj_weight.shape[2], A_log.shape[1]
-    pixels = torch.arange(height * width, device=x.device).view(1, height, width, 1, 1)
-    orders = flatten_directions(pixels.expand(-1, -1, -1, NUM_DIRECTIONS, -1))[0, :, :, 0]  # k l
+    orders = (cross(height, width) if walks is None else walks).orders.to(x.device)  # k l
     u = x.to(dtype).flatten(1, 2).mT  # b d l
     A, skip = -torch.exp(A_log.to(dtype)).view(-1, channels, states), D.to(dtype).view(-1, channels)  # k d n, k d
     scans = []

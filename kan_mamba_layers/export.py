@@ -39,7 +39,8 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a model to an ONNX file that takes any batch and any image size.
 
-    Every scan becomes three ``Scan`` nodes, every spline plain arithmetic: the file needs no operators but those of
+    Every scan becomes three ``Scan`` nodes, every spline plain arithmetic, every set of walks a table, or arithmetic
+    where sizes vary (``walks.hilbert`` has none and needs fixed sizes): the file needs no operators but those of
     ONNX, whichever backend the model has. Before it is written, onnxruntime runs the graph at the size of the example,
     with a batch of one, at a larger and at a smaller size, and the results must be those of PyTorch.
 
@@ -84,9 +85,7 @@ def export_onnx(
     runtime = _onnxruntime()
     with torch.no_grad():
         model(*inputs)  # an input that does not fit is refused here, in the model's own words
-        program: Any = torch.onnx.export(
-            model, inputs, dynamo=True, dynamic_shapes=names, opset_version=opset, verbose=False, external_data=False
-        )
+        program = _program(model, inputs, names, opset)
         graph = program.model_proto.SerializeToString()
         session = runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         error, shapes = 0.0, []
@@ -109,6 +108,20 @@ def export_onnx(
     path = Path(path)
     path.write_bytes(graph)
     return OnnxReport(path, opset, len(program.model_proto.graph.node), error, tuple(shapes))
+
+
+def _program(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...], opset: int) -> Any:
+    try:
+        return torch.onnx.export(
+            model, inputs, dynamo=True, dynamic_shapes=names, opset_version=opset, verbose=False, external_data=False
+        )
+    except Exception as error:
+        if "kan_mamba_layers.walk_orders" not in str(error):
+            raise
+        raise ValueError(
+            "model scans along walks.hilbert, which has no arithmetic for an ONNX file of any size; leave height and "
+            "width out of sizes, or take another walk"
+        ) from error
 
 
 def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: examples -> public names; models -> layers -> ops -> _check."""
+"""Who may import whom, read from the source: examples -> public names; models -> layers -> ops -> walks -> _check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kan_mamba_layers"
-STOREYS = ("_check", "ops", "layers", "models")  # each may use itself and what stands before it
+STOREYS = ("_check", "walks", "ops", "layers", "models")  # each may use itself and what stands before it
 BACKENDS = ("reference", "chunked", "cpu", "triton")  # files or folders of an op
 CORE = {"torch", "numpy", "einops"}
 # Modules that are imported when a backend is first used, and what they may import besides.

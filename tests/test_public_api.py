@@ -34,6 +34,9 @@ def surface() -> list[str]:
     lines = []
     for name in sorted(set(kan_mamba_layers.__all__)):
         value = getattr(kan_mamba_layers, name)
+        if inspect.ismodule(value):
+            lines += [f"{name}.{inner}({arguments(getattr(value, inner))})" for inner in sorted(value.__all__)]
+            continue
         if not callable(value):
             lines.append(name)
             continue
@@ -55,6 +58,7 @@ def test_names_of_the_contract() -> None:
     assert set(kan_mamba_layers.__all__) - {"__version__"} == {
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
         *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "EMA", "param_groups"),
+        "walks",
         *("KMUNet", "KMUNetPP", "create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
         *("effective_receptive_field", "scan_attention"),
     }

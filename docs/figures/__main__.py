@@ -8,12 +8,14 @@ import directions
 import learned
 import sight
 import speed
+import walks
 from palette import use_style
 
 FIGURES = {
     "km_unet": architecture.km_unet,
     "km_unet_pp": architecture.km_unet_pp,
     "directions": directions.directions,
+    "walks": walks.walks,
     "edges": learned.edges,
     "receptive_fields": sight.receptive_fields,
     "scan_attention": sight.attention,

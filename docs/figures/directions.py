@@ -1,6 +1,7 @@
 """The four directions in which SS2D reads an image, from the library's own function."""
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import DIRECTIONS, INK
 
@@ -24,12 +25,17 @@ def directions() -> Figure:
             axes.plot(x[k : k + 2], y[k : k + 2], color=colour, solid_capstyle="round", **style)
         axes.plot(x[0], y[0], "o", color=colour, markersize=8)
         axes.annotate("", (x[-1], y[-1]), (x[-2], y[-2]), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.2})
-        axes.set_xticks([k - 0.5 for k in range(WIDTH + 1)], [])
-        axes.set_yticks([k - 0.5 for k in range(HEIGHT + 1)], [])
-        axes.set(xlim=(-0.5, WIDTH - 0.5), ylim=(HEIGHT - 0.5, -0.5), aspect="equal")
-        axes.grid(color=GRID, lw=1.2)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        frame(axes, HEIGHT, WIDTH)
         axes.set_title(title, color=INK, fontsize=10)
     return figure
+
+
+def frame(axes: Axes, height: int, width: int) -> None:
+    """Pixels as squares, the first row on top."""
+    axes.set_xticks([k - 0.5 for k in range(width + 1)], [])
+    axes.set_yticks([k - 0.5 for k in range(height + 1)], [])
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+    axes.grid(color=GRID, lw=1.2)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_choice, check_int, check_number, check_shape
+from kan_mamba_layers._check import check_choice, check_int, check_mask, check_number, check_shape
 from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import selective_scan
@@ -300,9 +300,5 @@ class Mamba(Layer):
 
 def _hidden(x: Tensor, mask: Tensor) -> Tensor:  # b l
     """Where ``mask`` leaves a position out."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor, got {kind}; pass True where x counts, e.g. mask.bool()")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must have shape (b, l) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    check_mask("mask", mask, x.shape[:2], "b, l")
     return ~mask

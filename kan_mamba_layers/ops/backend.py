@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kan_mamba_layers._check import check_choice, check_tensor
+from kan_mamba_layers._check import check_choice, check_mask, check_tensor
 from kan_mamba_layers.ops import limits
 
 Backend = Literal["auto", "reference", "chunked", "cpu", "triton"]
@@ -23,7 +23,7 @@ _PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_l
 # Tensors of each op besides its first argument.
 _TENSORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
-    "cross_selective_scan": ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"),
+    "cross_selective_scan": ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D", "mask"),
     "kan_linear": ("base_weight", "spline_weight", "spline_scaler", "grid", "bias"),
 }
 # Those whose shapes hold the number of channels, states, features and outputs, and the rank.
@@ -88,7 +88,7 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     """
     check_backend(op, backend)
     check_tensor("x", x)
-    _check_arguments(op, arguments)
+    _check_arguments(op, x, arguments)
     return select(op, backend, x, **arguments)
 
 
@@ -117,11 +117,13 @@ def check_backend(op: str, backend: str) -> None:
         raise ValueError(f"backend={backend!r} cannot run {op}; choose one of {', '.join(map(repr, available))}")
 
 
-def _check_arguments(op: str, arguments: dict[str, Tensor | None]) -> None:
+def _check_arguments(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> None:
     for name, value in arguments.items():
         if name not in _TENSORS[op]:
             raise TypeError(f"{op} has no tensor argument {name!r} besides its first; it has {', '.join(_TENSORS[op])}")
-        if value is not None:
+        if name == "mask" and value is not None:
+            check_mask(name, value, x.shape[:-1], "b, *grid")
+        elif value is not None:
             check_tensor(name, value)
 
 

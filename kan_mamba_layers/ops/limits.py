@@ -3,6 +3,8 @@
 Every function returns the reason, or an empty string if it finds none. It judges by the arguments that it is given.
 """
 
+from math import prod
+
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
@@ -44,7 +46,7 @@ def against_selective_scan(
 
 def against_cross_selective_scan(
     backend: str,
-    x: Tensor,  # b h w d
+    x: Tensor,  # b *grid d
     dt_proj_weight: Tensor | None = None,  # k d r
     A_log: Tensor | None = None,  # k*d n
     **others: Tensor | None,
@@ -52,16 +54,17 @@ def against_cross_selective_scan(
     """Why ``backend`` cannot run this call of ``cross_selective_scan``."""
     if backend != "triton" or A_log is None:
         return ""
-    check_shape("A_log", A_log, ("any", "any"), "4*d, n")
+    check_shape("A_log", A_log, ("any", "any"), "k*d, n")
     states = A_log.shape[1]
     if dt_proj_weight is None:
         return against_states("A_log", states)
-    check_shape("dt_proj_weight", dt_proj_weight, ("any", "any", "any"), "4, d, r")
-    check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
-    _, height, width, channels = x.shape
+    check_shape("dt_proj_weight", dt_proj_weight, ("any", "any", "any"), "k, d, r")
+    if x.ndim < 3:
+        raise ValueError(f"x must have shape (b, *grid, d), got {tuple(x.shape)}; give it positions and channels")
+    _, *grid, channels = x.shape
     directions, _, rank = dt_proj_weight.shape
     values = directions * max(channels, rank + 2 * states)
-    return against_states("A_log", states) or against_addresses("x", height * width, channels, values)
+    return against_states("A_log", states) or against_addresses("x", prod(grid), channels, values)
 
 
 def against_kan_linear(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "figures"
 NAMES = (
     *("directions", "edges", "km_unet", "km_unet_pp", "memory"),
-    *("receptive_fields", "scan_attention", "speed_kan", "speed_scans"),
+    *("receptive_fields", "scan_attention", "speed_kan", "speed_scans", "walks"),
 )
 
 
@@ -104,6 +104,17 @@ def test_half_of_a_field(figures: dict[str, ModuleType]) -> None:
     field = np.zeros((20, 20))
     field[6:15, 6:15] = 1
     assert figures["sight"].half_side(field) == 7  # 25 < 81 / 2 <= 49
+
+
+def test_walks(figures: dict[str, ModuleType]) -> None:
+    """Each path has 63 steps and jumps, between all 64 pixels."""
+    module = figures["walks"]
+    panels = module.walks().axes
+    assert len(panels) == 2 * len(module.KINDS)
+    for axes in panels:
+        steps, jumps, _ = (line.get_xydata().tolist() for line in axes.lines)
+        assert len(steps) // 3 + len(jumps) // 3 == 63
+        assert len({tuple(pixel) for pixel in steps + jumps if pixel[0] == pixel[0]}) == 64
 
 
 @pytest.mark.parametrize(("name", "record"), [("scans", "cpu"), ("layers", "cpu-kan")])

@@ -273,7 +273,7 @@ class TestArguments:
         [
             ("selective_scan", "u", torch.zeros(2, 4)),
             ("selective_scan", "A", torch.zeros(4)),
-            ("cross_selective_scan", "x", torch.zeros(3, 2, 4)),
+            ("cross_selective_scan", "x", torch.zeros(3, 4)),
             ("cross_selective_scan", "dt_proj_weight", torch.zeros(4, 4)),
             ("cross_selective_scan", "A_log", torch.zeros(16)),
             ("kan_linear", "spline_weight", torch.zeros(4, 3)),

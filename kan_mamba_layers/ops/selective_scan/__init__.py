@@ -1,4 +1,4 @@
-"""The selective scan in one dimension and its fused form for images in four directions.
+"""The selective scan in one dimension and its fused form along several walks through a grid.
 
 For every channel ``d`` and state ``n`` the scan is the linear recurrence
 
@@ -6,25 +6,34 @@ For every channel ``d`` and state ``n`` the scan is the linear recurrence
     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
 
 with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it in plain PyTorch, for ``k`` groups of
-``d`` channels that share ``B`` and ``C``: Mamba's groups in ``selective_scan``, the four directions in
+``d`` channels that share ``B`` and ``C``: Mamba's groups in ``selective_scan``, the directions in
 ``cross_selective_scan``. The backends ``cpu`` and ``triton`` fuse more: they take a :class:`.call.ScanCall`.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers._check import check_pixels, check_shape
+from kan_mamba_layers._check import check_mask, check_pixels, check_shape, check_tensor
 from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, looped, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
-from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS, flatten_directions, sum_directions
+from kan_mamba_layers.ops.selective_scan.directions import (
+    NUM_DIRECTIONS,
+    flatten_directions,
+    flatten_walks,
+    sum_directions,
+    sum_walks,
+)
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
+from kan_mamba_layers.ops.selective_scan.orders import orders_on
 from kan_mamba_layers.ops.subclasses import accepts_subclasses
+from kan_mamba_layers.walks import Walks
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
@@ -168,39 +177,47 @@ def _for_fused(x: Tensor, backend: str) -> Tensor:
 
 @accepts_subclasses()
 def cross_selective_scan(
-    x: Tensor,  # b h w d
+    x: Tensor,  # b *grid d
     x_proj_weight: Tensor,  # k r+2n d
     dt_proj_weight: Tensor,  # k d r
     dt_proj_bias: Tensor,  # k d
     A_log: Tensor,  # k*d n
     D: Tensor,  # k*d
     *,
+    walks: Walks | None = None,
+    mask: Tensor | None = None,  # b *grid
     backend: Backend = "auto",
-) -> Tensor:  # b h w d
-    r"""Scan an image selectively along four directions and sum the results in image order.
+) -> Tensor:  # b *grid d
+    r"""Scan a grid of positions selectively along several walks, and sum the results in the order of the grid.
 
-    For each direction ``k`` (rows, columns, rows reversed, columns reversed) the pixels form a sequence of length
-    ``l = h w`` on which, with ``A = -exp(A_log)``,
+    Let :math:`\pi_k(t)` be the position that direction ``k`` visits at time ``t``. Without ``walks`` the grid is an
+    image, and the directions are its rows, its columns, and both reversed. With :math:`x_t` at :math:`\pi_k(t)`,
+    :math:`A = -\exp(A_\mathrm{log})` and :math:`m_t` from the mask (1 without one), direction ``k`` computes
 
     .. math::
         (\delta^\mathrm{low}_t, B_t, C_t) &= W^k_x x_t, \qquad
-        \delta_t = \mathrm{softplus}(W^k_\delta \delta^\mathrm{low}_t + b^k_\delta) \\
-        h_t &= \exp(\delta_t A^k)\, h_{t-1} + \delta_t B_t x_t, \qquad y_t = C_t^\top h_t + D^k x_t .
+        \delta_t = m_t\, \mathrm{softplus}(W^k_\delta \delta^\mathrm{low}_t + b^k_\delta) \\
+        h_t &= \exp(\delta_t A^k)\, h_{t-1} + \delta_t B_t x_t, \qquad
+        y_t = m_t \big(C_t^\top h_t + D^k x_t\big) .
 
     Args:
-        x: channels-last image, shape ``(b, h, w, d)``, ``h, w >= 1``.
-        x_proj_weight: ``W_x``, shape ``(4, r + 2n, d)``; rows are ``delta`` (r), ``B`` (n), ``C`` (n).
-        dt_proj_weight: ``W_delta``, shape ``(4, d, r)``.
-        dt_proj_bias: ``b_delta``, shape ``(4, d)``.
-        A_log: logarithm of ``-A``, shape ``(4 d, n)``, direction after direction.
-        D: skip connection, shape ``(4 d,)``.
+        x: channels-last image, shape ``(b, h, w, d)``, ``h, w >= 1``; with ``walks``, ``(b, *walks.grid, d)``.
+        x_proj_weight: ``W_x``, shape ``(k, r + 2n, d)``; rows are ``delta`` (r), ``B`` (n), ``C`` (n).
+        dt_proj_weight: ``W_delta``, shape ``(k, d, r)``.
+        dt_proj_bias: ``b_delta``, shape ``(k, d)``.
+        A_log: logarithm of ``-A``, shape ``(k d, n)``, direction after direction.
+        D: skip connection, shape ``(k d,)``.
+        walks: the ``k`` directions, from :mod:`kan_mamba_layers.walks`; by default the four of an image, as from
+            ``walks.cross(h, w)``.
+        mask: the positions that count, bool, shape ``(b, *grid)``. Others leave the state as it is, add nothing to any
+            gradient whatever ``x`` is there, NaN included, and have the output 0. All count by default.
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"chunked"`` or ``"reference"``; see :func:`resolve`.
 
     Returns:
-        An image of shape ``(b, h, w, d)`` in ``x``'s dtype.
+        A tensor of ``x``'s shape and dtype.
 
     Raises:
-        TypeError: an argument is not a real floating-point tensor.
+        TypeError: an argument is not a real floating-point tensor, ``mask`` not a bool tensor or ``walks`` no walks.
         ValueError: a shape does not fit, or the backend cannot run the call.
 
     Numerics:
@@ -208,74 +225,114 @@ def cross_selective_scan(
 
     Example:
         >>> import torch
+        >>> from kan_mamba_layers import walks
         >>> x = torch.randn(1, 5, 7, 8)
-        >>> y = cross_selective_scan(x, torch.randn(4, 1 + 2 * 4, 8), torch.randn(4, 8, 1), torch.zeros(4, 8),
-        ...                          torch.zeros(32, 4), torch.ones(32))
-        >>> y.shape
+        >>> weights = (torch.randn(4, 1 + 2 * 4, 8), torch.randn(4, 8, 1), torch.zeros(4, 8), torch.zeros(32, 4),
+        ...            torch.ones(32))
+        >>> cross_selective_scan(x, *weights).shape
+        torch.Size([1, 5, 7, 8])
+        >>> cross_selective_scan(x, *weights, walks=walks.hilbert(5, 7), mask=x[..., 0] > 0).shape
         torch.Size([1, 5, 7, 8])
 
     References:
         Liu et al., VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
-    _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    _check_cross_selective_scan(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, walks, mask)
     check_backend("cross_selective_scan", backend)
     chosen = select("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
-    dtype, (height, width, channels) = compute_dtype(x), x.shape[1:]
+    dtype, (_, *grid, channels), directions = compute_dtype(x), x.shape, x_proj_weight.shape[0]
+    if walks is not None and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        x = x.expand(-1, *walks.grid, -1)  # the trace remembers no other check that the walks are of the image's size
+    orders = None if walks is None or walks.is_cross else orders_on(walks, x.device)
+    height, width = (1, prod(grid)) if orders is not None else grid
     with autocast_off(x):
         call = ScanCall(
-            u=x.flatten(1, 2),  # b l d
+            u=(x if mask is None else x.masked_fill(~mask[..., None], 0)).flatten(1, -2),  # b l d
             coeffs=None,
             x_proj_weight=x_proj_weight.to(dtype),
             delta=None,
             dt_proj_weight=dt_proj_weight.to(dtype),
             dt_proj_bias=dt_proj_bias.to(dtype),
-            A=-torch.exp(A_log.to(dtype)).view(NUM_DIRECTIONS, channels, A_log.shape[1]),  # k d n
-            D=D.to(dtype).view(NUM_DIRECTIONS, channels).sum(0),  # d
+            A=-torch.exp(A_log.to(dtype)).view(directions, channels, A_log.shape[1]),  # k d n
+            D=D.to(dtype).view(directions, channels).sum(0),  # d
             initial_state=None,
             height=height,
             width=width,
             softplus=True,
+            orders=orders,
+            mask=None if mask is None else mask.flatten(1).to(dtype),
         )
-        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _plain(chosen))
-        return y.to(x.dtype)
+        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _plain(chosen))  # b l d
+        y = y.to(x.dtype).unflatten(1, grid)  # b *grid d
+        return y if mask is None else y.masked_fill(~mask[..., None], 0)
 
 
-def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b h w d
-    rank, states = call.dt_proj_weight.shape[2], call.A.shape[2]
-    u = call.u.to(call.A.dtype).unflatten(1, (call.height, call.width))  # b h w d
-    projected = flatten_directions(_coefficients(u, call))  # b k l r+2n
+def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b l d
+    directions, _, rank, states = *call.dt_proj_weight.shape, call.A.shape[2]
+    u = call.u.to(call.A.dtype)  # b l d
+    projected = _along_directions(_coefficients(u, call), call)  # b k l r+2n
     low, B, C = projected.split([rank, states, states], -1)
     weight = call.dt_proj_weight.flatten().view(call.dt_proj_weight.shape)  # so that its gradient has its strides
     delta = F.softplus(low @ weight.mT + call.dt_proj_bias[:, None])  # b k l d
-    sequences = flatten_directions(u[:, :, :, None].expand(-1, -1, -1, NUM_DIRECTIONS, -1))  # b k l d
+    if call.mask is not None:
+        delta = delta * _along_directions(call.mask[:, :, None, None].expand(-1, -1, directions, -1), call)
+    sequences = _along_directions(u[:, :, None].expand(-1, -1, directions, -1), call)  # b k l d
     y, _ = scan(sequences, delta, call.A, B, C, None)  # b k l d
-    return sum_directions(y, call.height, call.width) + call.D * u
+    y = sum_directions(y, call.height, call.width).flatten(1, 2) if call.orders is None else sum_walks(y, call.orders)
+    return y + call.D * u
 
 
-def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b h w d
+def _along_directions(x: Tensor, call: ScanCall) -> Tensor:  # b l k c -> b k l c
+    if call.orders is None:
+        return flatten_directions(x.unflatten(1, (call.height, call.width)))
+    return flatten_walks(x, call.orders)
+
+
+def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b l d
     u = call.u.contiguous()  # or the projection, the forward and the backward pass would each make a copy
     weight, coeffs = call.x_proj_weight, None
     if backend == "triton":
         weight, coeffs = None, _coefficients(u.to(call.A.dtype), call)  # b l k r+2n
     y, _ = fused_scan(call._replace(u=_for_fused(u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
-    return y.unflatten(1, (call.height, call.width))
+    return y
 
 
-def _coefficients(u: Tensor, call: ScanCall) -> Tensor:  # ... d -> ... k r+2n
+def _coefficients(u: Tensor, call: ScanCall) -> Tensor:  # b l d -> b l k r+2n
     """The low-rank step, B and C of all directions: the projection is pointwise, so one product serves them all."""
     weight = cast(Tensor, call.x_proj_weight)
-    return F.linear(u, weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
+    return F.linear(u, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
 
 def _check_cross_selective_scan(
-    x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, dt_proj_bias: Tensor, A_log: Tensor, D: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    walks: Walks | None,
+    mask: Tensor | None,
 ) -> None:
-    check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
-    _, height, width, channels = x.shape
-    check_pixels("x", x, height, width)
-    check_shape("A_log", A_log, (NUM_DIRECTIONS * channels, "any"), "4*d, n")
-    check_shape("dt_proj_weight", dt_proj_weight, (NUM_DIRECTIONS, channels, "any"), "4, d, r")
+    if walks is None:
+        check_shape("x", x, ("any", "any", "any", "any"), "b, h, w, d")
+        check_pixels("x", x, *x.shape[1:3])
+        k, wanted = NUM_DIRECTIONS, "4"
+    else:
+        check_tensor("x", x)
+        if not isinstance(walks, Walks):
+            raise TypeError(f"walks must be walks, got {walks!r}; pass e.g. kan_mamba_layers.walks.snake(h, w)")
+        if tuple(x.shape[1:-1]) != walks.grid:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has the positions {tuple(x.shape[1:-1])}, and walks={walks!r} visits "
+                f"those of a grid of {walks.grid}; make walks of the sizes of x, which is b, *grid, d"
+            )
+        k, wanted = len(walks), "k"
+    channels = x.shape[-1]
+    check_shape("A_log", A_log, (k * channels, "any"), f"{wanted}*d, n")
+    check_shape("dt_proj_weight", dt_proj_weight, (k, channels, "any"), f"{wanted}, d, r")
     states, rank = A_log.shape[1], dt_proj_weight.shape[2]
-    check_shape("x_proj_weight", x_proj_weight, (NUM_DIRECTIONS, rank + 2 * states, channels), "4, r+2n, d")
-    check_shape("dt_proj_bias", dt_proj_bias, (NUM_DIRECTIONS, channels), "4, d")
-    check_shape("D", D, (NUM_DIRECTIONS * channels,), "4*d")
+    check_shape("x_proj_weight", x_proj_weight, (k, rank + 2 * states, channels), f"{wanted}, r+2n, d")
+    check_shape("dt_proj_bias", dt_proj_bias, (k, channels), f"{wanted}, d")
+    check_shape("D", D, (k * channels,), f"{wanted}*d")
+    if mask is not None:
+        check_mask("mask", mask, x.shape[:-1], "b, *grid")

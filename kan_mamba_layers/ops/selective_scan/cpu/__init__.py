@@ -22,6 +22,7 @@ from kan_mamba_layers.ops.simd.vector import LANES
 _KERNELS = (block, forward_kernel, backward_kernel)
 
 _GROUP_TILES = 8  # tiles that a thread takes along a direction together: they share the coefficients
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _COEFFS_BYTES = 1 << 24  # made at a time: memory that the allocator keeps, and near enough to stay in a cache
 
 
@@ -138,6 +139,8 @@ class _Launch:
         pad = self.pad
         fields: Fields = {"dt_proj_weight": pad(call.dt_proj_weight.mT), "dt_proj_bias": pad(call.dt_proj_bias)}
         fields |= {"A": pad(call.log2_decay.mT), "D": pad(call.D)}
+        if call.orders is not None:  # integers of the size of an element, for ``read_integer``
+            fields["orders"] = call.orders.to(_INTEGERS[self.dtype]).contiguous()
         return fields | {"height": call.height, "width": call.width, "softplus": call.softplus}
 
     def inputs(self, call: ScanCall, images: slice) -> Fields:
@@ -148,6 +151,8 @@ class _Launch:
         elif call.x_proj_weight is not None:
             coeffs = _product(u.flatten(0, 1), call.x_proj_weight.flatten(0, 1))  # b*l k*(r+2n)
         inputs: Fields = {"u": self.pad(u), "coeffs": coeffs}
+        if call.mask is not None:
+            inputs["mask"] = call.mask[images].contiguous()
         return inputs if call.delta is None else inputs | {"delta": self.pad(call.delta[images])}
 
     def target(self, result: Tensor, parts: int) -> Tensor:  # b l d -> parts b l d'
@@ -190,7 +195,8 @@ def _padded(channels: int) -> int:
 
 def _direction_groups(wanted: float, directions: int) -> int:
     """Number of parts into which the directions are cut: ``wanted``, or as many as there are."""
-    return next((parts for parts in (1, 2, 4) if parts >= min(wanted, directions)), directions)
+    wanted = min(wanted, directions)
+    return next((parts for parts in (1, 2, 4) if wanted <= parts <= directions), directions)
 
 
 def _add_up(parts: Tensor) -> Tensor:

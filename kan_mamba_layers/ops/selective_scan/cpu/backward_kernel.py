@@ -10,6 +10,7 @@ from kan_mamba_layers.ops.simd.vector import (
     broadcast,
     exp2_product,
     fma,
+    given,
     integers,
     load,
     pointer,
@@ -137,6 +138,13 @@ def _backward_tile(
             dt, dt_slope = softplus_and_slope(load(work, step + t * LANES))
             store(work, step + t * LANES, dt)
             store(work, slope + t * LANES, dt_slope)
+    if given(call.mask):
+        if softplus == 0:
+            for t in range(steps):
+                store(work, slope + t * LANES, splat(1.0, call))
+        block.mask_steps(call, image, steps, positions, work, step)
+        block.mask_steps(call, image, steps, positions, work, slope)
+    has_slope = softplus != 0 or given(call.mask) != 0
     for t in range(steps):
         position = read(positions, t)
         store(work, entry + t * LANES, load(work, step + t * LANES) * load(u, pixel + position * channels))
@@ -191,7 +199,7 @@ def _backward_tile(
         g = load(work, grad + t * LANES)
         dentry = load(work, grad_entry + t * LANES)
         dz = fma(load(work, grad_step + t * LANES), splat(LN2, call), dentry * x)
-        if softplus != 0:
+        if has_slope:
             dz = dz * load(work, slope + t * LANES)
         dbias = dbias + dz
         store(work, slope + t * LANES, dz)

@@ -10,7 +10,18 @@ definition; ``A`` is scaled by ``log2(e)``, since the kernels work with powers o
 """
 
 from kan_mamba_layers.ops.simd.kernel import Layout, compiled
-from kan_mamba_layers.ops.simd.vector import LANES, broadcast, fma, load, prefetch, read, store, write
+from kan_mamba_layers.ops.simd.vector import (
+    LANES,
+    broadcast,
+    fma,
+    given,
+    load,
+    prefetch,
+    read,
+    read_integer,
+    store,
+    write,
+)
 
 CHUNK = 32  # steps between saved states
 FEW_STATES = 4  # below this, prefetching cannot overlap a chunk
@@ -22,7 +33,8 @@ LAYOUT = Layout(
         *("batch", "height", "width", "channels", "states", "rank", "directions", "groups"),
     ),
     arrays=(
-        *("u", "coeffs", "delta", "dt_proj_weight", "dt_proj_bias", "A", "D", "initial_state", "y", "last", "saved"),
+        *("u", "coeffs", "delta", "dt_proj_weight", "dt_proj_bias", "A", "D", "initial_state", "orders", "mask"),
+        *("y", "last", "saved"),
         *("grad_y", "grad_last", "grad_u", "grad_coeffs", "grad_delta"),
         *("grad_dt_proj_weight", "grad_dt_proj_bias", "grad_A", "grad_D", "grad_initial"),
     ),
@@ -56,8 +68,16 @@ def tiles_of(call, tile_group):
 
 @compiled
 def fill_positions(call, k, start, steps, positions):
-    """The positions that direction k visits from time ``start`` on: by rows or columns, from the first or the last."""
+    """The positions that direction k visits from time ``start`` on.
+
+    From the table, or by rows or columns, from the first or the last.
+    """
     height, width = call.height, call.width
+    if given(call.orders):
+        first = k * height * width + start
+        for t in range(steps):
+            write(positions, t, read_integer(call.orders, first + t))
+        return
     time = start if k < 2 else height * width - 1 - start
     step = 1 if k < 2 else -1
     if k % 2 == 0:
@@ -135,3 +155,12 @@ def steps_before_softplus(call, image, k, tile, steps, positions, work, rows, in
         if rank == 0:
             z = z + load(delta, pixel + read(positions, t) * directions * channels)
         store(work, into + t * LANES, z)
+
+
+@compiled
+def mask_steps(call, image, steps, positions, work, values):
+    """Multiply the values of all times of a chunk by the mask."""
+    first = image * call.height * call.width
+    for t in range(steps):
+        at = values + t * LANES
+        store(work, at, load(work, at) * broadcast(call.mask, first + read(positions, t)))

@@ -106,6 +106,8 @@ def _forward_tile(
         for t in range(steps):
             dt, _ = softplus_and_slope(load(work, step + t * LANES))
             store(work, step + t * LANES, dt)
+    if given(call.mask):
+        block.mask_steps(call, image, steps, positions, work, step)
     for t in range(steps):
         position = read(positions, t)
         x = load(u, pixel + position * channels)
