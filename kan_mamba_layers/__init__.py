@@ -2,7 +2,7 @@
 
 from kan_mamba_layers.explain import effective_receptive_field, scan_attention
 from kan_mamba_layers.export import export_onnx
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, VSSBlock, param_groups
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
@@ -25,6 +25,7 @@ __all__ = [
     "KMUNet",
     "KMUNetPP",
     "Mamba",
+    "VSSBlock",
     "__version__",
     "bspline_basis",
     "convert_state_dict",

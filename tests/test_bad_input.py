@@ -21,6 +21,7 @@ from kan_mamba_layers import (
     KANLinear,
     KMUNet,
     KMUNetPP,
+    VSSBlock,
     bspline_basis,
     convert_state_dict,
     create_model,
@@ -246,6 +247,14 @@ WRONG_LAYERS = [
 ]
 
 WRONG_MODELS = [
+    Bad(lambda: VSSBlock(0), ValueError, ("dim must", "0", ">= 1")),
+    Bad(lambda: VSSBlock(4, mlp_ratio=-1), ValueError, ("mlp_ratio must", "-1")),
+    Bad(lambda: VSSBlock(4, mlp_ratio=0.1), ValueError, ("mlp_ratio must", "0.25", "0.1")),
+    Bad(lambda: VSSBlock(4, drop_path=1.0), ValueError, ("drop_path must", "1.0")),
+    Bad(lambda: VSSBlock(4)(z(1, 4, 3, 3)), ValueError, ("x must", "b, h, w, dim", r"\(1, 4, 3, 3\)")),
+    Bad(lambda: VSSBlock(4, channels_first=True)(z(1, 3, 3, 4)), ValueError, ("x must", "b, dim, h, w")),
+    Bad(lambda: VSSBlock(4)(z(1, 3, 3, 4, dtype=torch.float64)), ValueError, ("x is", "float64", "norm.weight")),
+    Bad(lambda: VSSBlock(4)(z(1, 0, 3, 4)), ValueError, ("x must", "pixel")),
     Bad(lambda: KMUNet(in_channels=0), ValueError, ("in_channels must", "0", ">= 1")),
     Bad(lambda: KMUNet(num_classes=0), ValueError, ("num_classes must", "0", ">= 1")),
     Bad(lambda: KMUNet(widths=(8, 16, 32)), ValueError, ("widths must", r"\(8, 16, 32\)", "5")),
