@@ -6,6 +6,8 @@ from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KA
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
+    VMamba,
+    VMambaUNet,
     convert_state_dict,
     create_model,
     from_pretrained,
@@ -25,6 +27,8 @@ __all__ = [
     "KMUNet",
     "KMUNetPP",
     "Mamba",
+    "VMamba",
+    "VMambaUNet",
     "VSSBlock",
     "__version__",
     "bspline_basis",

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from kan_mamba_layers._check import check_int, check_tensor
 from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear, Mamba
-from kan_mamba_layers.models.levels import SegmentationModel
+from kan_mamba_layers.models.model import Model
 
 _TOLERANCE = 1e-4
 _LEAST_OPSET = 18
@@ -127,7 +127,7 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
 def _shape(model: nn.Module) -> tuple[int, ...] | None:
     """An input of a module of this library."""
     match model:
-        case SegmentationModel():
+        case Model():
             return (2, model.config["in_channels"], 64, 96)
         case EMA():
             return (2, model.channels, 18, 14)

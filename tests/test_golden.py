@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import Golden, assert_close, relative_error
-from kan_mamba_layers import EMA, SS2D, KANBlock, KANLinear, KMUNet, Mamba, VSSBlock, convert_state_dict
+from kan_mamba_layers import EMA, SS2D, KANBlock, KANLinear, KMUNet, Mamba, VMamba, VSSBlock, convert_state_dict
 
 TREE = Path(__file__).with_name("golden")
 TOLERANCE = 2e-5
@@ -55,6 +55,7 @@ MODEL_FILES = {
     "km_unet_0": ("km_unet", {"widths": (16, 32, 128, 160, 32), "trunk_context": False, "decoder_kan": False}),
     "u_kan_0": ("u_kan", {"widths": (4, 8, 32, 40, 48), "use_ss2d": False, "use_ema": False}),
 }
+VMAMBA_FILE = "vmamba_v2_0"
 BACKENDS = {**dict.fromkeys(LAYERS, ("reference", "chunked", "cpu", "auto")), "ema": ()}
 
 
@@ -110,9 +111,10 @@ def test_all_files_are_tested() -> None:
 
 def test_the_tree_holds_the_shared_files(shared: Path) -> None:
     """Byte by byte, and all those of layers and models that are tested here; the folder may hold values of others."""
-    kinds = {kind(name) for name in (*LAYER_FILES, *MODEL_FILES)}
+    names = {*LAYER_FILES, *MODEL_FILES, VMAMBA_FILE}
+    kinds = {kind(name) for name in names}
     present = {path.stem for path in (shared / "golden").glob("*.npz") if kind(path.stem) in kinds}
-    assert present == {*LAYER_FILES, *MODEL_FILES}
+    assert present == names
     for name in LAYER_FILES:
         assert (TREE / f"{name}.npz").read_bytes() == (shared / "golden" / f"{name}.npz").read_bytes(), name
 
@@ -133,6 +135,21 @@ def test_model(golden, name: str) -> None:
     with torch.no_grad():
         out = model.eval()(file.input)
     assert_close("output", out, file.output, TOLERANCE)
+
+
+def test_vmamba(golden) -> None:
+    file: Golden = golden(VMAMBA_FILE)
+    options = {"depths": (1, 2, 1, 1), "dims": 8}
+    model, encoder = VMamba(num_classes=10, **options).eval(), VMamba(features_only=True, **options).eval()
+    state, dropped = convert_state_dict(file.state, "vmamba")
+    assert dropped == []
+    model.load_state_dict(state, strict=True)
+    encoder.load_published(file.state)
+    with torch.no_grad():
+        outputs = {f"stage{i}": x for i, x in enumerate(encoder(file.input))} | {"logits": model(file.input)}
+    assert outputs.keys() == file.outputs.keys()
+    for name, expected in file.outputs.items():
+        assert_close(name, outputs[name], expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["ss2d_0", "ema_0", "kan_linear_0", "mamba_0"])

@@ -55,7 +55,8 @@ def test_names_of_the_contract() -> None:
     assert set(kan_mamba_layers.__all__) - {"__version__"} == {
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
         *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "VSSBlock", "EMA", "param_groups"),
-        *("KMUNet", "KMUNetPP", "create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
+        *("KMUNet", "KMUNetPP", "VMamba", "VMambaUNet"),
+        *("create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
         *("effective_receptive_field", "scan_attention"),
     }
     for name in ("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"):
@@ -94,6 +95,8 @@ def test_arguments_after_the_sizes_are_keyword_only() -> None:
         "EMA": ["channels", "factor"],
         "KMUNet": ["in_channels", "num_classes"],
         "KMUNetPP": ["in_channels", "num_classes"],
+        "VMamba": ["in_channels", "num_classes"],
+        "VMambaUNet": ["encoder", "in_channels", "num_classes"],
     }
     for name, expected in positional.items():
         parameters = inspect.signature(getattr(kan_mamba_layers, name)).parameters.values()

@@ -1,6 +1,7 @@
 """Published VMamba checkpoints: the keys that belong to them, and the shapes that our layers have."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,15 +41,21 @@ def our_weight(key: str, value: Tensor) -> tuple[str, Tensor]:
 
 def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read off a converted state the arguments of the :class:`VMamba` that it belongs to."""
-    blocks = [match for key in state if (match := re.fullmatch(r"layers\.(\d+)\.blocks\.(\d+)\.norm\.weight", key))]
-    stages = 1 + max((int(match[1]) for match in blocks), default=-1)
-    dims = [state[f"layers.{i}.blocks.0.norm.weight"].shape[0] for i in range(stages)]
+
+    def size(name: str, dim: int = 0) -> int:
+        if name not in state:
+            raise ValueError(f"the checkpoint has no {name!r}, so it is not of a VMamba v2; pass the whole checkpoint")
+        return state[name].shape[dim]
+
+    norms = [match for name in state if (match := re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.norm\.weight", name))]
+    depths = Counter(int(match[1]) for match in norms)
+    stages = range(max(depths, default=0) + 1)
+    dims = tuple(size(f"layers.{i}.blocks.0.norm.weight") for i in stages)
     first = "layers.0.blocks.0"
-    hidden = state[f"{first}.mlp.fc1.weight"].shape[0] if f"{first}.mlp.fc1.weight" in state else 0
     return {
-        "depths": tuple(sum(match[1] == str(i) for match in blocks) for i in range(stages)),
-        "dims": tuple(dims),
-        "d_state": state[f"{first}.op.A_logs"].shape[1],
-        "expand": state[f"{first}.op.in_proj.weight"].shape[0] / dims[0],
-        "mlp_ratio": hidden / dims[0],
+        "depths": tuple(depths[i] for i in stages),
+        "dims": dims,
+        "d_state": size(f"{first}.op.A_logs", 1),
+        "expand": size(f"{first}.op.in_proj.weight") / dims[0],
+        "mlp_ratio": size(f"{first}.mlp.fc1.weight") / dims[0] if f"{first}.mlp.fc1.weight" in state else 0.0,
     }
