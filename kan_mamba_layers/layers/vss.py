@@ -115,6 +115,11 @@ class VSSBlock(Layer):
         return f"{self.dim}, channels_first={self.channels_first}"
 
 
+def takes_channels_last(module: nn.Module) -> bool:
+    """Whether a layer of this library takes images ``b h w c``, and not ``b c h w``."""
+    return isinstance(module, SS2D) or (isinstance(module, VSSBlock) and not module.channels_first)
+
+
 class _MLP(nn.Module):
     """Two linear layers on the channels of each pixel, with GELU between them."""
 
