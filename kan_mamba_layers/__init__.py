@@ -3,10 +3,12 @@
 from kan_mamba_layers import walks
 from kan_mamba_layers.explain import effective_receptive_field, scan_attention
 from kan_mamba_layers.export import export_onnx
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, param_groups
+from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, VSSBlock, param_groups
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
+    VMamba,
+    VMambaUNet,
     convert_state_dict,
     create_model,
     from_pretrained,
@@ -26,6 +28,9 @@ __all__ = [
     "KMUNet",
     "KMUNetPP",
     "Mamba",
+    "VMamba",
+    "VMambaUNet",
+    "VSSBlock",
     "__version__",
     "bspline_basis",
     "convert_state_dict",

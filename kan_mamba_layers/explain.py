@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_pixels, check_shape
 from kan_mamba_layers.layers import SS2D, Mamba
+from kan_mamba_layers.layers.vss import takes_channels_last
 from kan_mamba_layers.ops import cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
@@ -42,7 +43,8 @@ def effective_receptive_field(
         images: batch ``(b, c, h, w)``, over which the gradients are averaged.
         position: ``(row, column)`` in the output map, counted from 0; by default its centre ``(h // 2, w // 2)``.
         output: where the model returns a list or a dict of maps, the index or the key of one.
-        channels_last: whether input and output are ``(b, h, w, c)``; by default only those of an :class:`SS2D`.
+        channels_last: whether input and output are ``(b, h, w, c)``; by default only those of an
+            :class:`SS2D`, and of a :class:`VSSBlock` that takes such.
 
     Returns:
         A map ``(h, w)`` of the size of the images, in float32 at least. Its largest value is 1; if no gradient
@@ -73,7 +75,7 @@ def effective_receptive_field(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
-    last = isinstance(model, SS2D) if channels_last is None else channels_last
+    last = takes_channels_last(model) if channels_last is None else channels_last
     letters = "b, h, w, c" if last else "b, c, h, w"
     check_shape("images", images, ("any",) * 4, letters)
     check_pixels("images", images, *_spatial(images, last))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kan_mamba_layers._check import check_int, check_tensor
-from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear, Mamba
-from kan_mamba_layers.models.levels import SegmentationModel
+from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear, Mamba, VSSBlock
+from kan_mamba_layers.layers.vss import takes_channels_last
+from kan_mamba_layers.models.model import Model
 
 _TOLERANCE = 1e-4
 _LEAST_OPSET = 18
@@ -140,7 +141,7 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
 def _shape(model: nn.Module) -> tuple[int, ...] | None:
     """An input of a module of this library."""
     match model:
-        case SegmentationModel():
+        case Model():
             return (2, model.config["in_channels"], 64, 96)
         case EMA():
             return (2, model.channels, 18, 14)
@@ -148,6 +149,8 @@ def _shape(model: nn.Module) -> tuple[int, ...] | None:
             return (2, model.in_channels, 32, 40)
         case SS2D():
             return (2, 10, 12, model.d_model)
+        case VSSBlock():
+            return (2, model.dim, 10, 12) if model.channels_first else (2, 10, 12, model.dim)
         case Mamba():
             return (2, 12, model.d_model)
         case KANLinear():
@@ -189,7 +192,7 @@ def _default_names(model: nn.Module, x: Tensor) -> Sizes:
         return {dim: f"rows_{dim}" for dim in range(x.ndim - 1)}
     if isinstance(model, Mamba):
         return {0: "batch", 1: "length"}
-    dims = (0, 1, 2) if isinstance(model, SS2D) else (0, 2, 3)
+    dims = (0, 1, 2) if takes_channels_last(model) else (0, 2, 3)
     return {dim: name for dim, name in zip(dims, ("batch", "height", "width"), strict=True) if dim < x.ndim}
 
 

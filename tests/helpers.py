@@ -291,7 +291,8 @@ class Golden:
 
     meta: str
     input: Tensor
-    output: Tensor
+    output: Tensor | None
+    outputs: dict[str, Tensor]  # of a model with several
     state: dict[str, Tensor]
     grad_output: Tensor | None
     grad: dict[str, Tensor]
@@ -309,7 +310,8 @@ class Golden:
         return cls(
             meta=str(arrays["meta"]),
             input=tensors["input"],
-            output=tensors["output"],
+            output=tensors.get("output"),
+            outputs=under("output/"),
             state=under("state/"),
             grad_output=tensors.get("grad_output"),
             grad=under("grad/"),

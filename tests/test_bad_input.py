@@ -21,6 +21,9 @@ from kan_mamba_layers import (
     KANLinear,
     KMUNet,
     KMUNetPP,
+    VMamba,
+    VMambaUNet,
+    VSSBlock,
     bspline_basis,
     convert_state_dict,
     create_model,
@@ -77,6 +80,10 @@ def kan(**changes: object) -> object:
         "grid": grid,
     }
     return kan_linear(**{**good, **changes})
+
+
+def vmamba() -> VMamba:
+    return VMamba(depths=(1, 1, 1, 1), dims=8)
 
 
 def tiny(**options: object) -> KMUNet:
@@ -246,6 +253,32 @@ WRONG_LAYERS = [
 ]
 
 WRONG_MODELS = [
+    Bad(lambda: VSSBlock(0), ValueError, ("dim must", "0", ">= 1")),
+    Bad(lambda: VSSBlock(4, mlp_ratio=-1), ValueError, ("mlp_ratio must", "-1")),
+    Bad(lambda: VSSBlock(4, mlp_ratio=0.1), ValueError, ("mlp_ratio must", "0.25", "0.1")),
+    Bad(lambda: VSSBlock(4, drop_path=1.0), ValueError, ("drop_path must", "1.0")),
+    Bad(lambda: VSSBlock(4)(z(1, 4, 3, 3)), ValueError, ("x must", "b, h, w, dim", r"\(1, 4, 3, 3\)")),
+    Bad(lambda: VSSBlock(4, channels_first=True)(z(1, 3, 3, 4)), ValueError, ("x must", "b, dim, h, w")),
+    Bad(lambda: VSSBlock(4)(z(1, 3, 3, 4, dtype=torch.float64)), ValueError, ("x is", "float64", "norm.weight")),
+    Bad(lambda: VSSBlock(4)(z(1, 0, 3, 4)), ValueError, ("x must", "pixel")),
+    Bad(lambda: VMamba(num_classes=-1), ValueError, ("num_classes must", "-1", ">= 0")),
+    Bad(lambda: VMamba(depths=(2, 2)), ValueError, ("depths must", r"\(2, 2\)", "4")),
+    Bad(lambda: VMamba(depths=8), TypeError, ("depths must", "8")),
+    Bad(lambda: VMamba(dims=1), ValueError, ("dims must", "1", ">= 2")),
+    Bad(lambda: VMamba(dims=(8, 16)), ValueError, ("dims must", r"\(8, 16\)", "4")),
+    Bad(lambda: VMamba(drop_path=1), ValueError, ("drop_path must", "1")),
+    Bad(lambda: VMamba(features_only=True).reset_classifier(3), ValueError, ("reset_classifier", "features_only")),
+    Bad(lambda: vmamba()(z(1, 1, 32, 32)), ValueError, ("x must", "in_channels", r"\(1, 1, 32, 32\)")),
+    Bad(lambda: vmamba()(z(1, 3, 0, 32)), ValueError, ("x must", "pixel")),
+    Bad(lambda: vmamba()(z(1, 3, 9, 9, dtype=torch.float64)), ValueError, ("x is", "float64", "patch_embed.0.weight")),
+    Bad(lambda: vmamba().reset_classifier(-1), ValueError, ("num_classes must", "-1")),
+    Bad(lambda: vmamba().load_published([1]), TypeError, ("state_dict must", "list")),
+    Bad(lambda: VMambaUNet("vmamba"), ValueError, ("encoder must", "'vmamba_tiny'", "'vmamba'")),
+    Bad(lambda: VMambaUNet(3, 2), ValueError, ("encoder must", "'vmamba_tiny'", "3")),
+    Bad(lambda: VMambaUNet({"dims": 8, "num_classes": 3}), TypeError, ("num_classes",)),
+    Bad(lambda: VMambaUNet({"dims": 8, "width": 3}), TypeError, ("width",)),
+    Bad(lambda: VMambaUNet({"depths": (1, 1, 1, 1), "dims": 8})(z(1, 3, 31, 40)), ValueError, ("height", "31", "32")),
+    Bad(lambda: KMUNetPP(features_only=True).prune(1), ValueError, ("prune", "features_only")),
     Bad(lambda: KMUNet(in_channels=0), ValueError, ("in_channels must", "0", ">= 1")),
     Bad(lambda: KMUNet(num_classes=0), ValueError, ("num_classes must", "0", ">= 1")),
     Bad(lambda: KMUNet(widths=(8, 16, 32)), ValueError, ("widths must", r"\(8, 16, 32\)", "5")),

@@ -75,7 +75,7 @@ def test_importing_changes_no_global_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ops", "layers", "models", "ops.backend", "layers.kan", "models.levels", "models.km_unet_pp", "compat"]
+    "module", ["ops", "layers", "models", "ops.backend", "layers.kan", "models.levels", "models.vmamba", "compat"]
 )
 def test_every_part_can_be_imported_first(module: str) -> None:
     result = run(f"import kan_mamba_layers.{module}")

@@ -57,9 +57,10 @@ def test_inventory() -> None:
 def test_names_of_the_contract() -> None:
     assert set(kan_mamba_layers.__all__) - {"__version__"} == {
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
-        *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "EMA", "param_groups"),
+        *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "VSSBlock", "EMA", "param_groups"),
+        *("KMUNet", "KMUNetPP", "VMamba", "VMambaUNet"),
+        *("create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
         "walks",
-        *("KMUNet", "KMUNetPP", "create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
         *("effective_receptive_field", "scan_attention"),
     }
     for name in ("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"):
@@ -94,9 +95,12 @@ def test_arguments_after_the_sizes_are_keyword_only() -> None:
         "KANBlock": ["dim"],
         "SS2D": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],
         "Mamba": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],
+        "VSSBlock": ["dim"],
         "EMA": ["channels", "factor"],
         "KMUNet": ["in_channels", "num_classes"],
         "KMUNetPP": ["in_channels", "num_classes"],
+        "VMamba": ["in_channels", "num_classes"],
+        "VMambaUNet": ["encoder", "in_channels", "num_classes"],
     }
     for name, expected in positional.items():
         parameters = inspect.signature(getattr(kan_mamba_layers, name)).parameters.values()

@@ -27,7 +27,8 @@ class UNetPlusPlus(BasicUNetPlusPlus):
 
 def list_networks() -> list[str]:
     """Every name that `build_network` takes."""
-    return [*BASELINES, *list_models()]
+    classifiers = {*list_models("vmamba_*")} - {*list_models("vmamba_unet_*")}
+    return [*BASELINES, *(name for name in list_models() if name not in classifiers)]
 
 
 def build_network(name: str, in_channels: int, num_classes: int, **overrides: Any) -> nn.Module:

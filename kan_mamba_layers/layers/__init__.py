@@ -5,5 +5,6 @@ from kan_mamba_layers.layers.kan import KANBlock, KANConv2d, KANLayer, KANLinear
 from kan_mamba_layers.layers.mamba import Mamba
 from kan_mamba_layers.layers.module import param_groups
 from kan_mamba_layers.layers.ss2d import SS2D
+from kan_mamba_layers.layers.vss import VSSBlock
 
-__all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear", "Mamba", "param_groups"]
+__all__ = ["EMA", "SS2D", "KANBlock", "KANConv2d", "KANLayer", "KANLinear", "Mamba", "VSSBlock", "param_groups"]

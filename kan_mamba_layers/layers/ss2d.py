@@ -20,8 +20,10 @@ class SS2D(Layer):
 
     .. math::
         (u, z) &= W_\mathrm{in}\, x, \qquad
-        y = \mathrm{scan}_4(\mathrm{SiLU}(\mathrm{DWConv}(u))) \\
-        \mathrm{SS2D}(x) &= \mathrm{Dropout}(W_\mathrm{out}(\mathrm{LayerNorm}(y) \odot \mathrm{SiLU}(z)))
+        y = \mathrm{LayerNorm}(\mathrm{scan}_4(\mathrm{SiLU}(\mathrm{DWConv}(u)))) \\
+        \mathrm{SS2D}(x) &= \mathrm{Dropout}(W_\mathrm{out}(y \odot \mathrm{SiLU}(z)))
+
+    Without the gate :math:`u = W_\mathrm{in}\, x`, and :math:`\mathrm{SS2D}(x) = \mathrm{Dropout}(W_\mathrm{out}\, y)`.
 
     Args:
         d_model: channels of input and output, ``c``.
@@ -29,6 +31,7 @@ class SS2D(Layer):
         d_conv: size of the depthwise convolution, odd.
         expand: the scan has ``d_inner = expand * d_model`` channels.
         dt_rank: rank of the step projection, or ``"auto"`` for ``ceil(d_model / 16)``.
+        gate: whether the output of the scan is multiplied by a gate, as in VMamba v0; VMamba v2 has none.
         dt_min: smallest initial step.
         dt_max: largest initial step.
         dt_init_floor: lower bound of the initial steps.
@@ -58,7 +61,8 @@ class SS2D(Layer):
 
     References:
         Liu et al., VMamba, arXiv 2401.10166, section 4; initial values as in Gu and Dao, Mamba, arXiv 2312.00752,
-        section 3.6. The parameter names are those of VMamba v0 and its descendants, whose weights load strictly.
+        section 3.6. The parameter names are those of VMamba v0 and its descendants, whose weights load strictly. The
+        published VMamba v2 (``v05_noz``) is ``gate=False, conv_bias=False``; see :class:`VSSBlock`.
     """
 
     undecayed = ("A_logs", "Ds", "dt_projs_bias")
@@ -71,6 +75,7 @@ class SS2D(Layer):
         expand: float = 2,
         dt_rank: int | Literal["auto"] = "auto",
         *,
+        gate: bool = True,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
@@ -92,6 +97,7 @@ class SS2D(Layer):
         self.d_state = d_state
         self.d_inner = d_inner
         self.dt_rank = rank
+        self.gate = gate
         self.dt_min = dt_min
         self.dt_max = dt_max
         self.dt_init_floor = dt_init_floor
@@ -102,7 +108,7 @@ class SS2D(Layer):
             return nn.Parameter(torch.empty(*shape, **factory))
 
         d, n, r = self.d_inner, d_state, rank
-        self.in_proj = nn.Linear(d_model, 2 * d, bias=bias, **factory)
+        self.in_proj = nn.Linear(d_model, 2 * d if gate else d, bias=bias, **factory)
         self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **factory)
         self.x_proj_weight = parameter(NUM_DIRECTIONS, r + 2 * n, d)
         self.dt_projs_weight = parameter(NUM_DIRECTIONS, d, r)
@@ -129,7 +135,9 @@ class SS2D(Layer):
         check_shape("x", x, ("any", "any", "any", self.d_model), "b, h, w, d_model")
         check_pixels("x", x, *x.shape[1:3])
         check_dtype("x", x, "conv2d.weight", self.conv2d.weight)
-        u, z = self.in_proj(x).chunk(2, -1)  # b h w d, b h w d
+        u = self.in_proj(x)  # b h w d, and as much again for the gate
+        if self.gate:
+            u, z = u.chunk(2, -1)
         u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # b h w d
         y = cross_selective_scan(
             u,
@@ -140,10 +148,13 @@ class SS2D(Layer):
             self.Ds,
             backend=self.backend,
         )
-        return self.dropout(self.out_proj(self.out_norm(y) * F.silu(z)))
+        y = self.out_norm(y)
+        if self.gate:
+            y = y * F.silu(z)
+        return self.dropout(self.out_proj(y))
 
     def extra_repr(self) -> str:
         return (
             f"{self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}, "
-            f"backend={self.backend!r}"
+            f"gate={self.gate}, backend={self.backend!r}"
         )

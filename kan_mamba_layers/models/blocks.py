@@ -1,5 +1,6 @@
 """The blocks that the models are made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ class Decode(nn.Module):
         super().__init__()
         self.conv = DConvLayer(in_channels, out_channels)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # b c h w -> b c' 2h 2w
-        return F.interpolate(self.conv(x), size=size, mode="bilinear")
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # b c h w -> b c' 2h 2w
+        return F.interpolate(self.conv(x), size=tuple(size), mode="bilinear")
 
 
 class Head(nn.Module):

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kan_mamba_layers._check import check_choice
+from kan_mamba_layers.models.vmamba_keys import KEYS, our_weight
 
-Source = Literal["km_unet", "u_kan"]
+Source = Literal["km_unet", "u_kan", "vmamba", "vss_block"]
 
 # Published name -> ours. Published decoders are numbered from the bottom, ours by level.
 _SHARED = {
@@ -42,17 +43,21 @@ _DEAD = {"km_unet": ("cbam", "cbam1", "cbam2", "dblock1.0", "dblock2.0", "dnorm3
 _PAIR = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tuple[dict[str, Tensor], list[str]]:
-    """Translate a published KM-UNet or U-KAN checkpoint for :class:`KMUNet`.
+def convert_state_dict(state_dict: Mapping[str, Any], source: Source) -> tuple[dict[str, Tensor], list[str]]:
+    """Translate a published checkpoint: KM-UNet or U-KAN for :class:`KMUNet`, or VMamba v2 for :class:`VMamba`.
 
     In :class:`KMUNet`, convolutions before BatchNorm have no bias, since BatchNorm cancels it. Published biases are
-    folded into the running mean, so the converted model computes the same function.
+    folded into the running mean, so the converted model computes the same function. VMamba's linear layers may be
+    stored as 1x1 convolutions, and the weights of its four directions stacked or apart; both become those of
+    :class:`SS2D`.
 
     Args:
-        state_dict: the published model's state; the prefix ``module.`` of ``DataParallel`` is removed.
+        state_dict: the published model's state; the prefix ``module.`` of ``DataParallel`` is removed. For VMamba also
+            a checkpoint that has the state under ``"model"``; what else it has is left aside.
         source: ``"km_unet"`` for ``KMUNet(trunk_context=False, decoder_kan=False)``, ``"u_kan"`` for
             ``KMUNet(use_ss2d=False, use_ema=False)``. The published ``embed_dims=(a, b, c)`` are
-            ``widths=(a // 8, a // 4, a, b, c)``.
+            ``widths=(a // 8, a // 4, a, b, c)``. ``"vmamba"`` for :class:`VMamba`, ``"vss_block"`` for one
+            :class:`VSSBlock`.
 
     Returns:
         The state for ``load_state_dict``, and the names of the published parameters that the published code never uses;
@@ -68,9 +73,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
         >>> state, dropped = convert_state_dict(published, "km_unet")
         >>> list(state), dropped
         (['head.logits.bias'], ['dnorm3.bias'])
+        >>> state, _ = convert_state_dict({"model": {"op.x_proj.weight": torch.zeros(12, 8)}}, "vss_block")
+        >>> state["op.x_proj_weight"].shape
+        torch.Size([4, 3, 8])
     """
-    check_choice("source", source, _NAMES)
-    _check_state(state_dict, source)
+    check_choice("source", source, (*_NAMES, *KEYS))
+    if source in KEYS:
+        return _convert_vmamba(state_dict, source), []
+    _check_state(state_dict)
+    _check_source(state_dict, source)
     converted: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}  # by the name of the running mean that absorbs them
     dropped = []
@@ -81,9 +92,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
             continue
         ours = _rename(key, _NAMES[source])
         if ours is None:
-            raise ValueError(
-                f"state_dict key {published!r} does not belong to a published {source}; check source={source!r}"
-            )
+            raise ValueError(_foreign(published, source))
         pair = re.fullmatch(r"(.*\.conv\.[01])\.0\.bias", ours)
         if pair:
             biases[f"{pair[1]}.1.running_mean"] = value
@@ -98,7 +107,27 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> tupl
     return converted, dropped
 
 
-def _check_state(state_dict: Any, source: Source) -> None:
+def _convert_vmamba(state_dict: Mapping[str, Any], source: Source) -> dict[str, Tensor]:
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model"), Mapping):
+        state_dict = state_dict["model"]
+    _check_state(state_dict)
+    converted: dict[str, Tensor] = {}
+    for published, value in state_dict.items():
+        key = published.removeprefix("module.")
+        if not KEYS[source].fullmatch(key):
+            raise ValueError(_foreign(published, source))
+        ours, value = our_weight(key, value)
+        if ours in converted:
+            raise ValueError(f"state_dict has {ours!r} twice, the second time as {published!r}; leave one out")
+        converted[ours] = value
+    return converted
+
+
+def _foreign(key: str, source: Source) -> str:
+    return f"state_dict key {key!r} does not belong to a published {source}; check source={source!r}"
+
+
+def _check_state(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}; pass model.state_dict()")
     for key, value in state_dict.items():
@@ -106,6 +135,9 @@ def _check_state(state_dict: Any, source: Source) -> None:
             raise TypeError(f"state_dict[{key!r}] is a mapping itself; pass it alone, as checkpoint[{key!r}]")
         if not isinstance(value, Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a torch.Tensor, got {type(value).__name__}; leave it out")
+
+
+def _check_source(state_dict: Mapping[str, Tensor], source: Source) -> None:
     keys = [key.removeprefix("module.") for key in state_dict]
     encoder, context = (any(key.startswith(tuple(names)) for key in keys) for names in (("encoder1.",), _CONTEXT))
     if source == "km_unet" and encoder and not context:

@@ -9,10 +9,12 @@ from typing import Any
 
 from kan_mamba_layers.models.km_unet import KMUNet
 from kan_mamba_layers.models.km_unet_pp import KMUNetPP
-from kan_mamba_layers.models.levels import SegmentationModel
+from kan_mamba_layers.models.model import Model
 from kan_mamba_layers.models.storage import read_class
+from kan_mamba_layers.models.vmamba import PUBLISHED, VMamba
+from kan_mamba_layers.models.vmamba_unet import VMambaUNet
 
-_CLASSES: dict[str, type[SegmentationModel]] = {"KMUNet": KMUNet, "KMUNetPP": KMUNetPP}
+_CLASSES: dict[str, type[Model]] = {cls.__name__: cls for cls in (KMUNet, KMUNetPP, VMamba, VMambaUNet)}
 # Suffixes of the names; without one a name means base.
 _SIZES: dict[str, dict[str, Any]] = {
     "": {},
@@ -22,26 +24,32 @@ _SIZES: dict[str, dict[str, Any]] = {
     "_base": {},
 }
 # The arguments of a family take precedence over those of a size.
-_FAMILIES: dict[str, tuple[type[SegmentationModel], dict[str, Any]]] = {
+_FAMILIES: dict[str, tuple[type[Model], dict[str, Any]]] = {
     "km_unet": (KMUNet, {}),
     "km_unet_pp": (KMUNetPP, {}),
     "u_kan": (KMUNet, {"use_ss2d": False, "use_ema": False, "context_residual": False}),
 }
-_MODELS = {
-    f"{family}{suffix}": (cls, {**size, **arguments})
-    for family, (cls, arguments) in _FAMILIES.items()
-    for suffix, size in _SIZES.items()
+_MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {
+    **{
+        f"{family}{suffix}": (cls, {**size, **arguments})
+        for family, (cls, arguments) in _FAMILIES.items()
+        for suffix, size in _SIZES.items()
+    },
+    **{name: (VMamba, arguments) for name, arguments in PUBLISHED.items()},
+    **{name.replace("vmamba_", "vmamba_unet_"): (VMambaUNet, {"encoder": name}) for name in PUBLISHED},
 }
 
 
-def create_model(name: str, **overrides: Any) -> SegmentationModel:
+def create_model(name: str, **overrides: Any) -> Model:
     """Build a model by name.
 
     Args:
-        name: one of :func:`list_models`: a family (``km_unet``, ``km_unet_pp``, ``u_kan``) and a size (``_tiny``,
-            ``_small``, ``_base``); without a size it is base. ``km_unet_tiny`` has ``context_residual=True``.
-        overrides: arguments of :class:`KMUNet` or :class:`KMUNetPP` that replace those of the named model, such as
-            ``in_channels``, ``num_classes`` or ``use_kan=False``.
+        name: one of :func:`list_models`: a family (``km_unet``, ``km_unet_pp``, ``u_kan``, ``vmamba``,
+            ``vmamba_unet``) and a size (``_tiny``, ``_small``, ``_base``). The first three families without a size are
+            base. ``km_unet_tiny`` has ``context_residual=True``; the VMambas have the sizes and the ``drop_path`` of
+            the published ones.
+        overrides: arguments of the class of the model that replace those of the named one, such as ``in_channels``,
+            ``num_classes`` or ``features_only=True``.
 
     Returns:
         The model, with fresh weights, in training mode.
@@ -59,8 +67,9 @@ def create_model(name: str, **overrides: Any) -> SegmentationModel:
     cls, arguments = _MODELS[name]
     if "pretrained" in overrides:
         raise TypeError(
-            f"pretrained={overrides['pretrained']!r} is not an argument: there are no pretrained weights. Leave it "
-            "out, and load weights of your own with from_pretrained(folder) or load_state_dict"
+            f"pretrained={overrides['pretrained']!r} is not an argument: this library brings no pretrained weights. "
+            "Leave it out, and load weights of your own with from_pretrained(folder) or load_state_dict, or those of a "
+            "published VMamba with load_published(file)"
         )
     accepted = inspect.signature(cls).parameters
     for override in overrides:
@@ -84,10 +93,8 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def from_pretrained(
-    folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None
-) -> SegmentationModel:
-    """Load a model of either class from a folder that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
+def from_pretrained(folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None) -> Model:
+    """Load a model of any class from a folder that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
 
     Args:
         folder: the local folder.

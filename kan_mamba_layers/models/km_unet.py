@@ -44,10 +44,14 @@ class KMUNet(SegmentationModel):
         expand: expansion factor of SS2D.
         ema_factor: groups of EMA.
         drop_path: rate of stochastic depth in KAN blocks.
+        features_only: whether there is only the encoder, whose maps ``forward`` returns, as of a model of timm;
+            ``feature_info`` describes them.
+        out_indices: with ``features_only=True`` the levels whose maps are returned, by default all.
         backend: backend of the scans and of the splines.
 
     Shape:
-        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)``.
+        Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)``, or with
+        ``features_only=True`` a list of maps ``(b, widths[i], h / 2^(i+1), w / 2^(i+1))``.
 
     Raises:
         TypeError: an argument has the wrong type, or the image is not floating point.
@@ -69,6 +73,8 @@ class KMUNet(SegmentationModel):
         :func:`convert_state_dict`.
     """
 
+    context_name = "encoder_context.{}"
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -87,13 +93,18 @@ class KMUNet(SegmentationModel):
         expand: float = 2,
         ema_factor: int = 8,
         drop_path: float = 0.0,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         backend: Backend = "auto",
     ) -> None:
         check_sizes("widths", widths, 5, 5)
         super().__init__(own_arguments(locals()))
+        levels = range(min(CONV_LEVELS, self.feature_info.depth))
+        self.encoder_context = nn.ModuleList(self._encoder_context(i) for i in levels)
+        if features_only:
+            return
         above = range(len(widths) - 1)  # the levels above the bottleneck
         kan_levels = KAN_DECODER_LEVELS if decoder_kan else ()
-        self.encoder_context = nn.ModuleList(self._context_block(i) for i in range(CONV_LEVELS))
         self.decoder = nn.ModuleList(Decode(widths[i + 1], widths[i]) for i in above)
         self.decoder_kan_stages = nn.ModuleDict({str(i): self._kan_stage(i) for i in kan_levels})
         self.decoder_context = nn.ModuleList(self._context_block(i) for i in above)
@@ -101,15 +112,20 @@ class KMUNet(SegmentationModel):
 
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
         """Return the decoded map at half size that the head reads."""
-        self._check_input(x)
+        self._check_whole("forward_features")
         *skips, x = self._encode(x, list(self.encoder_context))
         for i in reversed(range(len(self.decoder))):
             x = self.decoder[i](x, skips[i].shape[2:]) + skips[i]
             if str(i) in self.decoder_kan_stages:
                 x = self.decoder_kan_stages[str(i)](x)
-            x = self._run_context(self.decoder_context[i], x)
+            x = self._recomputed(self.decoder_context[i], x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:  # b in_channels h w -> b num_classes h w
-        """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32."""
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # b in_channels h w -> b num_classes h w
+        """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32.
+
+        With ``features_only=True`` it is the list of the encoder's maps.
+        """
+        if self.features_only:
+            return self._chosen(self._encode(x, list(self.encoder_context)))
         return self.head(self.forward_features(x), x.shape[2:])

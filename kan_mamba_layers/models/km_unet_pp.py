@@ -42,13 +42,15 @@ class KMUNetPP(SegmentationModel):
         expand: see :class:`KMUNet`.
         ema_factor: see :class:`KMUNet`.
         drop_path: see :class:`KMUNet`.
+        features_only: see :class:`KMUNet`; the maps are ``X[i, 0]``.
+        out_indices: see :class:`KMUNet`.
         backend: see :class:`KMUNet`.
         deep_supervision: whether every ``X[0, j]``, ``j >= 1``, has a head. In training ``forward`` then returns a list
             of logits, the final one first; in evaluation it returns the final one.
 
     Shape:
         Input ``(b, in_channels, h, w)`` with ``h, w >= 32``, output logits ``(b, num_classes, h, w)`` or a list of
-        ``L``.
+        ``L``; with ``features_only=True`` a list of maps, as of :class:`KMUNet`.
 
     Raises:
         TypeError: an argument has the wrong type, or the image is not floating point.
@@ -69,6 +71,8 @@ class KMUNetPP(SegmentationModel):
         has been published: this module defines one.
     """
 
+    context_name = "context.{}_0"
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -87,6 +91,8 @@ class KMUNetPP(SegmentationModel):
         expand: float = 2,
         ema_factor: int = 8,
         drop_path: float = 0.0,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
         backend: Backend = "auto",
         deep_supervision: bool = False,
     ) -> None:
@@ -95,27 +101,32 @@ class KMUNetPP(SegmentationModel):
         self.deep_supervision = deep_supervision
         self.depth = depth = len(widths) - 1
         # Keys are indices of the grid: "i_j" for the node X[i, j], "i_j_k" for its connection from X[i, k].
-        nodes = [(i, j) for j in range(1, depth + 1) for i in range(depth + 1 - j)]
+        levels = range(min(CONV_LEVELS, self.feature_info.depth))
+        nodes = [(i, j) for j in range(1, depth + 1) for i in range(depth + 1 - j)] if not features_only else []
         self.up = nn.ModuleDict({f"{i}_{j}": Decode(widths[i + 1], widths[i]) for i, j in nodes})
         self.plus = nn.ModuleDict(
             {f"{i}_{j}_{k}": ConvBNReLU(widths[i], widths[i]) for i, j in nodes for k in range(j)}
         )
         kan_nodes = [(i, j) for i, j in nodes if decoder_kan and i in KAN_DECODER_LEVELS]
         self.kan = nn.ModuleDict({f"{i}_{j}": self._kan_stage(i) for i, j in kan_nodes})
-        context_nodes = [(i, 0) for i in range(min(CONV_LEVELS, depth + 1))] + nodes
-        self.context = nn.ModuleDict({f"{i}_{j}": self._context_block(i) for i, j in context_nodes})
-        heads = range(1, depth + 1) if deep_supervision else [depth]
+        self.context = nn.ModuleDict({f"{i}_0": self._encoder_context(i) for i in levels})
+        self.context.update({f"{i}_{j}": self._context_block(i) for i, j in nodes})
+        heads = [j for i, j in nodes if i == 0 and (deep_supervision or j == depth)]
         self.heads = nn.ModuleDict({str(j): Head(widths[0], num_classes) for j in heads})
 
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
         """Return ``X[0, L]``, the decoded map at half size that the final head reads."""
+        self._check_whole("forward_features")
         return self._top_row(x)[-1]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # b in_channels h w -> b num_classes h w
         """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32.
 
-        In training under deep supervision it is a list with the logits of every head, the final ones first.
+        In training under deep supervision it is a list with the logits of every head, the final ones first; with
+        ``features_only=True`` the list of the encoder's maps.
         """
+        if self.features_only:
+            return self._chosen(self._first_column(x))
         top = self._top_row(x)
         if self.deep_supervision and self.training:
             return [self.heads[str(j)](top[j], x.shape[2:]) for j in range(self.depth, 0, -1)]
@@ -132,6 +143,7 @@ class KMUNetPP(SegmentationModel):
             ValueError: ``depth`` is out of range, or the model has no head there because it was built without
                 ``deep_supervision``.
         """
+        self._check_whole("prune")
         check_int("depth", depth, 1)
         if str(depth) not in self.heads:
             raise ValueError(
@@ -144,11 +156,14 @@ class KMUNetPP(SegmentationModel):
         pruned.load_state_dict({key: state[key] for key in pruned.state_dict()})
         return pruned.eval()
 
+    def _first_column(self, x: Tensor) -> list[Tensor]:
+        """Return ``X[0, 0], X[1, 0], ...``."""
+        levels = range(min(CONV_LEVELS, self.feature_info.depth))
+        return self._encode(x, [self.context[f"{i}_0"] for i in levels])
+
     def _top_row(self, x: Tensor) -> list[Tensor]:
         """Compute the grid column by column and return ``X[0, 0], ..., X[0, L]``."""
-        self._check_input(x)
-        context = [self.context[f"{i}_0"] for i in range(min(CONV_LEVELS, self.depth + 1))]
-        X = {(i, 0): node for i, node in enumerate(self._encode(x, context))}
+        X = {(i, 0): node for i, node in enumerate(self._first_column(x))}
         for j in range(1, self.depth + 1):
             for i in range(self.depth + 1 - j):
                 node = self.up[f"{i}_{j}"](X[i + 1, j - 1], X[i, 0].shape[2:])
@@ -156,5 +171,5 @@ class KMUNetPP(SegmentationModel):
                     node = node + self.plus[f"{i}_{j}_{k}"](X[i, k])
                 if f"{i}_{j}" in self.kan:
                     node = self.kan[f"{i}_{j}"](node)
-                X[i, j] = self._run_context(self.context[f"{i}_{j}"], node)
+                X[i, j] = self._recomputed(self.context[f"{i}_{j}"], node)
         return [X[0, j] for j in range(self.depth + 1)]

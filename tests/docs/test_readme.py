@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kan_mamba_layers import create_model
 
@@ -50,7 +51,9 @@ def test_the_table_lists_models():
 
 @pytest.mark.parametrize(("name", "parameters"), TABLE_ROWS)
 def test_parameter_figures_are_true(name, parameters):
-    assert f"{sum(p.numel() for p in create_model(name).parameters()):,}" == parameters
+    with torch.device("meta"):
+        model = create_model(name)
+    assert f"{sum(p.numel() for p in model.parameters()):,}" == parameters
 
 
 def test_relative_links_lead_somewhere():

@@ -45,5 +45,7 @@ def test_unknown_name_suggests_the_nearest():
         build_network("uunet", 3, 1)
 
 
-def test_every_model_of_the_package_is_listed():
-    assert {"unet", "unet_pp", "km_unet", "km_unet_pp_small", "u_kan"} <= set(list_networks())
+def test_every_segmentation_model_of_the_package_is_listed():
+    names = set(list_networks())
+    assert {"unet", "unet_pp", "km_unet", "km_unet_pp_small", "u_kan", "vmamba_unet_tiny"} <= names
+    assert "vmamba_tiny" not in names, "it classifies"

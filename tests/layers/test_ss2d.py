@@ -17,11 +17,12 @@ from kan_mamba_layers import SS2D
 
 def rebuilt(layer: SS2D, x: torch.Tensor) -> torch.Tensor:
     """The layer from its parameters and the NumPy scan, in float64."""
-    u, z = layer.in_proj(x).chunk(2, -1)
+    u, *z = layer.in_proj(x).split(layer.d_inner, -1)
     u = F.silu(layer.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     weights = (layer.x_proj_weight, layer.dt_projs_weight, layer.dt_projs_bias, layer.A_logs, layer.Ds)
     y = torch.from_numpy(cross_scan_oracle(to_array(u), *(to_array(w) for w in weights)))
-    return layer.out_proj(layer.out_norm(y) * F.silu(z))
+    y = layer.out_norm(y)
+    return layer.out_proj(y * F.silu(z[0]) if z else y)
 
 
 class TestForward:
@@ -34,6 +35,7 @@ class TestForward:
             {"d_state": 3, "dt_rank": 5},
             {"d_conv": 5, "conv_bias": False, "bias": True},
             {"d_conv": 1},
+            {"gate": False, "conv_bias": False, "d_state": 1, "expand": 1},
         ],
         ids=str,
     )
@@ -124,6 +126,11 @@ class TestParameters:
     def test_biases_are_options(self) -> None:
         keys = set(SS2D(4, bias=True, conv_bias=False).state_dict())
         assert {"in_proj.bias", "out_proj.bias"} <= keys and "conv2d.bias" not in keys
+
+    def test_without_a_gate_the_input_projection_is_half_as_wide(self) -> None:
+        gated, plain = ({k: v.shape for k, v in SS2D(4, gate=gate).state_dict().items()} for gate in (True, False))
+        assert plain.pop("in_proj.weight") == (8, 4) and gated.pop("in_proj.weight") == (16, 4)
+        assert plain == gated
 
     def test_initial_dynamics(self) -> None:
         layer = SS2D(16, d_state=4, dt_min=0.002, dt_max=0.05)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kan_mamba_layers import KMUNet, convert_state_dict
+from kan_mamba_layers import KMUNet, VSSBlock, convert_state_dict
 
 SOURCES = {
     "km_unet": {"trunk_context": False, "decoder_kan": False},
@@ -64,3 +64,42 @@ def test_dead_modules_of_km_unet_are_listed() -> None:
 def test_decoder_blocks_of_u_kan_are_alive() -> None:
     _, dropped = convert_state_dict({"dnorm3.weight": torch.ones(8)}, source="u_kan")
     assert dropped == []
+
+
+def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The other form of a block's weights: directions stacked, linear layers as 1x1 convolutions."""
+    other = {}
+    for name, value in state.items():
+        if name.endswith(("x_proj_weight", "dt_projs_weight")):
+            name, value = f"{name.removesuffix('_weight')}.weight", value.flatten(0, 1)
+        elif name.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")):
+            value = value[..., None, None]
+        other[name] = value
+    return other
+
+
+class TestVSSBlock:
+    state = VSSBlock(6, d_state=2, conv_bias=True).state_dict()
+
+    @pytest.mark.parametrize(
+        "published",
+        [state, stacked(state), {"model": stacked(state), "epoch": 3}, {f"module.{k}": v for k, v in state.items()}],
+        ids=["apart", "stacked", "nested", "parallel"],
+    )
+    def test_both_forms_of_the_keys(self, published: dict) -> None:
+        state, dropped = convert_state_dict(published, "vss_block")
+        assert dropped == [] and list(state) == list(self.state)
+        assert all(torch.equal(state[name], value) for name, value in self.state.items())
+
+    def test_both_forms_at_once_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"op\.x_proj_weight' twice.*'op\.x_proj\.weight'"):
+            convert_state_dict({**self.state, "op.x_proj.weight": torch.zeros(20, 6)}, "vss_block")
+
+    def test_a_weight_that_stacks_no_four_directions_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"op\.x_proj\.weight'\] must stack 4 directions.*\(10, 6\)"):
+            convert_state_dict({"op.x_proj.weight": torch.zeros(10, 6)}, "vss_block")
+
+    @pytest.mark.parametrize("key", ["op.x_proj_bias", "op.in_proj.weight.extra", "mlp.fc3.weight", "norm3.bias", "op"])
+    def test_a_foreign_key_is_refused_by_name(self, key: str) -> None:
+        with pytest.raises(ValueError, match=rf"'{key}' does not belong to a published vss_block"):
+            convert_state_dict({**self.state, key: torch.zeros(1)}, "vss_block")

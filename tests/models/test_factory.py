@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kan_mamba_layers
-from kan_mamba_layers import KMUNet, KMUNetPP, create_model, list_models
+from kan_mamba_layers import KMUNet, KMUNetPP, VMamba, VMambaUNet, create_model, list_models
 
 # A change of these numbers changes every published checkpoint: edit them by hand, knowingly.
 PARAMETERS = {
@@ -22,6 +22,12 @@ PARAMETERS = {
     "u_kan_base": 6355393,
     "u_kan_small": 1892737,
     "u_kan_tiny": 485489,
+    "vmamba_base": 88557800,
+    "vmamba_small": 50147752,
+    "vmamba_tiny": 30249064,
+    "vmamba_unet_base": 106415041,
+    "vmamba_unet_small": 60001489,
+    "vmamba_unet_tiny": 40102801,
 }
 
 
@@ -34,14 +40,17 @@ class TestNames:
             "km_unet_pp_small",
             "km_unet_pp_tiny",
         ]
-        assert list_models("*_tiny") == ["km_unet_pp_tiny", "km_unet_tiny", "u_kan_tiny"]
+        tiny = ["km_unet_pp_tiny", "km_unet_tiny", "u_kan_tiny", "vmamba_tiny", "vmamba_unet_tiny"]
+        assert list_models("*_tiny") == tiny
         assert list_models("resnet*") == []
 
     @pytest.mark.parametrize("name", sorted(PARAMETERS))
     def test_parameters(self, name: str) -> None:
-        model = create_model(name)
+        with torch.device("meta"):
+            model = create_model(name)
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-        assert isinstance(model, KMUNetPP if "pp" in name else KMUNet)
+        families = {"km_unet_pp": KMUNetPP, "vmamba_unet": VMambaUNet, "vmamba": VMamba, "": KMUNet}
+        assert type(model) is next(cls for family, cls in families.items() if name.startswith(family))
         assert model.training
 
     @pytest.mark.parametrize("name", ["km_unet", "km_unet_pp", "u_kan"])
@@ -61,7 +70,8 @@ class TestNames:
 
     def test_the_tiny_models_have_a_residual_connection_around_their_context(self) -> None:
         """The class KMUNet has none by default, as published."""
-        residual = {name for name in PARAMETERS if create_model(name).config["context_residual"]}
+        names = [name for name in PARAMETERS if not name.startswith("vmamba")]
+        residual = {name for name in names if create_model(name).config["context_residual"]}
         assert residual == {"km_unet_tiny", *(name for name in PARAMETERS if name.startswith("km_unet_pp"))}
         published = create_model("km_unet_tiny", context_residual=False)
         assert not published.config["context_residual"]
@@ -73,6 +83,11 @@ class TestNames:
 
 
 class TestOverrides:
+    def test_reach_a_vmamba(self) -> None:
+        encoder = create_model("vmamba_tiny", in_channels=1, features_only=True, out_indices=(0, 1), drop_path=0.0)
+        assert encoder.feature_info.channels() == [96, 192] and encoder.config["depths"] == (2, 2, 8, 2)
+        assert encoder.config["in_channels"] == 1 and encoder.config["drop_path"] == 0.0
+
     def test_replace_named_options(self) -> None:
         model = create_model("km_unet_pp_tiny", in_channels=1, num_classes=4, use_kan=False, deep_supervision=True)
         for key, value in {"in_channels": 1, "num_classes": 4, "use_kan": False, "deep_supervision": True}.items():

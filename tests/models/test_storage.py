@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from tiny_models import TINY, image
 
-from kan_mamba_layers import KMUNetPP, create_model, from_pretrained
+from kan_mamba_layers import KANLinear, KMUNet, KMUNetPP, create_model, from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,19 @@ class TestStorage:
             ((name, value),) = changes.items()
             assert drawn == (ends[name] if value != model.config[name] else set())
             assert other(image(1, 32, 32)[:, :1].expand(-1, other.config["in_channels"], -1, -1)).isfinite().all()
+
+    def test_other_classes_keep_splines_that_were_extended(self, tmp_path: Path) -> None:
+        model = KMUNet(1, 2, widths=(4, 4, 4, 4, 4), d_state=1, expand=1, ema_factor=2)
+        for layer in model.modules():
+            if isinstance(layer, KANLinear):
+                layer.extend_grid(7)
+        model.save_pretrained(tmp_path)
+        state = model.state_dict()
+        other = from_pretrained(tmp_path, num_classes=3).state_dict()
+        assert {key for key, x in other.items() if not torch.equal(x, state[key])} == {
+            "head.logits.weight",
+            "head.logits.bias",
+        }
 
     def damaged(self, folder: Path, tmp_path: Path, name: str, change: Callable[[bytearray], bytes]) -> Path:
         copy_of = tmp_path / "damaged"

@@ -14,7 +14,7 @@ from tiny_models import TINY, build, image, total
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kan_mamba_layers import EMA, SS2D, KANLayer, KANLinear, Mamba
+from kan_mamba_layers import EMA, SS2D, KANLayer, KANLinear, Mamba, VMamba
 
 
 class Block(nn.Module):
@@ -128,6 +128,7 @@ COMPILED = {
     "Mamba": (lambda: Mamba(16), lambda b, h, w: (torch.randn(b, h, 16),), False, 3),
     "km_unet_tiny": (lambda: build("km_unet_tiny"), lambda *size: (image(*size),), False, 3),
     "km_unet_pp_tiny": (lambda: build("km_unet_pp_tiny"), lambda *size: (image(*size),), True, 3),
+    "VMamba": (lambda: VMamba(depths=(1, 1, 1, 1), dims=8), lambda *size: (image(*size),), False, 3),
 }
 
 

@@ -1,0 +1,127 @@
+"""The base class of the models: their arguments, feature maps, recomputation in backward, and storage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kan_mamba_layers._check import check_int, check_shape
+from kan_mamba_layers.layers.module import Layer
+from kan_mamba_layers.models.features import FeatureInfo
+from kan_mamba_layers.models.storage import read_model, write_model
+from kan_mamba_layers.ops.backend import check_backend
+
+AnyModel = TypeVar("AnyModel", bound="Model")
+
+
+class Model(Layer):
+    """A model that is rebuilt from its arguments.
+
+    Args:
+        arguments: the arguments of the subclass's constructor. They are kept as ``config``, which
+            :meth:`save_pretrained` stores beside the weights.
+    """
+
+    feature_info: FeatureInfo
+    fewest_classes = 1
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        check_int("in_channels", arguments["in_channels"], 1)
+        check_int("num_classes", arguments["num_classes"], self.fewest_classes)
+        check_backend("cross_selective_scan", arguments["backend"])
+        self.config: dict[str, Any] = _plain(arguments)
+        self.features_only: bool = arguments.get("features_only", False)
+        if not self.features_only and arguments.get("out_indices") is not None:
+            raise ValueError(
+                f"out_indices={arguments['out_indices']!r} chooses among the maps of features_only=True; pass that too"
+            )
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks with scans in backward instead of storing their activations, for the same gradients."""
+        for module in self.modules():
+            if isinstance(module, Model):
+                module.grad_checkpointing = enable
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Store the model in a folder: ``config.json`` (class, arguments, checksum) and ``model.safetensors``.
+
+        Args:
+            folder: created if it does not exist.
+
+        Raises:
+            ImportError: safetensors is not installed.
+        """
+        write_model(folder, type(self).__name__, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyModel], folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> AnyModel:
+        """Load a model that :meth:`save_pretrained` stored, in evaluation mode, on the CPU.
+
+        Args:
+            folder: the local folder.
+            num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
+            in_channels: another number of channels than the stored one; the first convolution is drawn anew.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files does not exist.
+            TypeError: ``num_classes`` or ``in_channels`` is not an integer.
+            ValueError: the folder holds another model, its files are damaged, or an argument is less than 1.
+            ImportError: safetensors is not installed.
+        """
+        arguments, state = read_model(folder, cls.__name__)
+        wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        changes = {name: value for name, value in wanted.items() if value not in (None, arguments[name])}
+        model = cls(**{**arguments, **changes})
+        if changes:
+            with torch.device("meta"):
+                before = {name: x.shape for name, x in cls(**arguments).state_dict().items()}
+            drawn = model.state_dict()
+            state = {name: state[name] if before.get(name) == x.shape else x for name, x in drawn.items()}
+        model.load_state_dict(state)
+        return model.eval()
+
+    def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Run a block that holds many activations and no BatchNorm, whose statistics would count a batch twice."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _chosen(self, maps: list[Tensor]) -> list[Tensor]:
+        """Those of the maps of all levels that a model with ``features_only=True`` returns."""
+        return [maps[i] for i in self.feature_info.out_indices]
+
+    def _check_whole(self, method: str) -> None:
+        if self.features_only:
+            raise ValueError(f"{method} needs more than features_only=True builds; call the model for its maps")
+
+    def _check_image(self, x: Tensor, smallest: int) -> None:
+        check_shape("x", x, ("any", self.config["in_channels"], "any", "any"), "b, in_channels, h, w")
+        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+            if size < smallest:
+                raise ValueError(
+                    f"image {name} must be at least {smallest}, got {size}, which is too small to halve at every "
+                    "level; pad or resize the image"
+                )
+
+    def _check_batch(self, x: Tensor, deepest: tuple[int, int]) -> None:
+        """BatchNorm has more than one value per channel to train on, at the deepest level too, which has that size."""
+        batch, _, height, width = x.shape
+        if self.training and batch * deepest[0] * deepest[1] == 1:
+            raise ValueError(
+                f"a batch of 1 image of {height}x{width} leaves BatchNorm one value per channel at the deepest level, "
+                "too few to train on; use 2 or more images, images of 64x64 or more, or model.eval()"
+            )
+
+
+def _plain(x: Any) -> Any:
+    """Dictionaries and tuples alone, also of the lists that JSON made of tuples."""
+    if isinstance(x, Mapping):
+        return {name: _plain(value) for name, value in x.items()}
+    return tuple(map(_plain, x)) if isinstance(x, (list, tuple)) else x

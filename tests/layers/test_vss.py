@@ -1,0 +1,61 @@
+"""VSSBlock: its formula rebuilt from plain PyTorch and the NumPy scan; layouts, keys and stochastic depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import assert_close, cross_scan_oracle, to_array
+from kan_mamba_layers import VSSBlock
+
+PUBLISHED = {"norm.weight", "norm.bias", "norm2.weight", "norm2.bias"}
+PUBLISHED |= {f"mlp.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias")}
+PUBLISHED |= {f"op.{name}" for name in ("A_logs", "Ds", "dt_projs_bias", "dt_projs_weight", "x_proj_weight")}
+PUBLISHED |= {f"op.{name}" for name in ("in_proj.weight", "out_proj.weight", "conv2d.weight")}
+PUBLISHED |= {"op.out_norm.weight", "op.out_norm.bias"}
+
+
+def rebuilt(state: dict[str, Tensor], x: Tensor) -> Tensor:  # b h w c
+    """The block of VMamba v2 from its weights alone, in float64."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].mT + state.get(f"{name}.bias", 0.0)
+
+    u = linear(norm(x, "norm"), "op.in_proj").permute(0, 3, 1, 2)
+    u = F.silu(F.conv2d(u, state["op.conv2d.weight"], padding=1, groups=u.shape[1])).permute(0, 2, 3, 1)
+    names = ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
+    scanned = cross_scan_oracle(to_array(u), *(to_array(state[f"op.{name}"]) for name in names))
+    x = x + linear(norm(torch.from_numpy(scanned), "op.out_norm"), "op.out_proj")
+    return x + linear(F.gelu(linear(norm(x, "norm2"), "mlp.fc1")), "mlp.fc2")
+
+
+@pytest.mark.parametrize("options", [{}, {"expand": 2.0, "d_state": 3, "mlp_ratio": 1.5}], ids=str)
+def test_equals_its_parts_in_both_layouts(options: dict) -> None:
+    block = VSSBlock(6, **options).double()
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in block.state_dict().items()}
+    block.load_state_dict(state)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    expected = rebuilt(state, x)
+    assert_close("channels last", block(x), expected, 1e-11)
+    first = VSSBlock(6, channels_first=True, **options).double()
+    first.load_state_dict(state)
+    assert_close("channels first", first(x.movedim(-1, 1)), expected.movedim(-1, 1), 1e-11)
+
+
+def test_keys_are_the_published_ones() -> None:
+    assert set(VSSBlock(4).state_dict()) == PUBLISHED
+    without = {name for name in PUBLISHED if not name.startswith(("norm2", "mlp"))}
+    assert set(VSSBlock(4, mlp_ratio=0).state_dict()) == without
+    assert set(VSSBlock(4, conv_bias=True).state_dict()) == PUBLISHED | {"op.conv2d.bias"}
+
+
+def test_drop_path_drops_both_branches_in_training_only() -> None:
+    block, x = VSSBlock(4, drop_path=0.9), torch.randn(64, 2, 2, 4)
+    whole = (block(x) == x).flatten(1).all(1)
+    assert 0.5 < whole.float().mean() < 1  # 0.81 of the images keep both inputs
+    assert not (block.eval()(x) == x).flatten(1).all(1).any()
