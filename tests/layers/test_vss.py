@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import assert_close, cross_scan_oracle, to_array
-from kan_mamba_layers import VSSBlock
+from kan_mamba_layers import VSSBlock, effective_receptive_field
 
 PUBLISHED = {"norm.weight", "norm.bias", "norm2.weight", "norm2.bias"}
 PUBLISHED |= {f"mlp.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias")}
@@ -59,3 +59,8 @@ def test_drop_path_drops_both_branches_in_training_only() -> None:
     whole = (block(x) == x).flatten(1).all(1)
     assert 0.5 < whole.float().mean() < 1  # 0.81 of the images keep both inputs
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def test_its_receptive_field_is_seen_in_both_layouts() -> None:
+    assert effective_receptive_field(VSSBlock(4), torch.randn(1, 3, 5, 4)).shape == (3, 5)
+    assert effective_receptive_field(VSSBlock(4, channels_first=True), torch.randn(1, 4, 3, 5)).shape == (3, 5)
