@@ -44,14 +44,14 @@ CLIENTS = (
     Client("UltraLight-VM-UNet", "models.UltraLight_VM_UNet", "UltraLight_VM_UNet()"),
     Client("Mamba-UNet", "mamba_sys", "VSSM(num_classes=4)", ((2, 1, 32, 32),), ("code/networks",)),
     Client("Swin-UMamba", "nnunetv2.nets.SwinUMamba", "SwinUMamba(3, 2)", folders=("swin_umamba",)),
-    Client("U-Mamba", "nnunetv2.nets.UMambaBot_2d", f"UMambaBot(3, num_classes=2, **UNET)", folders=("umamba",)),
+    Client("U-Mamba", "nnunetv2.nets.UMambaBot_2d", "UMambaBot(3, num_classes=2, **UNET)", folders=("umamba",)),
     Client(
         "U-Mamba",
         "nnunetv2.nets.UMambaEnc_2d",
-        f"UMambaEnc((32, 32), 3, num_classes=2, **UNET)",
+        "UMambaEnc((32, 32), 3, num_classes=2, **UNET)",
         folders=("umamba",),
     ),
-    Client("LKM-UNet", "nnunetv2.nets.LKMUNet", f"LKMUNet(3, num_classes=2, **UNET)", folders=("lkmunet",)),
+    Client("LKM-UNet", "nnunetv2.nets.LKMUNet", "LKMUNet(3, num_classes=2, **UNET)", folders=("lkmunet",)),
     Client("LightM-UNet", "nnunetv2.nets.LightMUNet", "LightMUNet(2, in_channels=3)", folders=("lightm-unet",)),
     Client(
         "MedVKAN",
@@ -118,7 +118,7 @@ CLIENTS = (
         _CLASSIFIER,
     ),
     Client(
-        "VMamba@27bfb9f",
+        "VMamba@27bfb9",
         "models.vmamba",
         f"VSSM({_SMALL}, dims=32, ssm_d_state=4, forward_type='v2')",
         _IMAGE,

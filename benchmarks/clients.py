@@ -3,9 +3,10 @@
 python -m benchmarks clients CHECKOUTS --out TABLE.md
 python -m benchmarks clients VM-UNet VMamba mamba --stubs DIR
 
-A checkout is a folder with its repository's name; `checkouts.py` lists the models. Each one does a training step, and the same model, with the same weights and random numbers, does it again with a plain
-recurrence for the scan, and with the authors' class `Mamba` if their file `mamba_simple.py` lies in the checkout or in
-one of state-spaces/mamba beside it. Every client has a process of its own.
+A checkout is a folder with the name of its repository; `checkouts.py` lists the models. Each one does a training step,
+and the same model, with the same weights and random numbers, does it again with a plain recurrence for the scan, and
+with the authors' class `Mamba` if their file `mamba_simple.py` lies in the checkout or in one of state-spaces/mamba
+beside it. Every model has a process of its own. Errors are the largest difference over the largest value.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from typing import Any
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.baselines import recurrence
 from benchmarks.checkouts import CLIENTS, NAMES, Client
 from benchmarks.command import make_parser, search_path, start
 from kan_mamba_layers import compat
@@ -60,14 +61,13 @@ def main(arguments: Sequence[str]) -> None:
     for number, client in enumerate(CLIENTS):
         if not fnmatch.fnmatch(client.repository, args.only):
             continue
-        found = [folder for folder in folders if folder.name == client.repository]
-        for row in [_row(number, folder, stubs) for folder in found] or [
-            _line(client.repository, client.make, "absent")
-        ]:
-            print(row, flush=True)
-            lines.append(row)
-            if args.out:
-                args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        checkout = next((folder for folder in folders if folder.name == client.repository), None)
+        lines.append(
+            _row(number, checkout, stubs) if checkout else _line(client.repository, f"`{client.make}`", "absent")
+        )
+        print(lines[-1], flush=True)
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _row(number: int, checkout: Path, stubs: Path | None) -> str:
@@ -145,36 +145,6 @@ def _step(model: nn.Module, inputs: list[Any]) -> tuple[dict[str, Tensor], dict[
     optimizer.step()
     optimizer.zero_grad()
     return {name: x.detach() for name, x in outputs.items()}, gradients, time.perf_counter() - began
-
-
-def recurrence(
-    u: Tensor,  # b d l
-    delta: Tensor,  # b d l
-    A: Tensor,  # d n
-    B: Tensor,  # d n | b n l | b g n l
-    C: Tensor,  # d n | b n l | b g n l
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:  # y: b d l, last state: b d n
-    """The scan, one step after the other, by operations of PyTorch alone."""
-
-    def steps(x: Tensor) -> tuple[Tensor, ...]:  # of b d n
-        if x.ndim == 2:
-            return (x.expand(len(u), -1, -1),) * u.shape[2]
-        groups = x[:, None] if x.ndim == 3 else x
-        return groups.repeat_interleave(u.shape[1] // groups.shape[1], 1).unbind(-1)
-
-    delta = delta if delta_bias is None else delta + delta_bias[:, None]
-    delta = F.softplus(delta) if delta_softplus else delta
-    state, y = u.new_zeros(*u.shape[:2], A.shape[1]), []
-    for u_t, delta_t, B_t, C_t in zip(u.unbind(-1), delta.unbind(-1), steps(B), steps(C), strict=True):
-        state = (delta_t[..., None] * A).exp() * state + (delta_t * u_t)[..., None] * B_t
-        y.append((state * C_t).sum(-1))
-    out = torch.stack(y, -1) if D is None else torch.stack(y, -1) + D[:, None] * u
-    return out if z is None else out * F.silu(z), state
 
 
 def _take_the_authors_mamba(checkout: Path) -> None:

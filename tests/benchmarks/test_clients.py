@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clients
+from benchmarks import baselines, clients
 from benchmarks.checkouts import CLIENTS
 from helpers import assert_close, says, scan_oracle, to_array
 
@@ -80,11 +80,11 @@ def test_the_plain_recurrence(form: str) -> None:
     u, z = torch.randn(2, 6, 5).double(), torch.randn(2, 6, 5).double()
     delta, A, (D, bias) = torch.randn(2, 6, 5).double(), -torch.rand(6, 3).double(), torch.randn(2, 6).double()
     inputs = (u, delta, A, B, C, D, z, bias)
-    y, state = clients.recurrence(*inputs, True)
+    y, state = baselines.recurrence(*inputs, True)
     true = scan_oracle(*map(to_array, inputs), True)
     assert_close("y", y, true[0], 1e-12)
     assert_close("state", state, true[1], 1e-12)
-    assert_close("bare", clients.recurrence(*inputs[:5])[0], scan_oracle(*map(to_array, inputs[:5]))[0], 1e-12)
+    assert_close("bare", baselines.recurrence(*inputs[:5])[0], scan_oracle(*map(to_array, inputs[:5]))[0], 1e-12)
 
 
 def test_the_error() -> None:
