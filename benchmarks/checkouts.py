@@ -66,9 +66,9 @@ CLIENTS = (
         f"SegMamba(4, 4, {_SMALL}, feat_size=[48, 24, 32, 48], hidden_size=64)",
         ((1, 4, 32, 32, 32),),
     ),
-    Client("nnMamba", "nnMamba", "nnMambaSeg(channels=8)", ((1, 1, 32, 32, 32),)),
+    Client("nnMamba", "nnMamba", "nnMambaSeg(channels=16)", ((1, 1, 32, 32, 32),)),
     Client("MedMamba", "MedMamba", "VSSM(depths=[2, 2, 2, 2], num_classes=6)"),
-    Client("SSRS", "model.RS3Mamba", "RS3Mamba(pretrained=False)", ((1, 3, 128, 128),), ("RS3Mamba",)),
+    Client("SSRS", "model.RS3Mamba", "RS3Mamba(pretrained=False)", ((1, 3, 256, 256),), ("RS3Mamba",)),
     Client(
         "Official_Remote_Sensing_Mamba",
         "rs_mamba_ss",

@@ -18,6 +18,10 @@ class Block(nn.Module):
     ``fused_add_norm`` needs a ``LayerNorm`` or an ``RMSNorm``, whose weights it passes to ``layer_norm_fn``.
     """
 
+    norm: Any
+    norm2: Any
+    mixer: Any
+
     def __init__(
         self,
         dim: int,
@@ -50,8 +54,8 @@ class Block(nn.Module):
             hidden_states = self.mlp(hidden_states)
         return hidden_states, residual
 
-    def _add_norm(self, norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if isinstance(norm, (nn.LayerNorm, RMSNorm)) and self.fused_add_norm:
+    def _add_norm(self, norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.fused_add_norm:
             options: dict[str, Any] = {"prenorm": True, "residual_in_fp32": self.residual_in_fp32, "eps": norm.eps}
             rms = isinstance(norm, RMSNorm)
             return layer_norm_fn(x, norm.weight, norm.bias, residual, is_rms_norm=rms, **options)  # type: ignore[return-value]
@@ -102,4 +106,4 @@ def init_weights(
         for name, weight in module.named_parameters():
             if name in ("out_proj.weight", "fc2.weight"):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight /= math.sqrt(n_residuals_per_layer * n_layer)
+                weight.div_(math.sqrt(n_residuals_per_layer * n_layer))
