@@ -118,7 +118,7 @@ CLIENTS = (
         _CLASSIFIER,
     ),
     Client(
-        "VMamba@27bfb9",
+        "VMamba@27bfb9f",
         "models.vmamba",
         f"VSSM({_SMALL}, dims=32, ssm_d_state=4, forward_type='v2')",
         _IMAGE,
@@ -138,7 +138,11 @@ CLIENTS = (
         "LocalMamba", "lib.models.local_vim", "VisionMamba(img_size=32, depth=2, embed_dim=64)", _IMAGE, _CLASSIFIER
     ),
     Client(
-        "EfficientVMamba", "lib.models.mamba.efficient_mamba", f"EfficientVSSM({_SMALL}, dims=32)", _IMAGE, _CLASSIFIER
+        "EfficientVMamba",
+        "lib.models.mamba.efficient_mamba",
+        f"EfficientVSSM({_SMALL}, dims=32)",
+        ((2, 3, 128, 128),),
+        _CLASSIFIER,
     ),
     Client("Spatial-Mamba", "models.spatialmamba", "SpatialMamba(depths=[1, 1, 2, 1], dims=16)", _IMAGE, _CLASSIFIER),
     Client(

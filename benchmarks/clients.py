@@ -125,7 +125,7 @@ def _modules_below(folder: Path) -> list[str]:
     """The names of those imported from files and folders in it."""
     found = []
     for name, module in sys.modules.items():
-        known = vars(module)  # asking the module itself may run code of its own
+        known = getattr(module, "__dict__", {})  # other attributes may run code of the module's own
         if any(folder in Path(path).parents for path in (known.get("__file__"), *known.get("__path__", ())) if path):
             found.append(name)
     return found
