@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "profile": "time, memory and FLOPs of one layer or model on this machine, with every backend",
+    "clients": "published models on the stand-ins of kan_mamba_layers.compat, beside a plain recurrence",
     "run": "error, time and memory of ops, layers and models, beside textbook forms and peers, as JSON",
     "report": "such records as pages of tables",
     "gpu_day": "check, time, tune and train on a GPU that is available for minutes",

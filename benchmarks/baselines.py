@@ -32,6 +32,36 @@ def scan_by_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
     return torch.stack(outputs, 2) + D[:, None] * u
 
 
+def recurrence(
+    u: Tensor,  # b d l
+    delta: Tensor,  # b d l
+    A: Tensor,  # d n
+    B: Tensor,  # d n | b n l | b g n l
+    C: Tensor,  # d n | b n l | b g n l
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:  # y: b d l, last state: b d n
+    """The same with all arguments of `selective_scan`: a gate, no D or bias, B and C in every form, a last state."""
+
+    def steps(x: Tensor) -> tuple[Tensor, ...]:  # of b d n
+        if x.ndim == 2:
+            return (x.expand(len(u), -1, -1),) * u.shape[2]
+        groups = x[:, None] if x.ndim == 3 else x
+        return groups.repeat_interleave(u.shape[1] // groups.shape[1], 1).unbind(-1)
+
+    delta = delta if delta_bias is None else delta + delta_bias[:, None]
+    delta = F.softplus(delta) if delta_softplus else delta
+    state, y = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(-1), delta.unbind(-1), steps(B), steps(C), strict=True):
+        state = (delta_t[..., None] * A).exp() * state + (delta_t * u_t)[..., None] * B_t
+        y.append((state * C_t).sum(-1))
+    out = torch.stack(y, -1) if D is None else torch.stack(y, -1) + D[:, None] * u
+    return out if z is None else out * F.silu(z), state
+
+
 def scan_in_parallel(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
     """A parallel prefix scan over the length, channels last.
 

@@ -1,13 +1,17 @@
 """What can be imported where."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kan_mamba_layers.compat import (
+    blocks,
     convolution,
+    convolution_extension,
     directions,
     extensions,
     functions,
+    grids,
     inner,
     language,
     modules,
@@ -21,14 +25,38 @@ def _named(*objects: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 
 _CONVOLUTION = _named(convolution.causal_conv1d_fn, convolution.causal_conv1d_update)
+_STATES = _named(convolution.causal_conv1d_varlen_states)
+_CONVOLUTION_EXTENSION: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fwd": convolution_extension.causal_conv1d_fwd,
+    "causal_conv1d_bwd": convolution_extension.causal_conv1d_bwd,
+    "causal_conv1d_update": convolution_extension.causal_conv1d_update_extension,
+}
 _INNER = _named(inner.mamba_inner_fn, inner.bimamba_inner_fn)
 _EXTENSION: dict[str, Callable[..., Any]] = {"fwd": extensions.oflex_fwd, "bwd": extensions.oflex_bwd}
 
+# Of earlier versions of VMamba's file.
+_FUNCTIONS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("CrossScanTriton", "CrossScanTritonF", "CrossScanF"), directions.Applied(directions.cross_scan_fn)
+    ),
+    **dict.fromkeys(
+        ("CrossMergeTriton", "CrossMergeTritonF", "CrossMergeF"), directions.Applied(directions.cross_merge_fn)
+    ),
+    **dict.fromkeys(
+        ("CrossScanTriton1b1", "CrossScanTriton1b1F"),
+        directions.Applied(partial(directions.cross_scan_fn, one_by_one=True)),
+    ),
+    "getCSM": directions.get_csm,
+}
+
 # Every module, its parents before it, and the names in it besides its submodules.
-MODULES: dict[str, dict[str, Callable[..., Any]]] = {
+MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": _named(modules.Mamba, functions.selective_scan_fn) | _INNER,
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": _named(modules.Mamba),
+    "mamba_ssm.modules.block": _named(blocks.Block),
+    "mamba_ssm.modules.mamba_simple": _named(modules.Mamba) | {"Block": blocks.FirstBlock},
+    "mamba_ssm.models": {},
+    "mamba_ssm.models.mixer_seq_simple": {"_init_weights": blocks.init_weights},
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": _named(
         functions.selective_scan_fn, functions.selective_scan_ref, inner.mamba_inner_fn_no_out_proj
@@ -47,8 +75,11 @@ MODULES: dict[str, dict[str, Callable[..., Any]]] = {
     "mamba_ssm.utils": {},
     "mamba_ssm.utils.generation": _named(language.GenerationMixin),
     "mamba_ssm.utils.hf": _named(language.load_config_hf, language.load_state_dict_hf),
-    "causal_conv1d": _CONVOLUTION,
+    "causal_conv1d": _CONVOLUTION | _STATES,
     "causal_conv1d.causal_conv1d_interface": _CONVOLUTION,
+    "causal_conv1d.causal_conv1d_varlen": _STATES,
+    "causal_conv1d.cpp_functions": {f"{name}_function": made for name, made in _CONVOLUTION_EXTENSION.items()},
+    "causal_conv1d_cuda": _CONVOLUTION_EXTENSION,
     "selective_scan": {
         "selective_scan_fn": functions.vmamba_selective_scan_fn,
         "selective_scan_ref": functions.vmamba_selective_scan_ref,
@@ -57,7 +88,8 @@ MODULES: dict[str, dict[str, Callable[..., Any]]] = {
     "selective_scan_cuda_core": _EXTENSION,
     "selective_scan_cuda_oflex": _EXTENSION,
     "selective_scan_cuda_oflex_rh": {"fwd": extensions.states_fwd, "bwd": extensions.states_bwd},
-    "csm_triton": _named(directions.cross_scan_fn, directions.cross_merge_fn),
+    "v2dmamba_scan": {"fwd": grids.grid_fwd, "bwd": grids.grid_bwd},
+    "csm_triton": _named(directions.cross_scan_fn, directions.cross_merge_fn) | _FUNCTIONS,
 }
 # A file of VMamba and its descendants, not a package: the stand-in is for where theirs is not on the path.
 YIELDING = frozenset({"csm_triton"})

@@ -87,6 +87,19 @@ def causal_conv1d_update(
     return out[..., 0] if single else out
 
 
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:  # l d, b+1 -> b d s
+    """The last ``state_len`` positions of each sequence in ``x``, behind zeros if it is shorter.
+
+    Sequence ``i`` lies at ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+    """
+    states = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], state_len)
+    bounds = cu_seqlens.tolist()
+    for state, start, stop in zip(states, bounds, bounds[1:], strict=False):
+        kept = x[max(start, stop - state_len) : stop]  # s d
+        state[:, state_len - len(kept) :] = kept.T
+    return states
+
+
 def _check(x: Tensor, weight: Tensor, activation: Activation) -> None:
     check_shape("x", x, ("any", "any", "any"), "b, d, l")
     check_shape("weight", weight, (x.shape[1], "any"), "d, w")

@@ -2,8 +2,12 @@
 
 ``scans`` chooses the orders: 0 for rows, columns and both reversed, 1 for rows four times, 2 for rows twice and rows
 reversed twice. ``in_channel_first`` and ``out_channel_first`` tell where the channels of the image and of the sequences
-are. With ``one_by_one`` every direction has an image of its own. ``force_torch`` has no effect.
+are. With ``one_by_one`` every direction has an image of its own. ``force_torch`` has no effect. The file's
+earlier versions have autograd Functions for the same.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +45,18 @@ def cross_merge_fn(
     if one_by_one:
         return x if in_channel_first else x.permute(0, 3, 1, 2).contiguous()
     return x.sum(1) if in_channel_first else x.sum(1).mT.contiguous()
+
+
+class Applied:
+    """A function under the name ``apply``, as an autograd Function has it."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.apply = function
+
+
+def get_csm(mode: int = 1) -> tuple[Applied, Applied]:
+    """Stand in for ``getCSM``: the two Functions for the orders ``scans=mode``."""
+    return Applied(partial(cross_scan_fn, scans=mode)), Applied(partial(cross_merge_fn, scans=mode))
 
 
 def _directions_first(x: Tensor, channel_first: bool, one_by_one: bool) -> Tensor:

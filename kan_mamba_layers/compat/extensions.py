@@ -30,7 +30,7 @@ def oflex_fwd(
 ) -> list[Tensor]:
     """Stand in for ``fwd`` of ``selective_scan_cuda_oflex`` and ``selective_scan_cuda_core``: ``[out, x]``."""
     out, state = _oflex_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    return [out if out_float else out.to(u.dtype), _pack(state)]
+    return [out if out_float else out.to(u.dtype), pack(state)]
 
 
 def oflex_bwd(
@@ -48,7 +48,7 @@ def oflex_bwd(
 ) -> list[Tensor | None]:
     """Stand in for ``bwd`` of the same two: ``[du, ddelta, dA, dB, dC, dD, ddelta_bias]``, None for absent inputs."""
     inputs = (u, delta, A, B, C, D, delta_bias)
-    return _gradients(partial(_oflex_scan, delta_softplus=delta_softplus), inputs, dout)[1]
+    return gradients(partial(_oflex_scan, delta_softplus=delta_softplus), inputs, dout)[1]
 
 
 @torch.no_grad()
@@ -64,9 +64,9 @@ def mamba_fwd(
     delta_softplus: bool,
 ) -> list[Tensor]:
     """Stand in for ``selective_scan_cuda.fwd``: ``[out, x]``, and the gated ``out_z`` if ``z`` is given."""
-    out, state = scan(_widen(u), delta, A, B, C, D, None, delta_bias, delta_softplus)
+    out, state = scan(widen(u), delta, A, B, C, D, None, delta_bias, delta_softplus)
     gated = [] if z is None else [(out * F.silu(z.to(out.dtype))).to(u.dtype)]
-    return [out.to(u.dtype), _pack(state), *gated]
+    return [out.to(u.dtype), pack(state), *gated]
 
 
 def mamba_bwd(
@@ -91,7 +91,7 @@ def mamba_bwd(
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     run = partial(scan, delta_softplus=delta_softplus)
-    out_z, grads = _gradients(lambda u, *rest: run(_widen(u), *rest), inputs, dout)
+    out_z, grads = gradients(lambda u, *rest: run(widen(u), *rest), inputs, dout)
     grad_z = grads.pop(6)
     if z is None:
         return grads
@@ -112,8 +112,8 @@ def states_fwd(
     out_float: bool = False,
 ) -> list[Tensor]:
     """Stand in for ``selective_scan_cuda_oflex_rh.fwd``: the states (b d n l) and ``x``; ``D`` is unused."""
-    states, last = _states(u, delta, A, B, delta_bias, delta_softplus)
-    return [states if out_float else states.to(u.dtype), _pack(last)]
+    states, last = every_state(u, delta, A, B, delta_bias, delta_softplus)
+    return [states if out_float else states.to(u.dtype), pack(last)]
 
 
 def states_bwd(
@@ -129,12 +129,12 @@ def states_bwd(
     nrows: int = 1,
 ) -> list[Tensor | None]:
     """Stand in for ``selective_scan_cuda_oflex_rh.bwd``: ``[du, ddelta, dA, dB, dD, ddelta_bias]``, ``dD`` being 0."""
-    run = partial(_states, delta_softplus=delta_softplus)
-    grads = _gradients(run, (u, delta, A, B, delta_bias), dout)[1]
+    run = partial(every_state, delta_softplus=delta_softplus)
+    grads = gradients(run, (u, delta, A, B, delta_bias), dout)[1]
     return [*grads[:4], None if D is None else torch.zeros_like(D), grads[4]]
 
 
-def _states(
+def every_state(
     u: Tensor,  # b d l
     delta: Tensor,  # b d l
     A: Tensor,  # d n
@@ -155,7 +155,7 @@ def _states(
     entries = B.flatten(1, 2)[:, :, None]  # b g*n 1 l
     bias = None if delta_bias is None else per_state(delta_bias, 0)
     steps, ones = per_state(delta, 1), torch.ones_like(entries)
-    y, last = scan(per_state(_widen(u), 1), steps, rates, entries, ones, None, None, bias, delta_softplus)
+    y, last = scan(per_state(widen(u), 1), steps, rates, entries, ones, None, None, bias, delta_softplus)
     y = y.unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)  # b d n l
     return y, last[..., 0].unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)
 
@@ -174,10 +174,10 @@ def _oflex_scan(
     times = u.shape[1] // delta.shape[1]
     delta = delta.repeat_interleave(times, 1)  # b d l
     bias = None if delta_bias is None else delta_bias.repeat_interleave(times)  # d
-    return scan(_widen(u), delta, A, B, C, D, None, bias, delta_softplus)
+    return scan(widen(u), delta, A, B, C, D, None, bias, delta_softplus)
 
 
-def _gradients(
+def gradients(
     run: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], grad: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The output of a scan and the gradient with respect to every input that is not None."""
@@ -188,10 +188,11 @@ def _gradients(
     return out.detach(), [None if x is None else next(given) for x in leaves]
 
 
-def _pack(state: Tensor) -> Tensor:  # b d n -> b d 1 2n
+def pack(state: Tensor) -> Tensor:  # b d n -> b d 1 2n
     """Put the last state where callers look for it: ``x[:, :, -1, 1::2]``."""
     return torch.stack((torch.zeros_like(state), state), -1).flatten(-2)[:, :, None]
 
 
-def _widen(u: Tensor) -> Tensor:
+def widen(u: Tensor) -> Tensor:
+    """In float32 at least."""
     return u.to(compute_dtype(u))

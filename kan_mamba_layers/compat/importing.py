@@ -29,10 +29,12 @@ def _missing(module: str, name: str) -> str:
 class _StandIns(MetaPathFinder, Loader):
     """Find and load the stand-ins through the ordinary import machinery."""
 
+    force = False
+
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname in YIELDING and PathFinder.find_spec(fullname) is not None:
+        if not self.force and fullname in YIELDING and PathFinder.find_spec(fullname) is not None:
             return None
-        if fullname in MODULES:
+        if fullname in MODULES or (self.force and _key(fullname) in YIELDING):
             # All are packages, even those without submodules: only for a package does `from m import x` look for m.x.
             return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
         parent, _, name = fullname.rpartition(".")
@@ -41,12 +43,20 @@ class _StandIns(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        key = _key(module.__name__)
+
         def missing(name: str) -> Any:
-            raise AttributeError(_missing(module.__name__, name), name=name, obj=module)
+            raise AttributeError(_missing(key, name), name=name, obj=module)
 
         module.__doc__ = f"Stand-in for {module.__name__}, made by {_ORIGIN}."
         contents = {"__version__": f"0+kan.mamba.layers.{__version__}", "__getattr__": missing}
-        vars(module).update(contents, **MODULES[module.__name__])
+        vars(module).update(contents, **MODULES[key])
+
+
+def _key(module: str) -> str:
+    """Its name in the list of stand-ins: a file such as ``csm_triton`` may lie in any package."""
+    last = module.rpartition(".")[2]
+    return last if last in YIELDING else module
 
 
 _FINDER = _StandIns()
@@ -75,7 +85,8 @@ def install(*, force: bool = False) -> None:
 
     Args:
         force: whether the stand-ins also take the place of real modules of these names, such as a copy of
-            ``mamba_ssm`` in a repository. Modules imported before are removed from ``sys.modules``.
+            ``mamba_ssm`` in a repository, or VMamba's file ``csm_triton`` in any package. Modules imported before are
+            removed from ``sys.modules``.
 
     Raises:
         ImportError: a real module of one of these names is installed or imported, and ``force`` is False.
@@ -94,9 +105,12 @@ def install(*, force: bool = False) -> None:
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
+        _FINDER.force = False
+    _FINDER.force |= force
     tops = {name for name in MODULES if "." not in name and name not in YIELDING}
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in tops and not _is_ours(module):  # only with force
+        shadowed = name.partition(".")[0] in tops or (force and _key(name) in YIELDING)
+        if shadowed and not _is_ours(module):  # only with force
             del sys.modules[name]
     for name in MODULES:
         if name not in YIELDING:
@@ -107,6 +121,6 @@ def uninstall() -> None:
     """Remove the stand-ins; functions already imported from them keep working."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    for name in MODULES:
-        if name in sys.modules and _is_ours(sys.modules[name]):
+    for name in list(sys.modules):
+        if _key(name) in MODULES and _is_ours(sys.modules[name]):
             del sys.modules[name]

@@ -19,7 +19,8 @@ class Mamba(Layer):
 
     ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
     Vim; ``"v3"`` in SegMamba: ``"v2"`` and a third scan, which visits the ``nslices`` equal parts of the sequence in
-    turn, first the first position of each part, then the second. ``if_divide_out`` halves the sum in ``"v2"``, and
+    turn, first the first position of each part, then the second. ``if_divide_out`` halves the sum in ``"v2"``, as does
+    ``if_devide_out``, its name in older versions. ``bimamba=True`` is VideoMamba's name for ``"v2"``.
     ``init_layer_scale`` adds a factor ``gamma`` per output channel. ``use_fast_path`` has no effect: there is one path,
     which runs all directions. ``layer_idx`` is the key of this layer's state in ``inference_params``.
     """
@@ -50,7 +51,11 @@ class Mamba(Layer):
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
         nslices: int = 5,
+        if_devide_out: bool = False,
+        bimamba: bool | None = None,
     ) -> None:
+        if bimamba is not None:
+            bimamba_type = "v2" if bimamba else "none"
         check_choice("bimamba_type", bimamba_type, ("none", "v1", "v2", "v3"))
         check_int("nslices", nslices, 1)
         super().__init__(
@@ -67,7 +72,7 @@ class Mamba(Layer):
             conv_bias=conv_bias,
             bias=bias,
             bidirectional=bimamba_type in ("v2", "v3"),
-            if_divide_out=if_divide_out and bimamba_type == "v2",
+            if_divide_out=(if_divide_out or if_devide_out) and bimamba_type == "v2",
             device=device,
             dtype=dtype,
         )

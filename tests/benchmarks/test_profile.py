@@ -36,7 +36,7 @@ class TestCommand:
     def test_it_lists_its_commands_and_knows_no_others(self):
         usage = start("--help")
         assert usage.returncode == 0
-        for command in ("run", "report", "gpu_day", "gpu_report", "profile"):
+        for command in ("clients", "run", "report", "gpu_day", "gpu_report", "profile"):
             assert f"\n  {command} " in usage.stdout
         assert start().returncode == 1
         unknown = start("limit")

@@ -19,7 +19,10 @@ from kan_mamba_layers import selective_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSIONS = ("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
-TOP = ("mamba_ssm", "causal_conv1d", "selective_scan", *EXTENSIONS, "selective_scan_cuda_oflex_rh")
+TOP = (
+    *("mamba_ssm", "causal_conv1d", "causal_conv1d_cuda", "selective_scan", *EXTENSIONS),
+    *("selective_scan_cuda_oflex_rh", "v2dmamba_scan"),
+)
 REAL = [name for name in TOP if importlib.util.find_spec(name)]
 without_originals = pytest.mark.skipif(bool(REAL), reason=f"the real {REAL} are installed; nothing stands in for them")
 

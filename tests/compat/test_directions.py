@@ -7,7 +7,7 @@ import torch
 from stand_ins import function, without_originals
 from torch import Tensor
 
-from helpers import gradients, pixel_order, says
+from helpers import assert_close, gradients, pixel_order, says
 
 pytestmark = [without_originals, pytest.mark.usefixtures("stand_ins")]
 H, W = 3, 4
@@ -56,6 +56,27 @@ def test_values_and_gradients(inner: bool, outer: bool, one_by_one: bool, scans:
     sums = (lambda x: x) if one_by_one else (lambda x: x.sum(1))
     found, (true, true_grads) = gradients(run_merge, {"y": y}), gradients(lambda y: sums(merged(y, scans)), {"y": y})
     assert torch.allclose(found[0], true, rtol=1e-12) and torch.equal(found[1]["y"], true_grads["y"])
+
+
+def test_functions_of_earlier_versions() -> None:
+    """Under the name `apply`, with the layout behind the map; `getCSM` has the orders of the ablations."""
+    x, y = torch.randn(2, 4, 3, H, W), torch.randn(2, 4, 3, H, W)
+    for name in ("CrossScanTriton", "CrossScanTritonF", "CrossScanF"):
+        scan = function("csm_triton", name).apply
+        assert torch.equal(scan(x[:, 0]), scanned(x[:, :1].expand_as(x), 0))
+        assert torch.equal(scan(x[:, 0].permute(0, 2, 3, 1), False), scan(x[:, 0]))
+    for name in ("CrossMergeTriton", "CrossMergeTritonF", "CrossMergeF"):
+        merge = function("csm_triton", name).apply
+        assert_close("merged", merge(y), merged(y.flatten(-2), 0).sum(1), 1e-6)
+        assert torch.equal(merge(y, False), merge(y).mT)
+    for name in ("CrossScanTriton1b1", "CrossScanTriton1b1F"):
+        each = function("csm_triton", name).apply
+        assert torch.equal(each(x), scanned(x, 0))
+        assert torch.equal(each(x.permute(0, 3, 4, 1, 2), False), each(x))
+    for mode in (1, 2):
+        scan, merge = function("csm_triton", "getCSM")(mode)
+        assert torch.equal(scan.apply(x[:, 0]), scanned(x[:, :1].expand_as(x), mode))
+        assert_close("merged", merge.apply(y), merged(y.flatten(-2), mode).sum(1), 1e-6)
 
 
 def test_wrong_calls() -> None:

@@ -15,9 +15,12 @@ from helpers import says
 from kan_mamba_layers import compat
 
 INNER = ["mamba_inner_fn", "bimamba_inner_fn"]
+CONVOLUTION = ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"]
 FUNCTIONS = {
     "mamba_ssm": ["Mamba", "selective_scan_fn", *INNER],
-    "mamba_ssm.modules.mamba_simple": ["Mamba"],
+    "mamba_ssm.modules.block": ["Block"],
+    "mamba_ssm.modules.mamba_simple": ["Mamba", "Block"],
+    "mamba_ssm.models.mixer_seq_simple": ["_init_weights"],
     "mamba_ssm.ops.selective_scan_interface": [
         "selective_scan_fn",
         "selective_scan_ref",
@@ -29,11 +32,14 @@ FUNCTIONS = {
     "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update"],
     "mamba_ssm.utils.generation": ["GenerationMixin"],
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
-    "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update"],
+    "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"],
     "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_update"],
-    "csm_triton": ["cross_scan_fn", "cross_merge_fn"],
+    "causal_conv1d.causal_conv1d_varlen": ["causal_conv1d_varlen_states"],
+    "causal_conv1d.cpp_functions": [f"{name}_function" for name in CONVOLUTION],
+    "causal_conv1d_cuda": CONVOLUTION,
+    "csm_triton": ["cross_scan_fn", "cross_merge_fn", "getCSM"],
     "selective_scan": ["selective_scan_fn", "selective_scan_ref"],
-    **{name: ["fwd", "bwd"] for name in (*EXTENSIONS, "selective_scan_cuda_oflex_rh")},
+    **{name: ["fwd", "bwd"] for name in (*EXTENSIONS, "selective_scan_cuda_oflex_rh", "v2dmamba_scan")},
 }
 pytestmark = without_originals
 
@@ -115,6 +121,25 @@ class TestInstalling:
         assert importlib.import_module("mamba_ssm").theirs
         del sys.modules["mamba_ssm"]
 
+    def test_shadows_a_file_of_a_package_by_force(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """VMamba imports `models.csm_triton`, whose kernels need a GPU."""
+        (tmp_path / "their_models").mkdir()
+        (tmp_path / "their_models" / "__init__.py").write_text("from .csm_triton import *")
+        (tmp_path / "their_models" / "csm_triton.py").write_text("theirs = True")
+        monkeypatch.syspath_prepend(tmp_path)
+        name = "their_models.csm_triton"
+        for force in (False, True, False):
+            compat.install(force=force)
+            module = importlib.import_module(name)
+            assert hasattr(module, "theirs") is not force and hasattr(module, "cross_scan_fn") is force
+            if force:
+                with pytest.raises(AttributeError, match=says("stand-in", "csm_triton", "cross_merge_fn")):
+                    _ = module.another
+            compat.uninstall()
+            assert (name in sys.modules) is not force
+            sys.modules.pop("their_models", None)
+            sys.modules.pop(name, None)
+
     def test_a_folder_of_sources_is_no_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "selective_scan" / "csrc").mkdir(parents=True)
         monkeypatch.syspath_prepend(tmp_path)
@@ -132,7 +157,7 @@ class TestWhatIsMissing:
             ("from mamba_ssm.modules.mamba2 import Mamba2", "mamba_simple"),
             ("import mamba_ssm.ops.triton.ssd_combined", "layer_norm"),
             ("from mamba_ssm.ops.selective_scan_interface import rms_norm_forward", "selective_scan_ref"),
-            ("from causal_conv1d import causal_conv1d_varlen_states", "causal_conv1d_fn"),
+            ("from causal_conv1d import causal_conv1d_ref", "causal_conv1d_fn"),
             ("from selective_scan_cuda_core import backward", "bwd"),
         ],
     )
@@ -143,7 +168,7 @@ class TestWhatIsMissing:
     def test_attribute_says_what_there_is(self) -> None:
         module = importlib.import_module("mamba_ssm")
         assert not hasattr(module, "Mamba2")
-        with pytest.raises(AttributeError, match=says("'Mamba2'", "Mamba, selective_scan_fn", "modules, ops, utils")):
+        with pytest.raises(AttributeError, match=says("'Mamba2'", "Mamba, selective_scan_fn", "modules, models, ops")):
             _ = module.Mamba2
 
     def test_language_models_are_refused_by_name(self) -> None:

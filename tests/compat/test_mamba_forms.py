@@ -93,6 +93,9 @@ class TestMamba:
             {"bimamba_type": "v1", "bias": True, "conv_bias": False, "init_layer_scale": 0.5},
             {"bimamba_type": "v2", "init_layer_scale": 0.1},
             {"bimamba_type": "v2", "if_divide_out": True, "bias": True},
+            {"bimamba_type": "v2", "if_devide_out": True},
+            {"bimamba": True},
+            {"bimamba": False},
             {"bimamba_type": "v3", "nslices": 4},
             {"bimamba_type": "v3", "nslices": 3, "conv_bias": False},
         ],
@@ -130,7 +133,8 @@ class TestMamba:
         assert ours[:5] == ["d_model", "d_state", "d_conv", "expand", "dt_rank"]
         assert ours[5:10] == ["dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"]
         assert ours[10:16] == ["conv_bias", "bias", "use_fast_path", "layer_idx", "device", "dtype"]
-        assert set(ours[16:]) == {"bimamba_type", "if_divide_out", "init_layer_scale", "nslices"}
+        later = {"bimamba_type", "if_divide_out", "init_layer_scale", "nslices", "if_devide_out", "bimamba"}
+        assert set(ours[16:]) == later
         layer = mamba(d_model=4, layer_idx=3, use_fast_path=False)
         assert (layer.layer_idx, layer.d_inner, layer.dt_rank, layer.expand) == (3, 8, 1, 2)
 

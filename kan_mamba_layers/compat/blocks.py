@@ -1,0 +1,109 @@
+"""Stand-ins for the residual block of ``mamba_ssm``, ``x, residual -> mixer(norm(x + residual)), x + residual``."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kan_mamba_layers.compat.normalization import RMSNorm, layer_norm_fn
+
+Make = Callable[[int], nn.Module]
+
+
+class Block(nn.Module):
+    """Stand in for ``mamba_ssm.modules.block.Block``, of version 2: a mixer, and a second layer unless ``nn.Identity``.
+
+    ``fused_add_norm`` needs a ``LayerNorm`` or an ``RMSNorm``, whose weights it passes to ``layer_norm_fn``.
+    """
+
+    norm: Any
+    norm2: Any
+    mixer: Any
+
+    def __init__(
+        self,
+        dim: int,
+        mixer_cls: Make,
+        mlp_cls: Make,
+        norm_cls: Make = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.residual_in_fp32 = residual_in_fp32
+        self.fused_add_norm = fused_add_norm
+        self.norm = norm_cls(dim)
+        self.mixer = mixer_cls(dim)
+        self.mlp: nn.Module | None = None
+        if mlp_cls is not nn.Identity:
+            self.norm2 = norm_cls(dim)
+            self.mlp = mlp_cls(dim)
+        if fused_add_norm and not isinstance(self.norm, (nn.LayerNorm, RMSNorm)):
+            kind = type(self.norm).__name__
+            raise TypeError(f"fused_add_norm=True needs a norm_cls that gives LayerNorm or RMSNorm, got {kind}")
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None, **mixer_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:  # b l c, b l c
+        hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
+        hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
+        if self.mlp is not None:
+            hidden_states, residual = self._add_norm(self.norm2, hidden_states, residual)
+            hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+    def _add_norm(self, norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.fused_add_norm:
+            options: dict[str, Any] = {"prenorm": True, "residual_in_fp32": self.residual_in_fp32, "eps": norm.eps}
+            rms = isinstance(norm, RMSNorm)
+            return layer_norm_fn(x, norm.weight, norm.bias, residual, is_rms_norm=rms, **options)  # type: ignore[return-value]
+        total = x if residual is None else x + residual
+        normalized = norm(total.to(norm.weight.dtype))
+        return normalized, total.float() if self.residual_in_fp32 else total
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
+        """The states of the mixer before the first position."""
+        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+
+class FirstBlock(Block):
+    """Stand in for ``Block`` of ``mamba_ssm.modules.mamba_simple``, of version 1, which has no second layer."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer_cls: Make,
+        norm_cls: Make = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__(dim, mixer_cls, nn.Identity, norm_cls, fused_add_norm, residual_in_fp32)
+
+
+@torch.no_grad()
+def init_weights(
+    module: nn.Module,
+    n_layer: int,
+    initializer_range: float = 0.02,
+    rescale_prenorm_residual: bool = True,
+    n_residuals_per_layer: int = 1,
+) -> None:
+    """Stand in for ``_init_weights``, for ``Module.apply``: zero biases, and output projections divided by a root.
+
+    ``out_proj.weight`` and ``fc2.weight`` are drawn anew and divided by ``sqrt(n_residuals_per_layer n_layer)``. Biases
+    with ``_no_reinit`` stay.
+    """
+    if isinstance(module, nn.Linear):
+        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=initializer_range)
+    if rescale_prenorm_residual:
+        for name, weight in module.named_parameters():
+            if name in ("out_proj.weight", "fc2.weight"):
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                weight.div_(math.sqrt(n_residuals_per_layer * n_layer))
