@@ -164,6 +164,7 @@ def _reason_against(op: str, backend: str, x: Tensor, arguments: dict[str, Tenso
 
 
 def _triton_interprets() -> bool:
+    """Triton tells by what it makes of a function; before version 3.4 it has no other way of saying so."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    return not isinstance(triton.jit(_triton_interprets), triton.JITFunction)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -356,3 +357,23 @@ def test_triton_in_its_interpreter_runs_only_on_request() -> None:
         TRITON_INTERPRET="1",
     )
     assert printed.split() == ["cpu", "triton", "True", "True"]
+
+
+def test_a_package_that_is_installed_but_broken_is_named(tmp_path: Path) -> None:
+    """Nothing falls back silently, so "auto" raises too: the next backend would be many times slower."""
+    for package in ("numba", "triton"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('needs an older NumPy')")
+    printed = fresh_process(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, kan_mamba_layers as kml\n"
+        "from kan_mamba_layers.ops import backend\n"
+        "backend._triton_interprets = lambda: True\n"
+        "for make in (lambda name: kml.SS2D(4, backend=name), lambda name: kml.KANLinear(4, 2, backend=name)):\n"
+        "    for name, package in (('auto', 'numba'), ('cpu', 'numba'), ('triton', 'triton')):\n"
+        "        try:\n"
+        "            make(name)(torch.zeros(1, 2, 3, 4))\n"
+        "        except ImportError as error:\n"
+        "            text = f'needs {package}, which is installed but cannot be imported (needs an older NumPy)'\n"
+        "            print(text in str(error))\n"
+    )
+    assert printed.split() == 6 * ["True"]

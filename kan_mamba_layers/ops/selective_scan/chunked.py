@@ -35,8 +35,9 @@ def scan(
     outputs = []
     for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):
         inputs = (*parts, A, state)
-        # Under torch.func nothing can be recomputed: there all states are kept.
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not transformed():
+        # Under torch.func nothing can be recomputed: there all states are kept. PyTorch 2.4 cannot on the meta device.
+        kept = u.is_meta or transformed()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not kept:
             y, state = checkpoint(_scan_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _scan_segment(*inputs)
