@@ -100,9 +100,9 @@ def violations(name: str, source: str) -> list[str]:
             found.append(f"{name}:{node.lineno} bare assert")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             found.append(f"{name}:{node.lineno} print")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
-            if not {"device", None} & {keyword.arg for keyword in node.keywords}:
-                found.append(f"{name}:{node.lineno} {ast.unparse(node.func)} without a device")
+        if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in FACTORIES:
+            named = {keyword.arg for keyword in node.keywords}  # None: **options
+            found += [] if named & {"device", None} else [f"{name}:{node.lineno} {called} without a device"]
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
             found.append(f"{name}:{node.lineno} environment variable")
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) in at_top:

@@ -51,7 +51,8 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     3. ``"chunked"``, which runs every call but the gradient of ``kan_linear`` with respect to ``grid``;
     4. ``"reference"``, which runs every call.
 
-    ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, or images of 2**31 addresses or more.
+    ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, images of 2**31 addresses or more, or
+    more than 1,048,560 features or outputs of ``kan_linear``.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
     ``kan_linear`` gives the compiler its ``"reference"``.

@@ -219,6 +219,20 @@ class TestOnAGpu:
             assert resolve(op, "triton", **given) == "triton"
             assert resolve(op, "auto", **given) == ("chunked" if constant else "triton")
 
+    @pytest.mark.parametrize("sizes", [(1_048_561, 2), (2, 1_048_561)], ids=["outputs", "features"])
+    def test_blocks(self, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """CUDA launches 65,535 blocks along the second dimension, and the narrowest tile has 16 features or outputs."""
+        monkeypatch.setitem(choice._HAS, "triton", True)
+        o, i = sizes
+        with FakeTensorMode():
+            shapes = {"x": (3, i), "spline_weight": (o, i, 8), "grid": (i, 12)}
+            given = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
+            assert resolve("kan_linear", "auto", **given) == "chunked"
+            with pytest.raises(ValueError, match=says("backend='triton'", f"{o} outputs of {i} features", "1048560")):
+                resolve("kan_linear", "triton", **given)
+            monkeypatch.setattr(limits, "BLOCKS", 65_536)
+            assert resolve("kan_linear", "auto", **given) == "triton"
+
     def test_large_images_run(self, gpu: Entries, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beyond a limit that is lowered for the test."""
         for op, fitting, larger in (
