@@ -154,8 +154,9 @@ class SplineLayer(Layer):
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
         """Move the knots to the data and refit the splines so that the function stays the same.
 
-        Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes with replicas, as under DistributedDataParallel,
-        update one and broadcast: ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
+        Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes
+        with replicas, as under DistributedDataParallel, update one and broadcast:
+        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
 
         Args:
             x: samples of the layer's input, in any shape that ``forward`` takes.
