@@ -13,4 +13,5 @@ def depthwise_conv(channels: int, size: int, **options: Any) -> nn.Conv2d:
     two differ, in a dimension of size 1 too.
     """
     conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, **options)
-    return conv.to(memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last))
+    return conv
