@@ -186,7 +186,7 @@ class _Scan(NamedTuple):
             weights += torch.exp(A[:, None, None] * since) * (C[:, at, None] * B[:, None])[:, None]
         weights *= self.step[:, :, None]
         weights.masked_fill_(time > time[at][:, None], 0)  # q l
-        weights[:, :, torch.arange(len(at)), at] += self.D[:, None]
+        weights[:, :, torch.arange(len(at), device=at.device), at] += self.D[:, None]
         return weights
 
 
@@ -282,7 +282,7 @@ def _check_size(x: Tensor, rows: int, per_row: int) -> None:
 def _rows(positions: Sequence[Any] | None, sizes: tuple[int, ...]) -> Tensor:  # q
     """The wanted positions as numbers, which count the pixels of an image row by row."""
     if positions is None:
-        return torch.arange(math.prod(sizes))
+        return torch.arange(math.prod(sizes), device="cpu")
     if not isinstance(positions, (tuple, list)):
         example = "(0, 0)" if len(sizes) > 1 else "0"
         raise TypeError(f"positions must be a list of positions, got {positions!r}; pass e.g. [{example}]")
@@ -290,7 +290,8 @@ def _rows(positions: Sequence[Any] | None, sizes: tuple[int, ...]) -> Tensor:  #
         raise ValueError("positions must have at least one position, got none; pass None for all")
     given = [p if len(sizes) > 1 else (p,) for p in positions]
     places = [_place(f"positions[{i}]", p, sizes) for i, p in enumerate(given)]
-    return torch.tensor([sum(i * math.prod(sizes[n + 1 :]) for n, i in enumerate(place)) for place in places])
+    numbers = [sum(i * math.prod(sizes[n + 1 :]) for n, i in enumerate(place)) for place in places]
+    return torch.tensor(numbers, device="cpu")
 
 
 def _place(name: str, position: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:

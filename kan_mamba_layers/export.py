@@ -131,7 +131,8 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
         if shape is None:
             raise ValueError(f"example is None, and {type(model).__name__} is not a module of one input; pass a tensor")
         like = next(model.parameters())
-        return (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like),)
+        draw = torch.Generator().manual_seed(0)
+        return (torch.randn(shape, generator=draw, device="cpu").to(like),)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     for n, x in enumerate(inputs):
         check_tensor(f"example[{n}]", x)
@@ -206,7 +207,7 @@ def _cases(inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...]) -> lis
 
     def resized(x: Tensor, of_input: dict[int, str], sizes: dict[str, int]) -> Tensor:
         shape = [sizes[of_input[dim]] if dim in of_input else size for dim, size in enumerate(x.shape)]
-        return x.flatten()[torch.randint(x.numel(), shape, generator=draw).to(x.device)]
+        return x.flatten()[torch.randint(x.numel(), shape, generator=draw, device="cpu").to(x.device)]
 
     others = [traced | batch, larger, smaller]
     return [inputs, *(tuple(resized(x, n, s) for x, n in zip(inputs, names, strict=True)) for s in others)]

@@ -15,6 +15,10 @@ from kan_mamba_layers import EMA, SS2D, KANLinear, create_model, export_onnx, se
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
+# Nodes of the ONNX graph with PyTorch 2.13.
+WHOLE = {"u_kan_tiny": 762, "km_unet_tiny": 1540}
+
+
 class Line(nn.Module):
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -71,6 +75,14 @@ class TestOnnx:
             (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
             assert_close(f"out at {shape}", torch.from_numpy(out), layer(x), 1e-5)
 
+    @pytest.mark.nightly
+    @pytest.mark.parametrize(("name", "nodes"), WHOLE.items())
+    def test_a_whole_model(self, name: str, nodes: int, tmp_path: Path) -> None:
+        report = export_onnx(create_model(name).eval(), tmp_path / "model.onnx")
+        assert report.error <= 1e-5 and report.nodes <= 1.02 * nodes
+        assert {shape[2:] for shape in report.shapes} == {(64, 96), (97, 145), (47, 71)}
+        assert {shape[0] for shape in report.shapes} >= {1, 2, 4}
+
     def test_a_graph_of_one_size_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="differs from PyTorch"):
             export_onnx(Frozen().eval(), tmp_path / "m.onnx", torch.randn(2, 3, 4, 5))
@@ -97,6 +109,19 @@ class TestOnnx:
     def test_bad_arguments(self, model: nn.Module, options: dict[str, Any], message: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             export_onnx(model, tmp_path / "m.onnx", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*WHOLE, "km_unet_pp_tiny"])
+def test_a_model_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """As `model.half()` on the CPU."""
+    torch.manual_seed(0)
+    model, x = create_model(name).eval(), torch.randn(1, 3, 48, 40)
+    with torch.no_grad():
+        expected = model(x)
+        found = model.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert_close("logits", found.float(), expected, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

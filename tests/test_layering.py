@@ -19,6 +19,14 @@ CORE = {"torch", "numpy", "einops"}
 # Modules that are imported when a backend is first used, and what they may import besides.
 COMPILED = {"cpu": {"numba", "llvmlite"}, "simd": {"numba", "llvmlite"}, "triton": {"triton"}}
 MAX_LINES = 400
+# They take the default device, which need not be that of the tensors given, unless they are told another.
+FACTORIES = {
+    f"torch.{name}"
+    for name in (
+        *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones"),
+        *("rand", "randint", "randn", "randperm", "tensor", "zeros"),
+    )
+}
 # The files outside the package that may reach into it, and how far: checks and searches beneath the public ops start at
 # the launchers, the limit of the machine has the exponential of the kernels, and clients run on the stand-ins.
 INNER_DOORS = {
@@ -93,6 +101,9 @@ def violations(name: str, source: str) -> list[str]:
             found.append(f"{name}:{node.lineno} bare assert")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             found.append(f"{name}:{node.lineno} print")
+        if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in FACTORIES:
+            named = {keyword.arg for keyword in node.keywords}  # None: **options
+            found += [] if named & {"device", None} else [f"{name}:{node.lineno} {called} without a device"]
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
             found.append(f"{name}:{node.lineno} environment variable")
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) in at_top:
@@ -224,6 +235,7 @@ class TestTheCheckItself:
             ("kan_mamba_layers.ops.x", "from numba import njit", "numba at its top"),
             ("kan_mamba_layers.layers.x", "assert 1", "assert"),
             ("kan_mamba_layers.layers.x", "print(1)", "print"),
+            ("kan_mamba_layers.ops.x", "torch.zeros(3, dtype=x.dtype)", "torch.zeros without a device"),
             ("kan_mamba_layers.ops.x", "import os\nos.environ['A']", "environment"),
         ],
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_number, check_pixels, check_shape
+from kan_mamba_layers.layers.depthwise import depthwise_conv
 from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import cross_selective_scan
@@ -109,7 +110,7 @@ class SS2D(Layer):
 
         d, n, r = self.d_inner, d_state, rank
         self.in_proj = nn.Linear(d_model, 2 * d if gate else d, bias=bias, **factory)
-        self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **factory)
+        self.conv2d = depthwise_conv(d, d_conv, bias=conv_bias, **factory)
         self.x_proj_weight = parameter(NUM_DIRECTIONS, r + 2 * n, d)
         self.dt_projs_weight = parameter(NUM_DIRECTIONS, d, r)
         self.dt_projs_bias = parameter(NUM_DIRECTIONS, d)

@@ -78,7 +78,8 @@ class Model(Layer):
         arguments, state = read_model(folder, cls.__name__)
         wanted = {"num_classes": num_classes, "in_channels": in_channels}
         changes = {name: value for name, value in wanted.items() if value not in (None, arguments[name])}
-        model = cls(**{**arguments, **changes})
+        with torch.device("cpu"):
+            model = cls(**{**arguments, **changes})
         if changes:
             with torch.device("meta"):
                 before = {name: x.shape for name, x in cls(**arguments).state_dict().items()}

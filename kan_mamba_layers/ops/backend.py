@@ -51,7 +51,8 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     3. ``"chunked"``, which runs every call but the gradient of ``kan_linear`` with respect to ``grid``;
     4. ``"reference"``, which runs every call.
 
-    ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, or images of 2**31 addresses or more.
+    ``"triton"`` cannot run float64, more than 1024 states, spline orders above 5, images of 2**31 addresses or more, or
+    more than 1,048,560 features or outputs of ``kan_linear``.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
     ``kan_linear`` gives the compiler its ``"reference"``.
@@ -164,6 +165,7 @@ def _reason_against(op: str, backend: str, x: Tensor, arguments: dict[str, Tenso
 
 
 def _triton_interprets() -> bool:
+    """Triton tells by what it makes of a function; before version 3.4 it has no other way of saying so."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    return not isinstance(triton.jit(_triton_interprets), triton.JITFunction)

@@ -13,6 +13,7 @@ from kan_mamba_layers._check import check_shape
 ADDRESSES = 2**31 - 1  # in one image or sequence: addresses are computed in 32 bits
 STATES = 1024
 SPLINE_ORDER = 5
+BLOCKS = 65_535  # in the second dimension of a launch, of 16 features or 16 outputs at least
 
 
 def count_groups(B: Tensor, C: Tensor, channels: int) -> int:
@@ -85,6 +86,9 @@ def against_kan_linear(
         order = grid.shape[1] - 1 - spline_weight.shape[2]
         if order > SPLINE_ORDER:
             return f"grid and spline_weight have spline order {order}, and it computes orders 1 to {SPLINE_ORDER}"
+        outputs, features, _ = spline_weight.shape
+        if max(outputs, features) > 16 * BLOCKS:
+            return f"spline_weight has {outputs} outputs of {features} features, and it computes up to {16 * BLOCKS}"
     return ""
 
 

@@ -6,6 +6,7 @@ work under ``torch.func``, and would answer a second differentiation with silent
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from inspect import signature
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
@@ -58,6 +59,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     fields = [f"{_TYPES[hint]} {name}" for name, hint in hints.items()]
     tensors = [i for i, hint in enumerate(hints.values()) if hint in (Tensor, Tensor | None)]
     width = len(fields)
+    returned, kept = op.results, op.saved  # numbers, since PyTorch 2.4 compiles no function that closes over ``op``
     plain = {list(hints).index(name): gradient for name, gradient in op.plain.items()}
 
     def forward(*arguments: Any) -> Any:
@@ -163,7 +165,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            saved = output[op.results :] if op.saved else ()
+            saved = output[returned:] if kept else ()
             if saved:
                 ctx.mark_non_differentiable(*saved)
             ctx.save_for_backward(*(inputs[i] for i in tensors), *saved)
@@ -175,7 +177,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             of_argument: list[Tensor | None] = [None] * (width + 2)
-            if all(grad is None for grad in grads[: op.results]):
+            if all(grad is None for grad in grads[:returned]):
                 return tuple(of_argument)
             saved = ctx.saved_tensors
             call = _replaced(ctx.numbers, tensors, saved[: len(tensors)])
@@ -183,7 +185,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             # Only with a graph can it be differentiated again, which a compiled backward pass refuses by itself.
             graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             differentiate = Gradient.apply if graph else gradient
-            found = differentiate(*call, *saved[len(tensors) :], *grads[: op.results], wanted, ctx.backend)
+            found = differentiate(*call, *saved[len(tensors) :], *grads[:returned], wanted, ctx.backend)
             for i, grad in zip(tensors, found, strict=True):
                 if ctx.needs_input_grad[i]:
                     of_argument[i] = plain[i](grads) if i in plain else grad
@@ -204,9 +206,26 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
         else:
             count_flops()
             found = Eager.apply(*call, save, backend)
-        return found[: op.results] if isinstance(found, tuple) else (found,)
+        return found[:returned] if isinstance(found, tuple) else (found,)
 
     return run
+
+
+def explained(load: Callable[[str], FusedBackend]) -> Callable[[str], FusedBackend]:
+    """The same, with an error that says what to do where a package is installed but cannot be imported."""
+
+    @wraps(load)
+    def loaded(backend: str) -> FusedBackend:
+        try:
+            return load(backend)
+        except (ImportError, OSError) as error:
+            package = {"cpu": "numba", "triton": "triton"}[backend]
+            raise ImportError(
+                f"backend {backend!r} needs {package}, which is installed but cannot be imported ({error}); mend the "
+                f"installation, uninstall {package}, or call with another backend"
+            ) from error
+
+    return loaded
 
 
 def contiguous(values: Sequence[Any]) -> list[Any]:

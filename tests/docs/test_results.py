@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
@@ -55,6 +58,19 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
             variants = results["variants"]
             expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in rows(results, name)]
     assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
+
+
+def test_the_percentile_bootstrap_over_few_subjects_is_too_narrow():
+    """The figures of the section on the intervals, by simulation and from the quantiles."""
+    draw = np.random.default_rng(0)
+    for subjects, missed in ((7, 0.13), (5, 0.17)):
+        differences = draw.standard_normal((2000, subjects))  # none on average
+        counts = draw.multinomial(subjects, np.full(subjects, 1 / subjects), 1000)
+        low, high = np.percentile(differences @ counts.T / subjects, [2.5, 97.5], axis=1)
+        assert abs(((low > 0) | (high < 0)).mean() - missed) < 0.02
+    for subjects, wider in ((7, 1.35), (5, 1.58), (45, 1.04)):
+        ratio = stats.t.ppf(0.975, subjects - 1) / stats.norm.ppf(0.975) * (subjects / (subjects - 1)) ** 0.5
+        assert abs(ratio - wider) < 0.005
 
 
 def test_the_readme_shows_the_dice_of_the_experiments():

@@ -14,13 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from helpers import says
-from kan_mamba_layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, KMUNet, KMUNetPP, param_groups
+from kan_mamba_layers import (
+    EMA,
+    SS2D,
+    KANBlock,
+    KANConv2d,
+    KANLayer,
+    KANLinear,
+    KMUNet,
+    KMUNetPP,
+    Mamba,
+    param_groups,
+)
 
 DYNAMICS = {"A_logs", "Ds", "dt_projs_bias"}
 
 
 def tiny(cls: type[KMUNet] | type[KMUNetPP] = KMUNet, **options: Any) -> Any:
     return cls(widths=(4, 4, 4, 4, 4), d_state=1, expand=1, ema_factor=2, **options)
+
+
+def image(channels: int) -> Tensor:
+    return torch.randn(2, channels, 32, 32)
 
 
 def marked(model: nn.Module) -> set[str]:
@@ -188,9 +203,28 @@ class TestTorchScript:
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
 def test_gradients_have_the_strides_of_their_parameters(backend: Any) -> None:
     """DDP compares them, also in dimensions of size 1."""
-    calls = [(SS2D(8, 1, backend=backend), torch.randn(2, 3, 4, 8))]
-    calls += [(KANLinear(i, o, backend=backend), torch.randn(6, i)) for i, o in ((4, 1), (1, 3))]
-    for layer, x in calls:
-        layer(x).square().sum().backward()
+    calls = [(SS2D(8, 1, backend=backend), (torch.randn(2, 3, 4, 8),))]
+    calls += [(KANLinear(i, o, backend=backend), (torch.randn(6, i),)) for i, o in ((4, 1), (1, 3))]
+    calls += [(KANBlock(8, backend=backend), (torch.randn(2, 12, 8), 3, 4)), (KANConv2d(3, 1, 3), (image(3),))]
+    calls += [(EMA(8), (image(8),)), (Mamba(8), (torch.randn(2, 5, 8),))]
+    calls += [(tiny(cls, in_channels=1, backend=backend), (image(1),)) for cls in (KMUNet, KMUNetPP)]
+    for layer, inputs in calls:
+        out = layer(*inputs)
+        sum(y.square().sum() for y in (out if isinstance(out, list) else [out])).backward()
         for name, p in layer.named_parameters():
-            assert name == "conv2d.weight" or p.grad.stride() == p.stride(), name  # that one is PyTorch's own
+            assert p.grad.stride() == p.stride(), f"{name} of {type(layer).__name__}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_the_default_device_does_not_matter(backend: Any) -> None:
+    """What works on tensors given is made beside them, not on the device for new ones."""
+    free = KANLinear(3, 2, backend=backend, extrapolation="linear", grid_mode="adaptive")
+    model, x = tiny(KMUNet, backend=backend), torch.randn(20, 3)
+    pixels = image(3)
+    with torch.device("meta"):
+        free.update_grid(x)
+        free.extend_grid(7)
+        free.prune_edges(free.edge_sizes().min().item())
+        (free(x).square().sum() + free.regularization_loss() + model(pixels).square().sum()).backward()
+    for module in (free, model):
+        assert all(p.grad.device.type == "cpu" and p.grad.isfinite().all() for p in module.parameters())

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from tiny_models import TINY, image
 
 from kan_mamba_layers import KANLinear, KMUNet, KMUNetPP, create_model, from_pretrained
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,11 @@ class TestStorage:
             assert list(state) == list(model.state_dict())
             assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
             assert torch.equal(again.eval()(image(1, 48, 40)), model(image(1, 48, 40)))
+
+    def test_loads_on_the_cpu_whatever_the_default_device(self, stored: Path) -> None:
+        with torch.device("meta"):
+            again = from_pretrained(stored).state_dict()
+        assert all(torch.equal(again[key], x) for key, x in from_pretrained(stored).state_dict().items())
 
     @pytest.mark.parametrize("changes", [{"num_classes": 3}, {"in_channels": 4}, {"num_classes": 2}], ids=str)
     def test_other_classes_and_channels(self, changes: dict[str, int], tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ class TestStorage:
             raise OSError(28, "No space left on device")
 
         folder = self.damaged(stored, tmp_path, name, bytes)
-        writer = (Path, "write_text") if name == "config.json" else (safetensors.torch, "save_file")
+        writer = (Path, "write_text") if name == "config.json" else (safetensors, "save_file")
         monkeypatch.setattr(*writer, no_space)
         with pytest.raises(OSError, match="No space left"):
             KMUNetPP(1, 3, widths=(8, 16)).save_pretrained(folder)

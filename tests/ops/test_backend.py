@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -34,6 +35,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
 SCANS = sys.modules["kan_mamba_layers.ops.selective_scan"]
 KAN = sys.modules["kan_mamba_layers.ops.kan_linear"]
 MANY = 1 << 20
+ON_CPU = "cpu" if choice._HAS["numba"] else "chunked"  # what "auto" takes there
 
 
 class OnGpu(torch.Tensor):
@@ -218,6 +220,20 @@ class TestOnAGpu:
             assert resolve(op, "triton", **given) == "triton"
             assert resolve(op, "auto", **given) == ("chunked" if constant else "triton")
 
+    @pytest.mark.parametrize("sizes", [(1_048_561, 2), (2, 1_048_561)], ids=["outputs", "features"])
+    def test_blocks(self, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """CUDA launches 65,535 blocks along the second dimension, and the narrowest tile has 16 features or outputs."""
+        monkeypatch.setitem(choice._HAS, "triton", True)
+        o, i = sizes
+        with FakeTensorMode():
+            shapes = {"x": (3, i), "spline_weight": (o, i, 8), "grid": (i, 12)}
+            given = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
+            assert resolve("kan_linear", "auto", **given) == "chunked"
+            with pytest.raises(ValueError, match=says("backend='triton'", f"{o} outputs of {i} features", "1048560")):
+                resolve("kan_linear", "triton", **given)
+            monkeypatch.setattr(limits, "BLOCKS", 65_536)
+            assert resolve("kan_linear", "auto", **given) == "triton"
+
     def test_large_images_run(self, gpu: Entries, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beyond a limit that is lowered for the test."""
         for op, fitting, larger in (
@@ -255,9 +271,9 @@ class TestArguments:
     @pytest.mark.parametrize("op", OPS)
     def test_names_are_those_of_the_op(self, op: str) -> None:
         inputs = MAKE[op]()
-        assert answer(op, "auto", inputs) == "cpu"
+        assert answer(op, "auto", inputs) == ON_CPU
         x = next(iter(inputs.values()))
-        assert resolve(op, "auto", x, **dict.fromkeys(choice._TENSORS[op])) == "cpu", "None is not given"
+        assert resolve(op, "auto", x, **dict.fromkeys(choice._TENSORS[op])) == ON_CPU, "None is not given"
         with pytest.raises(TypeError, match=says(op, "no tensor argument 'weight'", list(inputs)[-1])):
             resolve(op, "auto", x, weight=x)
 
@@ -355,4 +371,24 @@ def test_triton_in_its_interpreter_runs_only_on_request() -> None:
         "        print('order 6' in str(error))\n",
         TRITON_INTERPRET="1",
     )
-    assert printed.split() == ["cpu", "triton", "True", "True"]
+    assert printed.split() == [ON_CPU, "triton", "True", "True"]
+
+
+def test_a_package_that_is_installed_but_broken_is_named(tmp_path: Path) -> None:
+    """Nothing falls back silently, so "auto" raises too: the next backend would be many times slower."""
+    for package in ("numba", "triton"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('needs an older NumPy')")
+    printed = fresh_process(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, kan_mamba_layers as kml\n"
+        "from kan_mamba_layers.ops import backend\n"
+        "backend._triton_interprets = lambda: True\n"
+        "for make in (lambda name: kml.SS2D(4, backend=name), lambda name: kml.KANLinear(4, 2, backend=name)):\n"
+        "    for name, package in (('auto', 'numba'), ('cpu', 'numba'), ('triton', 'triton')):\n"
+        "        try:\n"
+        "            make(name)(torch.zeros(1, 2, 3, 4))\n"
+        "        except ImportError as error:\n"
+        "            text = f'needs {package}, which is installed but cannot be imported (needs an older NumPy)'\n"
+        "            print(text in str(error))\n"
+    )
+    assert printed.split() == 6 * ["True"]

@@ -30,7 +30,7 @@ from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.spacing import look
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from kan_mamba_layers.layers.kan.plot import AnyFigure
 
 GridMode = Literal["uniform", "adaptive"]
 
@@ -154,8 +154,9 @@ class SplineLayer(Layer):
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
         """Move the knots to the data and refit the splines so that the function stays the same.
 
-        Knots and coefficients are written in place. Several processes with replicas, as under DistributedDataParallel,
-        update one and broadcast: ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
+        Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes
+        with replicas, as under DistributedDataParallel, update one and broadcast:
+        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
 
         Args:
             x: samples of the layer's input, in any shape that ``forward`` takes.
@@ -205,7 +206,8 @@ class SplineLayer(Layer):
         r"""Return a penalty, a scalar, that favours few and small splines.
 
         With :math:`a_{oi}` the mean absolute spline coefficient of an edge and :math:`p = a / \sum a`, the penalty is
-        :math:`\lambda_1 \sum a + \lambda_2 \sum -p \log p`. It is finite even if edges are zero.
+        :math:`\lambda_1 \sum a + \lambda_2 \sum -p \log p`. It is finite even if edges are zero. Unlike
+        :meth:`edge_sizes` it sees the coefficients alone, neither ``base_weight`` nor ``spline_scaler``.
 
         Args:
             regularize_activation: weight :math:`\lambda_1`.
@@ -264,7 +266,7 @@ class SplineLayer(Layer):
             \mathrm{size}_{oi} = \sqrt{\frac{1}{b - a} \int_a^b \varphi_{oi}(x)^2 \, dx}
 
         The unit is that of the output: an edge typically adds this much to ``y_o`` if ``x_i`` is uniform on the grid.
-        The base part counts; values outside the grid do not.
+        Base part and scaler count, unlike in :meth:`regularization_loss`; values outside the grid do not.
 
         Returns:
             Sizes of the shape of ``base_weight``, in float32 at least.
@@ -320,7 +322,7 @@ class SplineLayer(Layer):
         return kept
 
     @torch.no_grad()
-    def plot(self, edges: Sequence[Sequence[int]] | None = None) -> "Figure":
+    def plot(self, edges: Sequence[Sequence[int]] | None = None, figure: "AnyFigure | None" = None) -> "AnyFigure":
         """Draw learned edge functions, one panel each, on a common vertical scale.
 
         The interval of the grid is shaded and its knots are ticked. The curves continue a little beyond it, as the
@@ -329,13 +331,15 @@ class SplineLayer(Layer):
         Args:
             edges: indices of at most 36 edges in ``base_weight``, such as ``[(0, 0), (0, 1)]`` for ``(o, i)``. Default:
                 all edges or, if there are more than 36, the largest ones in order of size.
+            figure: an empty figure or subfigure to draw into, with ``layout="constrained"``; a new one by default.
 
         Returns:
-            A ``matplotlib.figure.Figure`` that is not shown yet: ``layer.plot().savefig("edges.png")``.
+            The ``matplotlib.figure.Figure``, not shown yet: ``layer.plot().savefig("edges.png")``. Its ``axes`` are the
+            panels in order, so ``axes[0].set_title("age")`` names the first.
 
         Raises:
             ImportError: matplotlib is not installed.
-            TypeError: ``edges`` is not a sequence of indices.
+            TypeError: ``edges`` is not a sequence of indices, or ``figure`` no figure.
             ValueError: ``edges`` is empty or too long, or there is no such edge.
         """
         shape = self.base_weight.shape
@@ -346,7 +350,7 @@ class SplineLayer(Layer):
         else:
             chosen, per_row = largest_edges(self.edge_sizes(), MAX_PANELS), None
         same_grid = bool((self.grid == self.grid[0]).all())
-        return draw([self._sample_edge(edge) for edge in chosen], per_row, same_grid=same_grid)
+        return draw([self._sample_edge(edge) for edge in chosen], per_row, figure, same_grid=same_grid)
 
     def _sample_edge(self, edge: tuple[int, ...]) -> Curve:
         feature = input_feature(edge, self.base_weight.shape, len(self.grid))

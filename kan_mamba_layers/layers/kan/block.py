@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_pixels, check_shape
 from kan_mamba_layers.layers.arguments import options_for
+from kan_mamba_layers.layers.depthwise import depthwise_conv
 from kan_mamba_layers.layers.drop_path import DropPath
 from kan_mamba_layers.layers.kan.linear import KANLinear
 from kan_mamba_layers.layers.module import Layer
@@ -171,7 +172,7 @@ class _DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **factory)
+        self.dwconv = depthwise_conv(channels, 3, **factory)
         self.bn = nn.BatchNorm2d(channels, **factory)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # b (h w) c

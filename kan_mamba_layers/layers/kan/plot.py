@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
+
+    AnyFigure: TypeAlias = Figure | SubFigure
 
 MAX_PANELS = 36
 _MAX_COLUMNS = 9
@@ -36,18 +38,20 @@ def sample_points(knots: Tensor) -> Tensor:  # g+1 -> points
     return torch.linspace(low - beyond, high + beyond, _POINTS, dtype=knots.dtype, device=knots.device)
 
 
-def draw(curves: Sequence[Curve], per_row: int | None, *, same_grid: bool) -> "Figure":
+def draw(curves: Sequence[Curve], per_row: int | None, figure: "AnyFigure | None", *, same_grid: bool) -> "AnyFigure":
     """Draw the curves row by row, in a square if ``per_row`` is None or too many; ``same_grid`` shares the x axis."""
     try:
-        from matplotlib.figure import Figure  # avoid pyplot's global state
+        from matplotlib.figure import Figure, FigureBase  # avoid pyplot's global state
     except ImportError as error:
         raise ImportError(
             "plot needs matplotlib, which is not installed (pip install matplotlib, or -e '.[plot]' in a checkout)"
         ) from error
+    if not isinstance(figure, FigureBase | None):
+        raise TypeError(f"figure must be a matplotlib figure, got {type(figure).__name__}; pass one, or None")
     square = math.ceil(math.sqrt(len(curves)))
     columns = square if per_row is None or per_row > _MAX_COLUMNS else per_row
     rows = math.ceil(len(curves) / columns)
-    fig = Figure(figsize=(1 + 1.5 * max(columns, 3), 1.2 + 1.35 * rows), layout="constrained")
+    fig = figure or Figure(figsize=(1 + 1.5 * max(columns, 3), 1.2 + 1.35 * rows), layout="constrained")
     panels = fig.subplots(rows, columns, squeeze=False, sharex=same_grid, sharey=True).flatten()
     for n, panel in enumerate(panels):
         if n < len(curves):

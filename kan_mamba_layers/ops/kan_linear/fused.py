@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
-from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, Grads, Tensors, register
+from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, Grads, Tensors, explained, register
 from kan_mamba_layers.ops.spacing import look_now
 
 
@@ -28,6 +28,7 @@ def _decided(call: KANCall) -> KANCall:
     return call if call.uniform is not None else call._replace(uniform=look_now(call.grid))
 
 
+@explained
 def load(backend: str) -> FusedBackend:
     """A fused backend, imported at its first use: it may bring Numba or Triton along."""
     match backend:

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -36,8 +35,9 @@ def scan(
     outputs = []
     for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):
         inputs = (*parts, A, state)
-        # Under torch.func nothing can be recomputed: there all states are kept.
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not transformed():
+        # Under torch.func nothing can be recomputed: there all states are kept. PyTorch 2.4 cannot on the meta device.
+        kept = u.is_meta or transformed()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not kept:
             y, state = checkpoint(_scan_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _scan_segment(*inputs)
@@ -50,12 +50,16 @@ def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, sta
     steps = math.isqrt(max(length - 1, 0)) + 1
     padding = -length % steps
     if padding:  # steps of size 0 leave the state as it is
-        u, delta, B, C = (F.pad(x, (0, 0, 0, padding)) for x in (u, delta, B, C))
+        u, delta, B, C = (_lengthened(x, padding) for x in (u, delta, B, C))
     decay = torch.exp(delta[:, :, :, None] * A[:, None])  # b k l n d
     entry = (delta * u)[:, :, :, None] * B[..., None]  # b k l n d
     states = _linear_scan(decay, entry, state, steps, False)  # b k l n d
     y = (states * C[..., None]).sum(3)  # b k l d
     return y[:, :, :length], states[:, :, -1]
+
+
+def _lengthened(x: Tensor, steps: int) -> Tensor:  # b k l c -> b k l+steps c
+    return torch.cat([x, x.new_zeros(*x.shape[:2], steps, x.shape[3])], 2)  # PyTorch 2.4 pads no tensor of size 0
 
 
 def _linear_scan(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool) -> Tensor:

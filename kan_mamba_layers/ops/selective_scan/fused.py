@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, register
+from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, explained, register
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 
 
+@explained
 def load(backend: str) -> FusedBackend:
     """A fused backend, imported at its first use: it brings Numba or Triton along."""
     match backend:

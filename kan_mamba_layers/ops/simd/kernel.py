@@ -94,7 +94,7 @@ def run_kernel(
     if tasks == 0:
         return
     threads = thread_count(tasks)
-    memory = torch.empty(threads, scratch, dtype=dtype)
+    memory = torch.empty(threads, scratch, dtype=dtype, device="cpu")
     own: Fields = {"tasks": tasks, "scratch": memory, "scratch_bytes": memory.stride(0) * memory.element_size()}
     values = own | fields
     names = (*_OWN, *layout.numbers, *layout.arrays)

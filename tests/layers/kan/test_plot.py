@@ -46,6 +46,19 @@ def test_chosen_edges() -> None:
     assert titles(figure) == ["3 → 3 [2, 0]"]
 
 
+def test_into_a_given_figure() -> None:
+    from matplotlib.figure import Figure
+
+    layer, page = with_large_splines(features=(3, 2)), Figure(layout="constrained")
+    for part in page.subfigures(1, 2):
+        assert layer.plot([(1, 0), (0, 2)], part) is part
+        assert titles(part) == ["0 → 1", "2 → 0"]
+    assert len(page.axes) == 4
+    page.draw_without_rendering()
+    with pytest.raises(TypeError, match=says("figure must", "str", "pass")):
+        layer.plot(figure="edges.png")
+
+
 @pytest.mark.parametrize("make", [on_nonuniform_knots, grouped_convolution, lambda: with_large_splines().bfloat16()])
 def test_writes_a_picture(make, tmp_path) -> None:
     make().plot().savefig(tmp_path / "edges.png")

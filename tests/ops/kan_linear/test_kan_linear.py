@@ -237,6 +237,7 @@ class TestForms:
         assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads.values())
 
     def test_resolve(self) -> None:
+        pytest.importorskip("numba")
         x = make_inputs()
         assert resolve("kan_linear", "auto", x["x"]) == "cpu"
         assert torch.equal(kan_linear(**x), kan_linear(**x, backend="cpu"))
@@ -245,6 +246,7 @@ class TestForms:
 class TestChoice:
     def test_fastest_that_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.zeros(2, 3)
+        monkeypatch.setitem(choice._HAS, "numba", True)
         assert resolve("kan_linear", "auto", x) == "cpu"
         assert resolve("kan_linear", "auto", x.to("meta")) == "chunked"
         assert [resolve("kan_linear", b, x) for b in ("cpu", "chunked", "reference")] == ["cpu", "chunked", "reference"]

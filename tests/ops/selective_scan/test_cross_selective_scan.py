@@ -210,6 +210,7 @@ class TestNumerics:
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
     def test_auto_is_the_cpu_backend(self) -> None:
+        pytest.importorskip("numba")
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             inputs = make_inputs(dtype=dtype)
             assert resolve("cross_selective_scan", "auto", inputs["x"]) == "cpu"

@@ -105,7 +105,7 @@ class _Launch:
 
     def nonuniform_knots(self, grid: Tensor) -> Tensor:  # i m -> i' m+2s
         """All knots, and ``s`` more on either side, of which only the order counts."""
-        beyond = torch.arange(1, self.degree + 1, dtype=grid.dtype)
+        beyond = torch.arange(1, self.degree + 1, dtype=grid.dtype, device=grid.device)
         knots = torch.cat([grid[:, :1] - beyond.flip(0), grid, grid[:, -1:] + beyond], 1)
         return F.pad(knots, (0, 0, 0, self.padded_features - self.features)).contiguous()
 
@@ -119,11 +119,11 @@ class _Launch:
         bounds, end = [0], self.padded_outputs // LANES
         while bounds[-1] < end:
             bounds.append(bounds[-1] + next(n for n in (4, 2, 1) if n <= min(widest, end - bounds[-1])))
-        return torch.tensor(bounds)
+        return torch.tensor(bounds, device="cpu")
 
     def pack(self, call: KANCall, bounds: Tensor) -> Tensor:
         """The weights in the order of the kernels; zero where there is no feature, basis or output."""
-        packed = torch.empty(self.packed_size, dtype=self.dtype)
+        packed = torch.empty(self.packed_size, dtype=self.dtype, device="cpu")
         base_weight, spline_weight = call.base_weight.to(self.dtype), call.spline_weight.to(self.dtype)
         features, outputs = self.padded_features - self.features, self.padded_outputs - self.outputs
         if features or outputs:
