@@ -120,11 +120,11 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
         chosen = [i for i, want in zip(tensors, wanted, strict=True) if want]
 
         def results(*inputs: Tensor) -> Tensors:
-            found = formula(record(*_replaced(call, chosen, inputs)))
+            found = formula(record(*replaced(call, chosen, inputs)))
             return [y for y, grad in zip(found, grads, strict=True) if grad is not None]
 
         with autocast_off(call[0]):
-            return _pull_back(results, [call[i] for i in chosen], [grad for grad in grads if grad is not None])
+            return pull_back(results, [call[i] for i in chosen], [grad for grad in grads if grad is not None])
 
     class Gradient(torch.autograd.Function):
         """The gradient as a node of its own, whose derivative is that of the formula's gradient."""
@@ -145,14 +145,14 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            arguments = _replaced(ctx.others, ctx.places, ctx.saved_tensors)
+            arguments = replaced(ctx.others, ctx.places, ctx.saved_tensors)
             chosen = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            found = _pull_back(
-                lambda *inputs: gradient_of_formula(*_replaced(arguments, chosen, inputs)),
+            found = pull_back(
+                lambda *inputs: gradient_of_formula(*replaced(arguments, chosen, inputs)),
                 [arguments[i] for i in chosen],
                 [grad for grad, want in zip(grads, arguments[-2], strict=True) if want],
             )
-            return tuple(_replaced([None] * len(arguments), chosen, found))
+            return tuple(replaced([None] * len(arguments), chosen, found))
 
     class Fused(torch.autograd.Function):
         """The op with its gradient."""
@@ -180,7 +180,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             if all(grad is None for grad in grads[:returned]):
                 return tuple(of_argument)
             saved = ctx.saved_tensors
-            call = _replaced(ctx.numbers, tensors, saved[: len(tensors)])
+            call = replaced(ctx.numbers, tensors, saved[: len(tensors)])
             wanted = [ctx.needs_input_grad[i] and i not in plain for i in tensors]
             # Only with a graph can it be differentiated again, which a compiled backward pass refuses by itself.
             graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -247,7 +247,7 @@ def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes:
     return getattr(torch.ops.kan_mamba_layers, name)
 
 
-def _replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -> list[Any]:
+def replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -> list[Any]:
     """The same values, those at some places replaced."""
     replaced = list(values)
     for i, value in zip(places, by, strict=True):
@@ -255,7 +255,7 @@ def _replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -
     return replaced
 
 
-def _pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> Tensors:
+def pull_back(function: Callable[..., Tensors], inputs: Tensors, grads: Tensors) -> Tensors:
     """The gradients of the inputs from those of the results, which can be differentiated again."""
     if transformed():  # then no tensor may be told to require a gradient
         return torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1](tuple(grads))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kan_mamba_layers.ops.operator import transformed
+from kan_mamba_layers.ops.operator import pull_back, replaced, transformed
 
 # Values of the state, b k l n d, that one segment holds: 4 MiB of float32, so that its few temporaries stay in cache.
 _SEGMENT_VALUES = 1 << 20
@@ -31,18 +31,86 @@ def scan(
     batch, groups, _, channels = u.shape
     A = A.mT.contiguous()  # k n d: channels last, since they are what the vector units work on
     state = u.new_zeros(batch, groups, A.shape[1], channels) if state is None else state.mT  # b k n d
-    segment = max(4, math.isqrt(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
+    plain = torch.compiler.is_compiling() or transformed()
+    y, state, *_ = (_scan_segments if plain else _Recomputed.apply)(u, delta, B, C, A, state)
+    return y, state.mT
+
+
+def _segments(state: Tensor, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of the same segments of all sequences."""
+    length = max(4, math.isqrt(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
+    return list(zip(*(x.split(length, 2) for x in sequences), strict=True))
+
+
+def _scan_segments(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """In PyTorch's operations alone. A compiler repeats segments in backward; ``torch.func`` keeps all states."""
     outputs = []
-    for parts in zip(*(x.split(segment, 2) for x in (u, delta, B, C)), strict=True):
-        inputs = (*parts, A, state)
-        # Under torch.func nothing can be recomputed: there all states are kept. PyTorch 2.4 cannot on the meta device.
-        kept = u.is_meta or transformed()
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) and not kept:
+    for part in _segments(state, u, delta, B, C):
+        inputs = (*part, A, state)
+        if not transformed() and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             y, state = checkpoint(_scan_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _scan_segment(*inputs)
         outputs.append(y)
-    return torch.cat(outputs, 2), state.mT
+    return torch.cat(outputs, 2), state
+
+
+def _refuse(ctx: Any, *grad_inputs: Any) -> Any:
+    raise RuntimeError(
+        "backend='chunked' of the scan has no vmap and no forward-mode derivatives; call it with backend='reference'"
+    )
+
+
+class _Recomputed(torch.autograd.Function):
+    """All segments; backward computes each again, from the state before it.
+
+    What stays is allocated before all temporaries. Pieces of it between them would leave holes in the heap that later
+    ones do not fit into, and the process would grow to several times what it needs.
+    """
+
+    vmap = staticmethod(_refuse)
+    jvp = staticmethod(_refuse)
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # y, last state, states before the segments
+        u, delta, B, C, A, state = inputs
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        parts = _segments(state, u, delta, B, C, y)
+        starts = state.new_empty(len(parts), *state.shape)
+        for i, (*part, output) in enumerate(parts):
+            starts[i] = state
+            result, state = _scan_segment(*part, A, state)
+            output.copy_(result)
+        return y, state.clone(), starts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs, output[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, starts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            chosen = [inputs[i] for i in wanted]
+            found = pull_back(lambda *x: _scan_segments(*replaced(inputs, wanted, x)), chosen, (grad_y, grad_state))
+            return tuple(replaced([None] * len(inputs), wanted, found))
+        *sequences, A, state = inputs
+        grads, grad_A = (
+            [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences],
+            torch.zeros_like(A),
+        )
+        parts = _segments(state, *sequences, grad_y, *grads)
+        for start, (u, delta, B, C, grad, *into) in zip(starts.flip(0), parts[::-1], strict=True):
+            leaves = [x.detach().requires_grad_() for x in (u, delta, B, C, A, start)]
+            with torch.enable_grad():
+                results = _scan_segment(*leaves)
+            *found, of_A, grad_state = torch.autograd.grad(results, leaves, (grad, grad_state))
+            grad_A += of_A
+            for target, value in zip(into, found, strict=True):
+                target.copy_(value)
+        return *grads, grad_A, grad_state
 
 
 def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +134,6 @@ def _linear_scan(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool)
     """``h_t = a_t h_{t-1} + b_t`` along dimension 2, forwards or backwards in time."""
     scan: Any = _LinearScan if torch.compiler.is_compiling() else _EagerLinearScan
     return scan.apply(a, b, start, steps, reverse)
-
-
-def _refuse(ctx: Any, *grad_inputs: Any) -> Any:
-    raise RuntimeError(
-        "backend='chunked' of the scan has no vmap and no forward-mode derivatives; call it with backend='reference'"
-    )
 
 
 class _LinearScan(torch.autograd.Function):

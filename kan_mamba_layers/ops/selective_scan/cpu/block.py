@@ -148,13 +148,24 @@ def steps_before_softplus(call, image, k, tile, steps, positions, work, rows, in
     weights, weight, delta = call.dt_proj_weight, k * rank * channels + channel, call.delta
     pixel = (image * call.height * call.width * directions + k) * channels + channel
     bias = load(call.dt_proj_bias, k * channels + channel)
-    for t in range(steps):
-        z = bias
+    if rank == 0:
+        for t in range(steps):
+            z = load(delta, pixel + read(positions, t) * directions * channels)
+            store(work, into + t * LANES, bias + z)
+    # Four times share the loads of the weights; those behind the last one of a chunk are not used.
+    for t in range(0, steps if rank > 0 else 0, 4):
+        row = rows + t * row_length
+        z0, z1, z2, z3 = bias, bias, bias, bias
         for r in range(rank):
-            z = fma(load(weights, weight + r * channels), broadcast(work, rows + t * row_length + r), z)
-        if rank == 0:
-            z = z + load(delta, pixel + read(positions, t) * directions * channels)
-        store(work, into + t * LANES, z)
+            w = load(weights, weight + r * channels)
+            z0 = fma(w, broadcast(work, row + r), z0)
+            z1 = fma(w, broadcast(work, row + row_length + r), z1)
+            z2 = fma(w, broadcast(work, row + 2 * row_length + r), z2)
+            z3 = fma(w, broadcast(work, row + 3 * row_length + r), z3)
+        store(work, into + t * LANES, z0)
+        store(work, into + (t + 1) * LANES, z1)
+        store(work, into + (t + 2) * LANES, z2)
+        store(work, into + (t + 3) * LANES, z3)
 
 
 @compiled

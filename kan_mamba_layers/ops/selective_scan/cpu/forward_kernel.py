@@ -100,18 +100,24 @@ def _forward_tile(
     pixel = image * length * channels + channel
     y_pixel = pixel + direction_group * call.batch * length * channels
     step, entry, out = 0, block.TIMES, 2 * block.TIMES
+    prefetches_early = states < block.FEW_STATES
 
     block.steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
-    if call.softplus != 0:
-        for t in range(steps):
-            dt, _ = softplus_and_slope(load(work, step + t * LANES))
-            store(work, step + t * LANES, dt)
-    if given(call.mask):
-        block.mask_steps(call, image, steps, positions, work, step)
+    softplus, mask, masked = call.softplus, call.mask, given(call.mask)
     for t in range(steps):
+        if prefetches_early:
+            behind = read(next_positions, t)
+            prefetch(u, pixel + behind * channels)
+            prefetch(y, y_pixel + behind * channels)
+        dt = load(work, step + t * LANES)
+        if softplus != 0:
+            dt, _ = softplus_and_slope(dt)
         position = read(positions, t)
+        if masked != 0:
+            dt = dt * broadcast(mask, image * length + position)
+        store(work, step + t * LANES, dt)
         x = load(u, pixel + position * channels)
-        store(work, entry + t * LANES, load(work, step + t * LANES) * x)
+        store(work, entry + t * LANES, dt * x)
         store(work, out + t * LANES, splat(0.0, call))
     for n in range(states):
         for t in range(to_prefetch * n // states, to_prefetch * (n + 1) // states):
