@@ -164,10 +164,3 @@ def test_the_network_sees_what_it_saw_in_training():
     probabilities(network, SKIN, image, 32)
     trained_on = ImageSet(SKIN, [item], to_input(image, 32).half()[None], to_target(mask, 32)[None], training=False)
     torch.testing.assert_close(seen[0][0], trained_on[0]["image"], rtol=0, atol=0.01)  # half precision
-
-
-def test_misuse_is_explained():
-    with pytest.raises(ValueError, match=r"shape \(37, 53, 3\): fetal_head needs \(h, w, 1\)"):
-        probabilities(pointwise(1, 1), GREY, picture(channels=3), 32)
-    with pytest.raises(ValueError, match=r"training mode: call network.eval\(\) first"):
-        probabilities(pointwise(1, 1).train(), GREY, picture(), 32)
