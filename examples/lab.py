@@ -27,6 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
 from segmentation.console import console, quieten, say, scores_table
@@ -37,18 +38,6 @@ from segmentation.module import Segmentation
 from segmentation.networks import count_parameters, multiply_adds
 from segmentation.prediction import read_pixel_sizes
 from segmentation.report import write_report
-from segmentation.runs import (
-    check_resumed,
-    find_run,
-    holds_files,
-    latest_checkpoint,
-    provenance,
-    read_checkpoint,
-    read_config,
-    read_json,
-    whole_file,
-    write_json,
-)
 from segmentation.writers import MaskWriter, ScoreWriter, check_outputs
 
 TRAINER_DEFAULTS = {
@@ -128,7 +117,7 @@ class Lab(LightningCLI):
             self.run_folder = self.settings.run or Path("runs", f"{data.task}-{self.settings.model.network}")
             self.check_fit()
         else:
-            self.run_folder, self.checkpoint = find_run(self.settings.run)
+            self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
             for name, value in SINGLE.items():
                 trainer[name] = value
             self.check_test() if self.subcommand == "test" else self.check_predict()
@@ -140,18 +129,18 @@ class Lab(LightningCLI):
                 raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
         if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
             raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
-        if rank_zero_only.rank == 0 and holds_files("run", run):  # other processes start when the folder is there
+        if rank_zero_only.rank == 0 and runs.holds_files("run", run):  # other processes start when the folder is there
             if not self.settings.resume:
                 raise FileExistsError(
                     f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
                 )
-            check_resumed(run, self.dumped(), FREE_ON_RESUME)
+            runs.check_resumed(run, self.dumped(), FREE_ON_RESUME)
 
     def check_test(self) -> None:
         """On the data of its run, a test follows the run's split; on other data all images are scored."""
         run, data, out = self.run_folder, self.settings.data, self.settings.out
         own_split, name = run / "split.json", run.resolve().name
-        folders = [path and Path(path).resolve() for path in (data.folder, read_config(run)["data"].get("folder"))]
+        folders = [path and Path(path).resolve() for path in (data.folder, runs.read_config(run)["data"].get("folder"))]
         if data.split is None and folders[0] == folders[1]:
             data.split = own_split
         data.limit = None
@@ -159,7 +148,7 @@ class Lab(LightningCLI):
         words = [folders[0].name] if folders[0] and data.split != own_split else []
         words += [data.side, *([self.checkpoint.stem] if self.checkpoint.stem != "best" else []), *self.options()]
         self.out = out or run / "-".join(words)
-        if holds_files("out", self.out) and out and read_json(out / "scores.json").get("run") != name:
+        if runs.holds_files("out", self.out) and out and runs.read_json(out / "scores.json").get("run") != name:
             raise FileExistsError(f"out {str(out)!r} holds files that are no scores of {name!r}: give another")
 
     def check_predict(self) -> None:
@@ -209,14 +198,14 @@ class Lab(LightningCLI):
         if resume and datamodule.split is None and own_split.exists():
             datamodule.split = own_split  # so that files added since cannot move a subject to another side
         datamodule.setup("fit")
-        continued, refused = latest_checkpoint(run / "checkpoints") if resume else (None, [])
+        continued, refused = runs.latest_checkpoint(run / "checkpoints") if resume else (None, [])
         for sentence in refused:
             say(sentence, "yellow")
         if continued is not None:
-            datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
+            datamodule.first_epoch = runs.read_checkpoint(continued)["epoch"] + 1
         if trainer.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
-            with whole_file(run / "config.yaml") as draft:
+            with runs.whole_file(run / "config.yaml") as draft:
                 draft.write_text(yaml.safe_dump(self.dumped(), sort_keys=False), encoding="utf-8")
             write_split(own_split, datamodule.table)
         say(
@@ -243,7 +232,7 @@ class Lab(LightningCLI):
         All is read from the files of the run, which the processes of a training leave behind.
         """
         run, settings, rows = self.run_folder, self.settings, pd.read_csv(self.run_folder / "history.csv")
-        best, last = (read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+        best, last = (runs.read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
         model.load_state_dict(best["state_dict"])
         sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
         facts = {
@@ -259,7 +248,7 @@ class Lab(LightningCLI):
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
-        write_json(run / "metrics.json", self.facts() | facts | provenance(self.trainer.strategy.root_device))
+        runs.write_json(run / "metrics.json", self.facts() | facts | runs.provenance(self.trainer.strategy.root_device))
         draw_curves(run / "curves.png", {settings.model.network: [rows]}, settings.model.loss)
         items = data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]
         draw_cases(run / "cases.png", [model.case_of(item.id, item) for item in items])
@@ -289,7 +278,7 @@ class Lab(LightningCLI):
         datamodule.inputs = self.settings.inputs
         datamodule.setup("predict")
         check_outputs(datamodule.predict_dataloader().dataset, self.settings.pixel_size_csv, out)
-        if holds_files("out", out) and not self.settings.overwrite:
+        if runs.holds_files("out", out) and not self.settings.overwrite:
             raise FileExistsError(f"out {str(out)!r} is not empty: add --overwrite, or give another folder")
         out.mkdir(parents=True, exist_ok=True)
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
@@ -302,7 +291,7 @@ class Lab(LightningCLI):
 
     def load(self, model: Segmentation) -> int:
         """Give the network the weights of the run, and return their epoch."""
-        content = read_checkpoint(self.checkpoint)
+        content = runs.read_checkpoint(self.checkpoint)
         self.datamodule.load_state_dict(content.get(type(self.datamodule).__qualname__, {}))
         try:
             model.load_state_dict(content["state_dict"])
@@ -341,10 +330,10 @@ def with_config_of_run(args: list[str]) -> list[str]:
         raise ValueError("run is missing: give the folder of a run with --run")
     if known.run is None or known.help or verb not in Lab.subcommands():
         return args
-    folder, _ = find_run(known.run)
+    folder, _ = runs.find_run(known.run)
     if verb == "fit" and not (known.resume and (folder / "config.yaml").is_file()):
         return args
-    read_config(folder)  # names what is wrong with it
+    runs.read_config(folder)  # names what is wrong with it
     return [verb, f"--config={folder / 'config.yaml'}", *rest]
 
 
@@ -356,7 +345,7 @@ def compare_runs(args: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--on", default="test", help="the folder inside each run that its scores are in")
     parser.add_argument("--baseline", type=str | None, help="what the others are set against (default: unet)")
     settings = parser.parse_args(args)
-    if holds_files("out", settings.out) and (settings.out / "config.yaml").is_file():
+    if runs.holds_files("out", settings.out) and (settings.out / "config.yaml").is_file():
         raise FileExistsError(f"out {str(settings.out)!r} is a run, whose curves.png must stay: give another folder")
     results, groups = compare(settings.runs, settings.on, settings.baseline)
     write_report(settings.out, results, groups)

@@ -98,17 +98,20 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
 
 def read_images(path: Path) -> pd.DataFrame:
     """The scores of all images; refused where a column is missing, or a Dice is not that of its IoU J, 2J / (1 + J)."""
-    images = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-    if lacking := [name for name in (*TEXT, *OVERLAP, *RATES, *SURFACE, *COUNTS) if name not in images]:
-        raise ValueError(f"{path} lacks the column {lacking[0]!r}: score the run again with test")
-    for column in (column for column in images if column.startswith("dice")):
-        dice, iou = images[column], images[column.replace("dice", "iou", 1)]
-        if (wrong := dice.notna() & ~((dice - 2 * iou / (1 + iou)).abs() < 1e-6)).any():
-            name = images["id"][wrong.idxmax()]
-            raise ValueError(
-                f"{path} was changed or damaged: {column} of {name!r} is not that of its IoU; score the run again with "
-                "test"
-            )
+    images, again = (
+        pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""]),
+        "score the run again with test",
+    )
+    overlaps = {name: name.replace("dice", "iou", 1) for name in images if name.startswith("dice")}
+    for name in (*TEXT, *OVERLAP, *RATES, *SURFACE, *COUNTS, *overlaps.values()):
+        if name not in images:
+            raise ValueError(f"{path} lacks the column {name!r}: {again}")
+    for name, column in overlaps.items():
+        dice, iou = images[name], images[column]
+        wrong = dice.notna() & ~((dice - 2 * iou / (1 + iou)).abs() < 1e-6)
+        if wrong.any():
+            image = images["id"][wrong.idxmax()]
+            raise ValueError(f"{path} was changed or damaged: {name} of {image!r} is not that of its IoU; {again}")
     return images
 
 

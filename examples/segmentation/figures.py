@@ -93,7 +93,8 @@ def _draw_case(axes: Sequence[Axes], case: Case) -> None:
     for mask, style in zip(masks, OUTLINES.values(), strict=True):
         for number in np.unique(mask[mask > 0]):
             inside = np.pad(_resize((mask == number) * np.uint8(255), size, Image.Resampling.BOX), 1)
-            axes[1].contour(x, y, inside, [127.5], colors=class_colour(number), linestyles=style, linewidths=0.9)
+            if inside.max() > 127:  # else too little to be seen at this size
+                axes[1].contour(x, y, inside, [127.5], colors=class_colour(number), linestyles=style, linewidths=0.9)
     axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
 
 

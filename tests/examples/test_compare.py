@@ -267,7 +267,8 @@ def test_runs_that_are_not_finished_are_named(tmp_path):
         ({"iou": [0.3, 0.3]}, "dice of '000' is not that of its IoU; score the run again with test"),
         ({"dice_L1": ["", 0.9], "iou_L1": ["", 0.5]}, "dice_L1 of '001' is not"),
         ({"dice_L1": [0.9, 0.9], "iou_L1": [0.9 / 1.1, ""]}, "dice_L1 of '001' is not"),
-        ({"hd95": None}, "lacks the column 'hd95'"),
+        ({"hd95": None}, "lacks the column 'hd95': score the run again"),
+        ({"dice_L1": [0.9, 0.9]}, "lacks the column 'iou_L1'"),
     ],
 )
 def test_scores_that_no_mask_can_have_are_refused(tmp_path, damage, message):
