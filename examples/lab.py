@@ -11,6 +11,7 @@ Every argument of the network, the data and Lightning's Trainer is a flag, or st
 
 import argparse
 import datetime
+import inspect
 import shlex
 import sys
 from collections.abc import Sequence
@@ -47,16 +48,9 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-# What every run has: validation after each epoch, with checkpoints.
-FIXED = {
-    "fast_dev_run": False,
-    "barebones": False,
-    "enable_checkpointing": None,
-    "check_val_every_n_epoch": 1,
-    "val_check_interval": None,
-    "limit_val_batches": None,
-    "overfit_batches": 0.0,
-}
+# Left as Lightning has them, so that every run has a validation after each epoch, with checkpoints.
+FIXED = ("fast_dev_run", "barebones", "enable_checkpointing", "check_val_every_n_epoch", "val_check_interval")
+FIXED += ("limit_val_batches", "overfit_batches")
 # With weights of these types neither the average nor the scores are what they should be.
 PRECISIONS = {"16-true", "bf16-true", "64-true", "64"}
 # What a resumed run may change: how long and where it trains, and where the images lie, which its split knows by their
@@ -116,16 +110,20 @@ class Lab(LightningCLI):
         if self.subcommand == "fit":
             self.run_folder = self.settings.run or Path("runs", f"{data.task}-{self.settings.model.network}")
             self.check_fit()
-        else:
-            self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
-            for name, value in SINGLE.items():
-                trainer[name] = value
-            self.check_test() if self.subcommand == "test" else self.check_predict()
+            return
+        self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
+        for name, value in SINGLE.items():
+            trainer[name] = value
+        if self.subcommand == "test":
+            self.check_test()
+        elif self.settings.pixel_size_csv and data.task != "fetal_head":
+            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {data.task}")
 
     def check_fit(self) -> None:
         run, trainer = self.run_folder, self.settings.trainer
-        for name, value in FIXED.items():
-            if trainer[name] != value:
+        usual = inspect.signature(lightning.Trainer).parameters
+        for name in FIXED:
+            if trainer[name] != usual[name].default:
                 raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
         if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
             raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
@@ -150,11 +148,6 @@ class Lab(LightningCLI):
         self.out = out or run / "-".join(words)
         if runs.holds_files("out", self.out) and out and runs.read_json(out / "scores.json").get("run") != name:
             raise FileExistsError(f"out {str(out)!r} holds files that are no scores of {name!r}: give another")
-
-    def check_predict(self) -> None:
-        task = self.settings.data.task
-        if self.settings.pixel_size_csv and task != "fetal_head":
-            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {task}")
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         settings, run = self.settings, self.run_folder

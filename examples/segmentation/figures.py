@@ -85,7 +85,7 @@ def _draw_case(axes: Sequence[Axes], case: Case) -> None:
     size = max(1, round(w * scale)), max(1, round(h * scale))
     masks = case.truth, case.prediction
     shades = picture(case.image, size)
-    wrong = difference(shades, *(_resize(mask, size, Image.Resampling.NEAREST) for mask in masks))
+    wrong = mark_errors(shades, *(_resize(mask, size, Image.Resampling.NEAREST) for mask in masks))
     for axis, shown in zip(axes, (shades, shades, wrong), strict=True):
         axis.imshow(shown, interpolation="none")
         axis.set_axis_off()
@@ -98,7 +98,7 @@ def _draw_case(axes: Sequence[Axes], case: Case) -> None:
     axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
 
 
-def difference(shades: Shades, truth: Classes, found: Classes) -> Shades:
+def mark_errors(shades: Shades, truth: Classes, found: Classes) -> Shades:
     """The picture in grey, its wrong pixels in the colour of their error."""
     shown = np.asarray(Image.fromarray(shades).convert("L").convert("RGB")).copy()
     shown[(truth > 0) & (found == 0)] = _bytes(ERRORS["missed"])
