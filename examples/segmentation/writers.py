@@ -10,7 +10,8 @@ import lightning
 import pandas as pd
 from lightning.pytorch.callbacks import Callback
 
-from segmentation.data.item import Item, read_values, to_classes
+from segmentation.data.item import Item, to_classes
+from segmentation.data.pixels import read_values
 from segmentation.figures import Case, draw_cases
 from segmentation.prediction import Prediction, refuse_twins, write_mask, write_prediction
 from segmentation.runs import whole_file, write_json

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from segmentation.data.item import Item, Pixels
+from segmentation.data.item import Item
+from segmentation.data.pixels import Pixels
 from segmentation.tasks import Task
 
 Array = NDArray[np.floating]
