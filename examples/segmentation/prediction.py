@@ -124,4 +124,4 @@ def read_pixel_sizes(table: Path) -> dict[str, float]:
     if not table.is_file():
         raise FileNotFoundError(f"pixel_size_csv {str(table)!r} does not exist")
     rows = read_table(table, ("filename", "pixel size"))
-    return {stem(Path(row["filename"])): positive(row, "pixel size", place) for place, row in rows}
+    return {stem(Path(row["filename"])): positive(place, row, "pixel size") for place, row in rows}

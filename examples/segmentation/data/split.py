@@ -181,15 +181,14 @@ def write_split(path: Path, table: Table) -> None:
 
 def read_split(path: Path) -> Table:
     """The table of a split file, refused if it was changed since it was written."""
+    name = f"data.split {str(path)!r}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         table, intact = content["items"], content["sha256"] == split_hash(content["items"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"data.split {str(path)!r} cannot be read ({error!r}): give the split.json of a run"
-        ) from error
+        raise ValueError(f"{name} cannot be read ({error!r}): give the split.json of a run") from error
     if not intact:
-        raise ValueError(f"data.split {str(path)!r} was changed after it was written: give it as the run wrote it")
+        raise ValueError(f"{name} was changed after it was written: its hash is not that of its items")
     return table
 
 
