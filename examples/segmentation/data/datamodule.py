@@ -7,7 +7,7 @@ understood is said in `formats`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -198,14 +198,14 @@ class SegmentationData(lightning.LightningDataModule):
         self.fold, self.folds, self.duplicate_bits = fold, folds, duplicate_bits
         self.limit, self.split = limit, split
         self.seed, self.augment, self.num_workers, self.side = seed, augment, num_workers, side or "test"
-        self._done: set[str] = set()
+        self._done: set[Callable[[], None]] = set()
 
     def setup(self, stage: str) -> None:
         """Find and read what a stage needs, once: "fit" (and "validate") or "test"."""
-        stage = "fit" if stage == "validate" else str(stage)
-        if stage in ("fit", "test") and stage not in self._done:
-            self._setup_fit() if stage == "fit" else self._setup_test()
-            self._done.add(stage)
+        setups = {"fit": self._setup_fit, "validate": self._setup_fit, "test": self._setup_test}
+        if (setup := setups.get(stage)) and setup not in self._done:
+            setup()
+            self._done.add(setup)
 
     def _setup_fit(self) -> None:
         items = self._find()
@@ -247,7 +247,7 @@ class SegmentationData(lightning.LightningDataModule):
         return items
 
     def _setup_test(self) -> None:
-        items = self.items if "fit" in self._done else self._find()
+        items = self.items if self._setup_fit in self._done else self._find()
         self.test_items = [item for item in items if self.side in ("all", item.split)]
         if not self.test_items:
             raise ValueError(f"data.side {self.side!r} holds no image: choose another, or a data.split that has one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -41,34 +40,24 @@ class Item:
         return cls(id, group or id, partial(read, task, *files), files=files, own_group=not group, **facts)
 
 
-def read_pair(task: Task, *files: Path, labels: dict[int, str] | None = None) -> tuple[Pixels, NDArray[np.uint8]]:
-    """An image (h w c), of one file or of one per channel, and the class numbers (h w) of its mask, the last file.
+def read_files(task: Task, *files: Path, labels: Sequence[dict[int, str]] = ()) -> tuple[Pixels, NDArray[np.uint8]]:
+    """An image (h w c), of one file or of one per channel, and the class numbers (h w) of its masks, the last files.
 
-    The mask has the task's labels, or others for the same classes.
+    `labels` has the class of each value of each mask; without it there is one mask with those of the task. Later masks
+    lie over earlier ones.
     """
-    image, [values] = read_raw(task, files[:-1], files[-1:])
-    return image, to_classes(values, labels or task.labels, files[-1], task.mask_threshold)
-
-
-def read_layers(numbers: Sequence[int], task: Task, image: Path, *masks: Path) -> tuple[Pixels, NDArray[np.uint8]]:
-    """An image (h w c) and class numbers (h w): `numbers[k]` where mask k is not 0; later masks lie over earlier."""
-    pixels, layers = read_raw(task, [image], masks)
-    classes = np.zeros(pixels.shape[:2], np.uint8)
-    for number, values, path in zip(numbers, layers, masks, strict=True):
-        label = {255: task.class_names[number - 1]}
-        classes[to_classes(values, label, path, task.mask_threshold) > 0] = number
-    return pixels, classes
-
-
-def read_raw(task: Task, images: Sequence[Path], masks: Sequence[Path]) -> tuple[Pixels, list[NDArray[np.integer]]]:
-    """The task's channels (h w c), of one file or of one each, and the values (h w) of masks, all of one size."""
+    labels = labels or [task.labels]
+    images, masks = files[: -len(labels)], files[-len(labels) :]
     channels = [read_image(path, task.in_channels // len(images)) for path in images]
-    values = [read_values(path) for path in masks]
-    for (image, path), (mask, mask_path) in product(
-        zip(channels, images, strict=True), zip(values, masks, strict=True)
-    ):
-        check_sizes(image.shape[1::-1], path, mask.shape[::-1], mask_path)
-    return np.concatenate(channels, axis=2), values
+    classes = np.zeros(channels[0].shape[:2], np.uint8)
+    for path, names in zip(masks, labels, strict=True):
+        values = read_values(path)
+        for image, channel in zip(images, channels, strict=True):
+            check_sizes(channel.shape[1::-1], image, values.shape[::-1], path)
+        numbers = np.array([0, *(1 + task.class_names.index(name) for name in names.values())], np.uint8)
+        layer = numbers[to_classes(values, names, path, task.mask_threshold)]
+        classes = np.where(layer > 0, layer, classes)
+    return np.concatenate(channels, axis=2), classes
 
 
 def to_classes(

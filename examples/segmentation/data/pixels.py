@@ -61,7 +61,10 @@ def read_values(path: Path) -> NDArray[np.integer]:
 
 
 def _open(path: Path) -> tuple[Image.Image, NDArray]:
-    """An image, upright as its EXIF orientation says, and its pixels (h w c) in their own depth without alpha."""
+    """An image, upright as its EXIF orientation says, and its pixels (h w c) in their own depth without alpha.
+
+    Pillow keeps 8 bits of colours, or of grey with alpha, that have 16: those are read with SimpleITK.
+    """
     with (
         named(path, "read as an image", OSError, SyntaxError, TypeError, ValueError),
         named(path, "read", Image.DecompressionBombError, fix="scale it down, for this is Pillow's limit"),
@@ -78,19 +81,14 @@ def _open(path: Path) -> tuple[Image.Image, NDArray]:
     if is_deep and is_turned:
         raise ValueError(f"{path} has 16 bits per colour and an EXIF orientation: save it upright, without EXIF")
     if is_deep:
-        return image, _sixteen_bit_colours(path)
+        require_simpleitk()
+        with named(path, "read as an image", RuntimeError, fix="save it without alpha"):
+            pixels = np.atleast_3d(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+        return image, pixels[..., : 3 if pixels.shape[2] > 2 else 1]
     if not image.mode.startswith(("I", "F")):
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         return image, np.atleast_3d(np.asarray(image.convert(mode)))
     return image, np.asarray(image)[..., None]
-
-
-def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
-    """Pixels (h w c) of which Pillow would keep 8 bits: colours, or grey with alpha, which is dropped."""
-    require_simpleitk()
-    with named(path, "read as an image", RuntimeError, fix="save it without alpha"):
-        pixels = np.atleast_3d(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
-    return pixels[..., : 3 if pixels.shape[2] > 2 else 1]
 
 
 def require_simpleitk() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image
 
 from data.layouts import colours, save_deep
-from segmentation.data.item import read_layers, read_pair, to_classes
+from segmentation.data.item import read_files, to_classes
 from segmentation.data.pixels import read_image, read_values, to_input, to_pixels, to_target
 from segmentation.prediction import predict_file, read_pixel_sizes
 from segmentation.tasks import get_task
@@ -79,7 +79,7 @@ def test_images_and_masks_are_read_as_they_are_seen(tmp_path, orientation, endin
     photo, mask = tmp_path / f"photo.{ending}", tmp_path / "mask.png"
     save_turned(photo, LEFT // 2, orientation)
     save_turned(mask, LEFT, orientation if ending == "png" else 1)
-    image, classes = read_pair(get_task("fetal_head"), photo, mask)
+    image, classes = read_files(get_task("fetal_head"), photo, mask)
     assert np.array_equal(classes, LEFT // 255)
     assert abs(image[..., 0].astype(int) - LEFT // 2).max() <= 9
     assert np.array_equal(predict_file(photo, get_task("fetal_head"), lambda x: x[..., 0]).classes, image[..., 0])
@@ -89,7 +89,7 @@ def test_a_mask_as_the_camera_stored_it_is_refused_with_the_reason(tmp_path):
     save_turned(tmp_path / "photo.jpg", LEFT, 6)
     Image.fromarray(LEFT.T).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=r"is 64x48 but its image .* is 48x64 \(turned as its EXIF orientation says\)"):
-        read_pair(get_task("fetal_head"), tmp_path / "photo.jpg", tmp_path / "mask.png")
+        read_files(get_task("fetal_head"), tmp_path / "photo.jpg", tmp_path / "mask.png")
 
 
 def test_deep_colours_with_an_orientation_are_refused(tmp_path, monkeypatch):
@@ -155,8 +155,10 @@ def test_later_masks_lie_over_earlier_ones(tmp_path):
     paths = [tmp_path / f"{name}.png" for name in ("image", "first", "second")]
     for path, pixels in zip(paths, (GREY, np.full_like(GREY, 255), BITS), strict=True):
         Image.fromarray(pixels).save(path)
+    task = get_task("spine_structures")
     for numbers in ((1, 2), (3, 1)):
-        classes = read_layers(numbers, get_task("spine_structures"), *paths)[1]
+        labels = [{255: task.class_names[number - 1]} for number in numbers]
+        classes = read_files(task, *paths, labels=labels)[1]
         assert np.array_equal(classes, np.where(BITS, numbers[1], numbers[0]))
 
 

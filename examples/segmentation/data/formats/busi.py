@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from segmentation.data.formats.files import IMAGES, by_stem, check_pairs, files_in, stem, subfolder
-from segmentation.data.item import Item, read_layers
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
@@ -28,10 +28,11 @@ def items(task: Task, folder: Path) -> list[Item]:
     masks = _masks(files)
     images = by_stem(path for path in files if not MASK.fullmatch(stem(path)))
     check_pairs(images, {name: paths[0] for name, paths in masks.items()})
-    return [
-        Item.of_files(partial(read_layers, [1] * len(masks[name])), task, name, image, *masks[name])
-        for name, image in images.items()
-    ]
+    found = []
+    for name, image in images.items():
+        read = partial(read_files, labels=[{255: task.class_names[0]}] * len(masks[name]))
+        found.append(Item.of_files(read, task, name, image, *masks[name]))
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, subfolder, subfolders
-from segmentation.data.item import Item, read_layers, read_pair
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 PICTURES = ("images", "imgs", "image", "img")
@@ -31,7 +31,7 @@ def items(task: Task, folder: Path) -> list[Item]:
     found = []
     for side, images, masks in _places(folder):
         parts = _class_folders(task, masks)
-        read = read_pair if len(parts) == 1 else partial(read_layers, range(1, 1 + len(parts)))
+        read = partial(read_files, labels=[{255: name} for name in task.class_names] if len(parts) > 1 else ())
         pictures = by_stem(files_in(images, IMAGES))
         pairs = [pair_up(pictures, files_in(part, IMAGES), SUFFIX) for part in parts]
         for (name, image, mask), *others in zip(*pairs, strict=True):

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from segmentation.data.ellipse import fit_ellipse
 from segmentation.data.formats import files
-from segmentation.data.item import Item, read_raw
-from segmentation.data.pixels import Pixels
+from segmentation.data.item import Item
+from segmentation.data.pixels import Pixels, check_sizes, read_image, read_values
 from segmentation.tasks import Task
 
 TABLE = "training_set_pixel_size_and_HC.csv"
@@ -51,7 +51,8 @@ def read_outlined(task: Task, image_path: Path, outline_path: Path) -> tuple[Pix
 
     The fit is right where the head leaves the frame and its outline is open, which no flood fill is.
     """
-    image, [outline] = read_raw(task, [image_path], [outline_path])
+    image, outline = read_image(image_path, task.in_channels), read_values(outline_path)
+    check_sizes(image.shape[1::-1], image_path, outline.shape[::-1], outline_path)
     points = np.argwhere(outline > outline.max() / 2)  # n 2
     try:
         ellipse = fit_ellipse(points)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segmentation.data.formats.files import IMAGES, apart, by_stem, files_in, pair_up, subfolder
-from segmentation.data.item import Item, read_pair
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 YEARS = {  # the folders of images and of masks, with {} for the name of a set
@@ -36,7 +36,7 @@ def items(task: Task, folder: Path) -> list[Item]:
         pictures, _ = apart(files_in(images, IMAGES), "_superpixels")
         side = SIDES[name] if "Training" in sets else ""
         pairs = pair_up(by_stem(pictures), files_in(masks, IMAGES), "_segmentation")
-        found += [Item.of_files(read_pair, task, *pair, split=side) for pair in pairs]
+        found += [Item.of_files(read_files, task, *pair, split=side) for pair in pairs]
     return found
 
 

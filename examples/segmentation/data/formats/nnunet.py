@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from segmentation.data.formats import voxels
 from segmentation.data.formats.files import IMAGES, VOLUMES, composed, files_in, pair_up, stem, subfolder
-from segmentation.data.item import Item, read_pair, slice_items, to_classes
+from segmentation.data.item import Item, read_files, slice_items, to_classes
 from segmentation.data.pixels import Pixels, named
 from segmentation.tasks import Task
 
@@ -44,7 +44,7 @@ def items(task: Task, folder: Path, fold: int = 0) -> list[Item]:
             facts = {"group": case, "split": split, "pixel_size": pixel_size, "cut": cut}
             found += slice_items(task, case, files, read_stored, values, classes, **facts)
         else:
-            found.append(Item.of_files(partial(read_pair, labels=labels), task, case, *files, split=split))
+            found.append(Item.of_files(partial(read_files, labels=[labels]), task, case, *files, split=split))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segmentation.data.formats.files import composed, positive, read_table
-from segmentation.data.item import Item, read_pair
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 TITLES = ("id", "file", "group")
@@ -36,7 +36,7 @@ def _item(task: Task, folder: Path, place: str, row: dict[str, str]) -> Item:
     pixel = lengths.get("resized_pixel_size_mm", lengths.get("pixel_size_mm"))
     facts = {"split": row.get("split", ""), "circumference": lengths.get("hc_mm")}
     return Item.of_files(
-        read_pair, task, row["id"], *files, group=row["group"], pixel_size=pixel and (pixel, pixel), **facts
+        read_files, task, row["id"], *files, group=row["group"], pixel_size=pixel and (pixel, pixel), **facts
     )
 
 
