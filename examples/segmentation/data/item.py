@@ -81,23 +81,23 @@ def number_values(values: NDArray, numbers: dict[int, int], path: Path, remark: 
     """The class number of each mask value; refused where one is not among the `numbers`."""
     if odd := sorted(set(np.unique(values).tolist()) - numbers.keys()):
         raise ValueError(f"{path} holds the value {odd[0]}, {remark}")
-    table = np.zeros(1 + max(numbers), np.uint8)
-    table[list(numbers)] = list(numbers.values())
-    return table[values]
+    known = sorted(numbers)
+    return np.array([numbers[value] for value in known], np.uint8)[np.searchsorted(known, values)]
 
 
-def numbers_of(task: Task, known: dict[str, dict[str, Sequence[int]]], folder: Path) -> dict[int, int]:
-    """The class number of each voxel value in volumes that number every bone; what is of no class is background.
+def bone_classes(task: Task, known: dict[str, dict[str, Sequence[int]]], path: Path, remark: str) -> Classes:
+    """What turns the values of a volume that numbers every bone into the task's classes; others are background.
 
     `known` has the values of each class, by task.
     """
     if task.name not in known:
-        raise ValueError(f"{folder} holds volumes of the spine: task {task.name!r} is not one of {', '.join(known)}")
+        raise ValueError(f"{path} is of a volume of the spine: task {task.name!r} is not one of {', '.join(known)}")
     if task.mask_threshold is not None:
-        raise ValueError(f"{folder} holds volumes that number every bone: leave data.mask_threshold out")
+        raise ValueError(f"{path} is of a volume that numbers every bone: leave data.mask_threshold out")
     others = [value for classes in known.values() for values in classes.values() for value in values]
     classes = enumerate(known[task.name].values(), start=1)
-    return dict.fromkeys([0, *others], 0) | {value: number for number, values in classes for value in values}
+    numbers = dict.fromkeys([0, *others], 0) | {value: number for number, values in classes for value in values}
+    return partial(number_values, numbers=numbers, path=path, remark=remark)
 
 
 def slice_items(

@@ -291,7 +291,7 @@ def test_faults_are_told(written, tmp_path, layout, file, damage, message):
 
 ONE_CLASS, BONES = (
     "one class: task 'lumbar_spine' has 5",
-    "volumes that number every bone: leave data.mask_threshold out",
+    "a volume that numbers every bone: leave data.mask_threshold out",
 )
 
 
@@ -300,7 +300,7 @@ ONE_CLASS, BONES = (
     [
         ("hc18", "lumbar_spine", None, f"holds outlines of heads, {ONE_CLASS}"),
         ("busi", "lumbar_spine", None, f"holds masks of lesions, {ONE_CLASS}"),
-        ("spider", "isic2017", None, "volumes of the spine: task 'isic2017' is not one of lumbar_spine, spine_v"),
+        ("spider", "isic2017", None, "a volume of the spine: task 'isic2017' is not one of lumbar_spine, spine_v"),
         ("matlab", "spine_structures", None, "task 'spine_structures' is not one of lumbar_spine, spine_vertebrae"),
         ("spider", "spine_vertebrae", 127, BONES),
         ("matlab", "spine_vertebrae", 127, BONES),

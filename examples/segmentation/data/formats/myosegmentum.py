@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from scipy.io import loadmat
 
 from segmentation.data.formats.files import by_stem, files_in
 from segmentation.data.formats.voxels import SAGITTAL, STORED
-from segmentation.data.item import Item, number_values, numbers_of, slice_items
+from segmentation.data.item import Item, bone_classes, slice_items
 from segmentation.data.pixels import Pixels, named, to_pixels, to_values
 from segmentation.tasks import Task
 
@@ -32,10 +31,9 @@ def items(task: Task, folder: Path) -> list[Item]:
 
     Every file is a subject. The files do not say how large their pixels are.
     """
-    numbers = numbers_of(task, CLASSES, folder)
     found = []
     for name, path in by_stem(files_in(folder, (".mat",))).items():
-        classes = partial(number_values, numbers=numbers, path=path, remark=LEGEND)
+        classes = bone_classes(task, CLASSES, path, LEGEND)
         facts = {"group": name, "cut": (SAGITTAL, STORED)}
         found += slice_items(task, name, [path], read_matlab, read_matlab(path)[1], classes, **facts)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from segmentation.data.formats import voxels
 from segmentation.data.formats.files import VOLUMES, by_stem, files_in, leading_number, pair_up, subfolder
-from segmentation.data.item import Item, number_values, numbers_of, slice_items
+from segmentation.data.item import Item, bone_classes, slice_items
 from segmentation.data.pixels import Pixels, sitk
 from segmentation.tasks import Task
 
@@ -35,12 +34,11 @@ def items(task: Task, folder: Path) -> list[Item]:
     The group is the patient, the number that file names begin with. Nothing is resampled: pixels are as large as the
     scanner made them, and `pixel_size` says how large.
     """
-    numbers = numbers_of(task, CLASSES, folder)
     images, masks = (files_in(subfolder(folder, part), VOLUMES) for part in ("images", "masks"))
     found = []
     for name, *pair in pair_up(by_stem(images), masks):
+        classes = bone_classes(task, CLASSES, pair[1], LEGEND)
         values, pixel_size, cut = voxels.read_mask(find_cut, *pair)
-        classes = partial(number_values, numbers=numbers, path=pair[1], remark=LEGEND)
         facts = {"group": leading_number(name), "pixel_size": pixel_size, "cut": cut}
         found += slice_items(task, name, pair, read_sagittal, values, classes, **facts)
     return found
