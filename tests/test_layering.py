@@ -28,13 +28,13 @@ INNER_DOORS = {
 # What a module of the examples may import of theirs, by the first of these that its dotted name begins with.
 FORMATS = "segmentation.data.formats."
 INNER = {
-    FORMATS: tuple(f"segmentation.{name}." for name in ("tasks", "data.item", "data.ellipse", "data.simpleitk"))
+    FORMATS: tuple(f"segmentation.{name}." for name in ("tasks", "data.item", "data.pixels", "data.ellipse"))
     + tuple(f"{FORMATS}{name}." for name in ("files", "voxels")),
     "segmentation.data.": ("segmentation.data.", "segmentation.tasks.", "segmentation.runs."),
     "segmentation.tasks.": (),
     "segmentation.runs.": (),
 }
-EXAMPLE_FLOORS = 6  # modules in the longest chain of imports, from a script down to one that imports no other
+EXAMPLE_FLOORS = 5  # modules in the longest chain of imports, from a script down to one that imports no other
 
 
 def modules(folder: str) -> list[Path]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segmentation.data.item import Pixels, to_input
+from segmentation.data.pixels import Pixels, to_input
 from segmentation.tasks import Task
 
 WINDOWS_AT_ONCE = 4

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kan_mamba_layers import SS2D, KANLinear, param_groups
 from segmentation.callbacks import AveragedWeights
-from segmentation.data.item import Item, Pixels
+from segmentation.data.item import Item
+from segmentation.data.pixels import Pixels
 from segmentation.figures import Case
 from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.networks import build_network

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data import simpleitk
-from segmentation.data.formats.files import VOLUMES, find_columns, positive, read_rows, stem
+from segmentation.data.formats.files import VOLUMES, positive, read_table, stem
 from segmentation.data.formats.voxels import Cut, copy_place, lay, read_header, read_volume
-from segmentation.data.item import Pixels, read_image, to_pixels
+from segmentation.data.pixels import Pixels, read_image, sitk, to_pixels
 from segmentation.runs import whole_file
 from segmentation.tasks import Task
 
@@ -42,30 +41,26 @@ def predict_volume(path: Path, task: Task, classify: Classify, cuts: Sequence[Cu
     """Class numbers of all voxels of a volume, in the order of its file."""
     volume = read_volume(path)
     laid = lay(volume, cuts, path)
-    planes = to_pixels(simpleitk.GetArrayFromImage(laid), path)  # s h w
+    planes = to_pixels(sitk.GetArrayFromImage(laid), path)  # s h w
     colours = (plane[..., None].repeat(task.in_channels, axis=2) for plane in planes)
-    labels = simpleitk.GetImageFromArray(np.stack([classify(plane) for plane in colours]))
+    labels = sitk.GetImageFromArray(np.stack([classify(plane) for plane in colours]))
     labels.CopyInformation(laid)
     # Axes were only exchanged and turned, so every voxel of the file has exactly one of these at its place.
-    labels = simpleitk.Resample(labels, volume, simpleitk.Transform(), simpleitk.sitkNearestNeighbor)
-    return simpleitk.GetArrayFromImage(labels)
+    labels = sitk.Resample(labels, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
+    return sitk.GetArrayFromImage(labels)
 
 
 def write_volume(found: Prediction, path: Path) -> None:
     """Write class numbers as a volume on the grid of the file they come from."""
-    labels = simpleitk.GetImageFromArray(found.classes)
+    labels = sitk.GetImageFromArray(found.classes)
     copy_place(read_header(found.path), labels)
     with whole_file(path) as draft:
-        simpleitk.WriteImage(labels, str(draft), useCompression=True)
+        sitk.WriteImage(labels, str(draft), useCompression=True)
 
 
 def read_pixel_sizes(table: Path) -> dict[str, float]:
     """Millimetres a pixel by the stems of file names, from a table as HC18 has them."""
     if not table.is_file():
         raise FileNotFoundError(f"pixel_size_csv {str(table)!r} does not exist")
-    columns, rows = read_rows(table)
-    name, size = find_columns(table, columns, ("filename", "pixel size"))
-    return {
-        stem(Path(row.get(name, ""))): positive(row.get(size, ""), size, f"{table} line {line}")
-        for line, row in enumerate(rows, start=2)
-    }
+    rows = read_table(table, ("filename", "pixel size"))
+    return {stem(Path(row["filename"])): positive(place, row, "pixel size") for place, row in rows}

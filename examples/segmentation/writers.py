@@ -13,7 +13,8 @@ from PIL import Image
 
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats.files import VOLUMES, stem
-from segmentation.data.item import Item, read_values, to_classes
+from segmentation.data.item import Item, to_classes
+from segmentation.data.pixels import read_values
 from segmentation.figures import Case, draw_cases, overlay
 from segmentation.prediction import Prediction, write_volume
 from segmentation.runs import whole_file, write_csv, write_json

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segmentation.data.datamodule import ImageSet
 from segmentation.data.demo import demo_items
-from segmentation.data.item import to_input, to_target
+from segmentation.data.pixels import to_input, to_target
 from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.tasks import get_task
 

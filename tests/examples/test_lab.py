@@ -23,7 +23,8 @@ from segmentation.console import console, say, scores_table
 from segmentation.data.datamodule import find_items
 from segmentation.data.demo import draw
 from segmentation.data.ellipse import head_circumference
-from segmentation.data.item import read_values, to_classes
+from segmentation.data.item import to_classes
+from segmentation.data.pixels import read_values
 from segmentation.data.split import read_split, split_hash
 from segmentation.module import Segmentation
 from segmentation.runs import read_config

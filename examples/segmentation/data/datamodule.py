@@ -28,7 +28,8 @@ from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
 from segmentation.data.formats.files import list_files, subfolders
 from segmentation.data.formats.voxels import Cut
-from segmentation.data.item import Item, to_input, to_target
+from segmentation.data.item import Item
+from segmentation.data.pixels import to_input, to_target
 from segmentation.tasks import Task, get_task
 
 # A module has `fits(folder)`, `items(task, folder)` and says in its docstring what fits. The first is taken.
@@ -46,10 +47,7 @@ def find_items(task: Task, folder: Path, fold: int | None = None) -> list[Item]:
     """
     name = f"data.folder {str(folder)!r}"
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{name} is not a folder: give the folder with images/, masks/, items.csv, or a data set as downloaded "
-            f"(looked for {folder.absolute()})"
-        )
+        raise FileNotFoundError(f"{name} is not a folder: give one with a data set (looked for {folder.absolute()})")
     hits = _search(folder, DEPTH)
     if len(hits) > 1:
         raise ValueError(f"{name} holds {len(hits)} data sets: give one of" + "".join(f"\n  {hit}" for _, hit in hits))
@@ -60,9 +58,7 @@ def find_items(task: Task, folder: Path, fold: int | None = None) -> list[Item]:
     own_folds = {"fold": fold or 0} if found is nnunet else {}
     items = sorted(found.items(task, place, **own_folds), key=lambda item: item.id)
     if fold is not None and not own_folds and any(item.split == "val" for item in items):
-        raise ValueError(
-            f"data.fold {fold} would move the validation images that {str(place)!r} itself has: leave it out"
-        )
+        raise ValueError(f"data.fold {fold} would move the validation images that {place} itself has: leave it out")
     if not items:
         raise ValueError(f"data.folder {str(place)!r} holds no image with a label of task {task.name!r}")
     return items
@@ -193,7 +189,9 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.duplicate_bits {duplicate_bits} must lie between 0 (no check) and 256")
         if not 0 <= (mask_threshold or 0) < 255:
             raise ValueError(f"data.mask_threshold {mask_threshold} must lie between 0 and 254, e.g. 127")
-        splits.check_fractions(val_fraction, test_fraction)
+        if not 0 < val_fraction < val_fraction + test_fraction < 1:
+            fractions = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
+            raise ValueError(f"{fractions} must lie above 0, and together below 1, e.g. 0.15 and 0.2")
         self.task = replace(get_task(task), mask_threshold=mask_threshold)
         self.folder, self.image_size, self.batch_size = folder, image_size, batch_size
         self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
@@ -203,9 +201,9 @@ class SegmentationData(lightning.LightningDataModule):
         self._done: set[Callable[[], None]] = set()
 
     def setup(self, stage: str) -> None:
-        """Find and read what a stage needs, once: "fit" (and "validate"), "test" or "predict"."""
+        """Find and read what a stage needs, once: "fit" (and "validate") or "test"."""
         setups = {"fit": self._setup_fit, "validate": self._setup_fit, "test": self._setup_test}
-        if (setup := setups.get(stage, self._setup_predict)) not in self._done:
+        if (setup := setups.get(stage)) and setup not in self._done:
             setup()
             self._done.add(setup)
 
@@ -241,14 +239,11 @@ class SegmentationData(lightning.LightningDataModule):
         if both := splits.part_look_alikes(items, pairs):
             left_out = {first.id for first, _ in both}
             files = [[f"{item.files[0] if item.files else item.id} ({item.split})" for item in pair] for pair in both]
-            likes = _listed([" like ".join(pair) for pair in files])
-            rank_zero_warn(f"{len(left_out)} image(s) left out that look like one of another side: {likes}")
+            likes = f"look like one of another side: {_listed([' like '.join(pair) for pair in files])}"
+            rank_zero_warn(f"{len(left_out)} image(s) left out that {likes}")
             items = [replace(item, split="") if item.id in left_out else item for item in items]
             if missing := set(splits.SIDES) - {item.split for item in items}:
-                raise ValueError(
-                    f"no {min(missing)} image is left, since each looks like one of another side, as {likes}: "
-                    "--data.duplicate_bits 0 keeps them"
-                )
+                raise ValueError(f"no {min(missing)} image is left, all {likes}; --data.duplicate_bits 0 keeps them")
         return items
 
     def _setup_test(self) -> None:
@@ -270,9 +265,6 @@ class SegmentationData(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cuts = [(plane, way) for plane, way in state_dict.get("cuts", ())]
-
-    def _setup_predict(self) -> None:
-        self._files = list_files(self.inputs)
 
     def _find(self) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
@@ -298,11 +290,11 @@ class SegmentationData(lightning.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """The items of `side` one by one, to be read by whoever gets them."""
-        return DataLoader(self.test_items, batch_size=None, collate_fn=_itself, generator=torch.Generator())
+        return DataLoader(self.test_items, batch_size=None, generator=torch.Generator())
 
     def predict_dataloader(self) -> DataLoader:
         """The paths of all images and volumes of `inputs`, one by one."""
-        return DataLoader(self._files, batch_size=None, collate_fn=_itself, generator=torch.Generator())
+        return DataLoader(list_files(self.inputs), batch_size=None, generator=torch.Generator())
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Items and paths stay as they are: only the pixels read from them go to a device."""
@@ -314,10 +306,6 @@ class SegmentationData(lightning.LightningDataModule):
         options |= {"batch_size": self.batch_size, "num_workers": self.num_workers}
         options |= {"persistent_workers": self.num_workers > 0}
         return DataLoader(dataset, generator=torch.Generator(), **options)  # leaves the global random state alone
-
-
-def _itself(batch: Any) -> Any:
-    return batch
 
 
 def _listed(names: Sequence[str]) -> str:

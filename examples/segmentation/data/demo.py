@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from segmentation.data.item import Item, Pixels
+from segmentation.data.item import Item
+from segmentation.data.pixels import Pixels
 from segmentation.tasks import Task
 
 Array = NDArray[np.floating]
@@ -27,8 +28,6 @@ def draw(task: str, seed: int, index: int, size: tuple[int, int]) -> tuple[Image
     """Image number `index` of the demo of `task` and its mask of class numbers, both of `size` = (height, width)."""
     if task not in _PAINTERS:
         raise ValueError(f"task {task!r} has no demo: choose one of {', '.join(DEMOS)}, or give a folder of images")
-    if index < 0 or min(size) < 16:
-        raise ValueError(f"index {index}, size {size}: the demo needs index >= 0 and at least 16 x 16 pixels")
     kind = list(_PAINTERS).index(task)
     subject = np.random.default_rng([seed, kind, 0, index // IMAGES_PER_SUBJECT])
     picture = np.random.default_rng([seed, kind, 1, index])

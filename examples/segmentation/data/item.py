@@ -1,28 +1,23 @@
-"""What a data set consists of: items, and how one image and one mask are read from disk without losing anything."""
+"""What a data set consists of: items, each an image and its mask, from files or from slices of volumes."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
 
-from segmentation.data import simpleitk
+from segmentation.data.pixels import Pixels, check_sizes, read_image, read_values
 from segmentation.tasks import Task
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in Pillow
-BLACK = 32  # a colour whose channels all lie below
-DEEP_COLOURS = re.compile("(RGB[AX]?|LA);16[BLN]")  # Pillow's words for 16 bits per channel, of which it keeps 8
+Loader = Callable[..., tuple[Pixels, NDArray[np.integer]]]  # files to image (s h w c) and mask values (s h w)
+Classes = Callable[[NDArray], NDArray[np.uint8]]  # mask values to class numbers
+_reading = Lock()
 
 
 @dataclass(frozen=True)
@@ -45,184 +40,89 @@ class Item:
         return cls(id, group or id, partial(read, task, *files), files=files, own_group=not group, **facts)
 
 
-def read_pair(task: Task, image_path: Path, mask_path: Path) -> tuple[Pixels, NDArray[np.uint8]]:
-    """An image (h w c) with the task's channels, and its mask (h w), pixel values turned into classes 1, 2, ..."""
-    image, values = read_raw(task.in_channels, image_path, mask_path)
-    return image, to_classes(values, task.labels, mask_path, task.mask_threshold)
+def read_files(task: Task, *files: Path, labels: Sequence[dict[int, str]] = ()) -> tuple[Pixels, NDArray[np.uint8]]:
+    """An image (h w c), of one file or of one per channel, and the class numbers (h w) of its masks, the last files.
 
-
-def read_layers(
-    numbers: Sequence[int], task: Task, image_path: Path, *mask_paths: Path
-) -> tuple[Pixels, NDArray[np.uint8]]:
-    """An image (h w c) and class numbers (h w): `numbers[k]` where mask k is not 0; later masks lie over earlier."""
-    image, *masks = read_raw(task.in_channels, image_path, *mask_paths)
-    classes = np.zeros(image.shape[:2], np.uint8)
-    for number, values, path in zip(numbers, masks, mask_paths, strict=True):
-        label = {255: task.class_names[number - 1]}
-        classes[to_classes(values, label, path, task.mask_threshold) > 0] = number
-    return image, classes
-
-
-def read_raw(channels: int, image_path: Path, *mask_paths: Path) -> tuple[Any, ...]:
-    """An image (h w c), and the values (h w) of its masks, all of one size."""
-    image, masks = read_image(image_path, channels), [read_values(path) for path in mask_paths]
-    for values, path in zip(masks, mask_paths, strict=True):
-        check_sizes(image.shape[1::-1], image_path, values.shape[::-1], path)
-    return image, *masks
-
-
-def check_sizes(size: Sequence[int], image_path: Path, mask_size: Sequence[int], mask_path: Path) -> None:
-    """Refuse a mask of another size, (width, height) or (width, height, depth), than its image."""
-    if tuple(size) != tuple(mask_size):
-        found, wanted = ("x".join(map(str, sides)) for sides in (mask_size, size))
-        turned = " (turned as its EXIF orientation says)" if tuple(size) == tuple(mask_size)[::-1] else ""
-        raise ValueError(
-            f"{mask_path} is {found} but its image {image_path} is {wanted}{turned}: save both in the same size"
-        )
-
-
-def read_image(path: Path, channels: int) -> Pixels:
-    """Pixels (h w c) of a grey (c = 1) or colour (c = 3) image file in its own depth, 8 or 16 bits; alpha is dropped.
-
-    The image is turned upright as its EXIF orientation says. Grey files give three equal channels where colour is
-    wanted, and colour files their luma where grey is wanted.
+    `labels` has the class of each value of each mask; without it there is one mask with those of the task. Later masks
+    lie over earlier ones.
     """
-    image, is_deep = _open(path)
-    if is_deep:
-        pixels = _sixteen_bit_colours(path)
-    elif image.mode.startswith(("I", "F")):
-        pixels = to_pixels(np.asarray(image), path)
-    else:
-        pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    pixels = np.atleast_3d(pixels)  # h w c
-    if channels == 3 and pixels.shape[2] == 1:
-        return pixels.repeat(3, axis=2)
-    if channels == 1 and pixels.shape[2] == 3:
-        return (pixels @ LUMA).round().astype(pixels.dtype)[..., None]
-    return pixels
-
-
-def read_values(path: Path) -> NDArray[np.integer]:
-    """Pixel values (h w) of a mask, upright: its greys, also of a palette or RGB; of a palette in colours the indices.
-
-    The indices of a grey palette tell nothing: a quantised mask may well begin with white.
-    """
-    image, is_deep = _open(path)
-    if image.has_transparency_data:
-        low, high = image.convert("RGBA").getchannel("A").getextrema()
-        if low != high:
-            raise ValueError(f"{path} is a mask with an alpha channel that varies: save it without alpha")
-    if image.mode.startswith(("I", "F")):
-        return to_values(np.asarray(image), path)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    if image.mode == "P":
-        palette, indices = np.reshape(image.getpalette("RGB"), (-1, 3)), np.asarray(image)  # n 3, h w
-        if (palette != palette[:, :1]).any():
-            darkest = np.asarray(image.convert("RGB"))[indices > 0].max(axis=1).min(initial=BLACK)
-            if darkest < BLACK <= palette[0].max():
-                raise ValueError(
-                    f"{path} is a mask with a palette in which black is not colour 0, the background: save it as grey "
-                    "values, one per class"
-                )
-            return indices
-    colours = _sixteen_bit_colours(path) if is_deep else np.asarray(image.convert("RGB"))  # h w c
-    if (colours != colours[..., :1]).any():
-        raise ValueError(f"{path} is a mask in colours: save it as grey values or palette indices, one per class")
-    return colours[..., 0]
-
-
-def to_pixels(values: NDArray, path: Path) -> Pixels:
-    """Values of an image in their own depth: 8 or 16 bits where they allow it, else float32."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind in "ui" and values.min() >= 0 and values.max() <= 65535:
-        return values.astype(np.uint16)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path} holds values that are not finite: replace or remove it")
-    return values.astype(np.float32)
-
-
-def to_values(values: NDArray, path: Path) -> NDArray[np.integer]:
-    """Values of a mask; whole numbers may be stored as fractions."""
-    if values.dtype.kind in "ui":
-        return values
-    if not (values == values.round()).all():
-        raise ValueError(f"{path} holds fractions: a mask needs whole numbers, one per class")
-    return values.astype(np.int64)
+    labels = labels or [task.labels]
+    images, masks = files[: -len(labels)], files[-len(labels) :]
+    channels = [read_image(path, task.in_channels // len(images)) for path in images]
+    classes = np.zeros(channels[0].shape[:2], np.uint8)
+    for path, names in zip(masks, labels, strict=True):
+        values = read_values(path)
+        for image, channel in zip(images, channels, strict=True):
+            check_sizes(channel.shape[1::-1], image, values.shape[::-1], path)
+        numbers = np.array([0, *(1 + task.class_names.index(name) for name in names.values())], np.uint8)
+        layer = numbers[to_classes(values, names, path, task.mask_threshold)]
+        classes = np.where(layer > 0, layer, classes)
+    return np.concatenate(channels, axis=2), classes
 
 
 def to_classes(
     values: NDArray[np.integer], labels: dict[int, str], path: Path, threshold: int | None = None
 ) -> NDArray[np.uint8]:
     """Class numbers 0, 1, 2, ... of mask values. Of one class these may be 1 or 255, or all above a threshold."""
-    if threshold is not None and len(labels) > 1:
+    is_one = len(labels) == 1
+    if threshold is not None and not is_one:
         raise ValueError(f"data.mask_threshold is for masks of one class, and {path} has {', '.join(labels.values())}")
     if threshold is not None:
         return (values > threshold).astype(np.uint8)
-    if len(labels) == 1 and np.isin(values, (0, 1)).all():
+    if is_one and np.isin(values, (0, 1)).all():
         return values.astype(np.uint8)
     allowed = ", ".join(f"{value} ({name})" for value, name in labels.items())
-    greys = "; for masks with greys, as JPEG leaves them, give --data.mask_threshold 127" if len(labels) == 1 else ""
-    check_values(values, [0, *labels], path, f", which is no label: allowed are 0 (background), {allowed}{greys}")
-    classes = np.zeros(values.shape, np.uint8)
-    for number, value in enumerate(labels, start=1):
-        classes[values == value] = number
-    return classes
+    greys = "; for masks with greys, as JPEG leaves them, give --data.mask_threshold 127" if is_one else ""
+    numbers = {value: number for number, value in enumerate([0, *labels])}
+    return number_values(values, numbers, path, f"which is no label: allowed are 0 (background), {allowed}{greys}")
 
 
-def check_values(values: NDArray, known: Sequence[int], path: Path, remark: str) -> None:
-    """Refuse a mask that holds a value which is not among the `known`."""
-    if odd := sorted(set(np.unique(values).tolist()) - set(known)):
-        raise ValueError(f"{path} holds the value {odd[0]}{remark}")
+def number_values(values: NDArray, numbers: dict[int, int], path: Path, remark: str) -> NDArray[np.uint8]:
+    """The class number of each mask value; refused where one is not among the `numbers`."""
+    if odd := sorted(set(np.unique(values).tolist()) - numbers.keys()):
+        raise ValueError(f"{path} holds the value {odd[0]}, {remark}")
+    known = sorted(numbers)
+    return np.array([numbers[value] for value in known], np.uint8)[np.searchsorted(known, values)]
 
 
-@contextmanager
-def named(path: Path, trouble: str, *errors: type[Exception], fix: str = "replace or remove it") -> Iterator[None]:
-    """Errors of a reader as one that names the file, what could not be done with it, and how to mend that."""
-    try:
-        yield
-    except errors as error:
-        reason = (str(error).strip().splitlines() or [""])[-1]
-        raise ValueError(f"{path} cannot be {trouble} ({reason}): {fix}") from error
+def bone_classes(task: Task, known: dict[str, dict[str, Sequence[int]]], path: Path, remark: str) -> Classes:
+    """What turns the values of a volume that numbers every bone into the task's classes; others are background.
+
+    `known` has the values of each class, by task.
+    """
+    if task.name not in known:
+        raise ValueError(f"{path} is of a volume of the spine: task {task.name!r} is not one of {', '.join(known)}")
+    if task.mask_threshold is not None:
+        raise ValueError(f"{path} is of a volume that numbers every bone: leave data.mask_threshold out")
+    others = [value for classes in known.values() for values in classes.values() for value in values]
+    classes = enumerate(known[task.name].values(), start=1)
+    numbers = dict.fromkeys([0, *others], 0) | {value: number for number, values in classes for value in values}
+    return partial(number_values, numbers=numbers, path=path, remark=remark)
 
 
-def _open(path: Path) -> tuple[Image.Image, bool]:
-    """An image, and whether the file has colours of 16 bits, which Pillow forgets once it is loaded."""
-    with (
-        named(path, "read as an image", OSError, SyntaxError, TypeError, ValueError),
-        named(path, "read", Image.DecompressionBombError, fix="scale it down, for this is Pillow's limit"),
-        path.open("rb") as stream,  # given a path, Pillow 13 maps a TIFF with an orientation into memory the wrong way
-    ):
-        image = Image.open(stream)
-        is_deep = any(DEEP_COLOURS.search(str(tile[3])) for tile in image.tile)
-        pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF", "WEBP") else 1
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    if pages > 1:
-        raise ValueError(f"{path} holds {pages} images: save each in a file of its own")
-    if is_deep and turned:
-        raise ValueError(f"{path} has 16 bits per colour and an EXIF orientation: save it upright, without EXIF")
-    return upright, is_deep
+def slice_items(
+    task: Task, name: str, files: Sequence[Path], loader: Loader, values: NDArray, classes: Classes, **facts: Any
+) -> list[Item]:
+    """An item `<name>_<slice>` for each slice of mask values (s h w) that holds a class; `loader` reads it later."""
+    return [
+        Item.of_files(partial(read_slice, loader, classes, index), task, f"{name}_{index:03d}", *files, **facts)
+        for index in np.flatnonzero(classes(values).any(axis=(1, 2))).tolist()
+    ]
 
 
-def _sixteen_bit_colours(path: Path) -> NDArray[np.uint16]:
-    """Pixels (h w c) of which Pillow would keep 8 bits: colours, or grey with alpha, which is dropped."""
-    with named(path, "read as an image", RuntimeError, fix="save it without alpha"):
-        pixels = np.atleast_3d(simpleitk.GetArrayFromImage(simpleitk.ReadImage(str(path))))
-    return pixels[..., : 3 if pixels.shape[2] > 2 else 1]
+def read_slice(
+    loader: Loader, classes: Classes, index: int, task: Task, *files: Path
+) -> tuple[Pixels, NDArray[np.uint8]]:
+    """Slice `index` of what `loader(*files)` gives: image (h w c), and class numbers (h w) of its mask values.
+
+    A grey volume gives as many equal channels as the task has.
+    """
+    with _reading:  # threads that want slices of one volume wait for it, instead of each reading it
+        image, values = _load(loader, files)
+    image = image[index]  # h w c
+    return image.repeat(task.in_channels // image.shape[2], axis=2), classes(values[index])
 
 
-def to_input(image: Pixels, size: int) -> Tensor:
-    """Values (c size size) of an image (h w c), squashed to a square; bytes become 0 ... 1, deeper pixels are
-    stretched from their least to their greatest value."""
-    low, high = (0.0, 255.0) if image.dtype == np.uint8 else np.float32([image.min(), image.max()])
-    scale = max(high - low, np.finfo(np.float32).tiny)
-    planes = (Image.fromarray((plane.astype(np.float32) - low) / scale) for plane in np.moveaxis(image, 2, 0))
-    return torch.from_numpy(np.stack([plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]))
-
-
-def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
-    """Class numbers (1 size size) of a mask (h w), squashed to a square."""
-    return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]
+@lru_cache(maxsize=4)
+def _load(loader: Loader, files: tuple[Path, ...]) -> tuple[Pixels, NDArray[np.integer]]:
+    return loader(*files)

@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from segmentation.data.item import Item, Pixels
+from segmentation.data.item import Item
+from segmentation.data.pixels import Pixels
 from segmentation.runs import whole_file
 
 SIDES = ("train", "val", "test")
@@ -41,9 +42,8 @@ def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
 
 def ranked_groups(items: Iterable[Item], seed: int) -> list[str]:
     """The subjects in an order that depends on the seed and their names alone: further subjects move no other."""
-    return sorted(
-        {item.group for item in items}, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).hexdigest()
-    )
+    groups = {item.group for item in items}
+    return sorted(groups, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).hexdigest())
 
 
 def split_items(
@@ -55,12 +55,9 @@ def split_items(
     `test`, gives the missing side from the training subjects; one that names all three is followed. With a `fold` those
     subjects that are not tested on are validated on in turn, each in one of `folds`.
     """
-    check_fractions(val_fraction, test_fraction)
     given = {item.split for item in items if item.split}
-    if odd := next((item for item in items if given and item.split not in SIDES), None):
-        raise ValueError(
-            f"item {odd.id!r} has the split {odd.split!r}: use train, val or test for every image, or for none"
-        )
+    if odd := [item for item in items if given and item.split not in SIDES]:
+        raise ValueError(f"item {odd[0].id!r} has the split {odd[0].split!r}: use train, val or test for all, or none")
     check_no_leak(items)
     free = ranked_groups([item for item in items if item.split in ("", "train")], seed)
     sides: dict[str, str] = {}
@@ -73,21 +70,9 @@ def split_items(
         item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items
     ]
     if missing := [side for side in SIDES if side not in {item.split for item in done}]:
-        groups = len({item.group for item in items})
-        raise ValueError(
-            f"no {missing[0]} subject: {len(items)} images of {groups} subject(s) need "
-            f"{'three' if fold is None else folds + 1} or more subjects"
-        )
+        groups, least = len({item.group for item in items}), 3 if fold is None else folds + 1
+        raise ValueError(f"no {missing[0]} subject: {len(items)} images of {groups} subject(s) need {least} or more")
     return done
-
-
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions that leave a side empty."""
-    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"data.{name} {fraction} must lie between 0 and 1, and both together below 1, e.g. 0.15 and 0.2"
-            )
 
 
 def check_no_leak(items: Sequence[Item]) -> None:
@@ -97,9 +82,7 @@ def check_no_leak(items: Sequence[Item]) -> None:
         sides.setdefault(item.group, set()).add(item.split)
     if both := sorted(group for group, found in sides.items() if len(found) > 1):
         first, second = sorted(sides[both[0]])[:2]
-        raise ValueError(
-            f"group {both[0]!r} is in {first!r} and in {second!r} ({len(both)} such): put each subject on one side"
-        )
+        raise ValueError(f"group {both[0]!r} is in {first!r} and in {second!r}: put each subject on one side")
 
 
 def difference_hash(image: Pixels) -> NDArray[np.bool_]:
@@ -166,21 +149,16 @@ def part_look_alikes(items: Sequence[Item], pairs: NDArray[np.intp]) -> list[tup
 def file_hash(item: Item) -> str:
     """SHA-256 of the item's files, or of its pixels where it has none (the demo)."""
     if item.files:
-        stats = ((path, path.stat()) for path in item.files)
-        parts = [_bytes_hash(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-    image, mask = item.read()
-    return _digest(image.tobytes(), mask.tobytes())
+        digests = [_bytes_hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in item.files]
+    else:
+        digests = [hashlib.sha256(array.tobytes()).digest() for array in item.read()]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @lru_cache(maxsize=16)
 def _bytes_hash(path: Path, size: int, changed: int) -> bytes:
     """SHA-256 of a file, once for all slices of a volume."""
     return hashlib.sha256(path.read_bytes()).digest()
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def split_table(items: Sequence[Item], digests: Sequence[str]) -> Table:
@@ -191,7 +169,8 @@ def split_table(items: Sequence[Item], digests: Sequence[str]) -> Table:
 
 def split_hash(table: Table) -> str:
     """SHA-256 of a split: another one when an image, a mask, a group or a side changes."""
-    return _digest(json.dumps(table, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).digest()
+    return hashlib.sha256(digest).hexdigest()
 
 
 def write_split(path: Path, table: Table) -> None:
@@ -202,17 +181,14 @@ def write_split(path: Path, table: Table) -> None:
 
 def read_split(path: Path) -> Table:
     """The table of a split file, refused if it was changed since it was written."""
+    name = f"data.split {str(path)!r}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         table, intact = content["items"], content["sha256"] == split_hash(content["items"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"data.split {str(path)!r} cannot be read ({error!r}): give the split.json of a run"
-        ) from error
+        raise ValueError(f"{name} cannot be read ({error!r}): give the split.json of a run") from error
     if not intact:
-        raise ValueError(
-            f"data.split {str(path)!r} was changed after it was written: its hash is not that of its items"
-        )
+        raise ValueError(f"{name} was changed after it was written: its hash is not that of its items")
     return table
 
 
@@ -221,9 +197,10 @@ def follow_split(items: Sequence[Item], table: Table) -> list[Item]:
     if missing := sorted(table.keys() - {item.id for item in items}):
         raise ValueError(f"data.split lists {missing[0]!r} ({len(missing)} such), which data.folder lacks")
     chosen = []
-    for item, row in ((item, table[item.id]) for item in items if item.id in table):
-        read = partial(read_unchanged, item, row["sha256"])
-        chosen.append(replace(item, group=row["group"], split=row["split"], read=read))
+    for item in items:
+        if row := table.get(item.id):
+            read = partial(read_unchanged, item, row["sha256"])
+            chosen.append(replace(item, group=row["group"], split=row["split"], read=read))
     check_no_leak(chosen)
     return chosen
 

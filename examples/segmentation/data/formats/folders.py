@@ -9,17 +9,17 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from segmentation.data.formats.files import IMAGES, by_stem, files_in, first_subfolder, pair_up, subfolder, subfolders
-from segmentation.data.item import Item, read_layers, read_pair
+from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, subfolder, subfolders
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 PICTURES = ("images", "imgs", "image", "img")
 MASKS = ("masks", "labels", "annotations", "GroundTruth", "ground_truth", "mask", "label", "gt")
-SUFFIXES = ("_mask", "_segmentation", "_label", "_gt")
+SUFFIX = "_mask|_segmentation|_label|_gt"
 
 
 def fits(folder: Path) -> bool:
-    return any(files_in(images, IMAGES) for images, _ in _places(folder).values())
+    return any(files_in(images, IMAGES) for _, images, _ in _places(folder))
 
 
 def items(task: Task, folder: Path) -> list[Item]:
@@ -29,27 +29,23 @@ def items(task: Task, folder: Path) -> list[Item]:
     In `masks/0/`, `masks/1/`, ... the later class counts where two overlap.
     """
     found = []
-    for side, (images, masks) in _places(folder).items():
+    for side, images, masks in _places(folder):
         parts = _class_folders(task, masks)
-        read = read_pair if len(parts) == 1 else partial(read_layers, range(1, 1 + len(parts)))
+        read = partial(read_files, labels=[{255: name} for name in task.class_names] if len(parts) > 1 else ())
         pictures = by_stem(files_in(images, IMAGES))
-        pairs = [pair_up(pictures, files_in(part, IMAGES), part, *SUFFIXES) for part in parts]
+        pairs = [pair_up(pictures, files_in(part, IMAGES), SUFFIX) for part in parts]
         for (name, image, mask), *others in zip(*pairs, strict=True):
             files = (image, mask, *(path for *_, path in others))
             found.append(Item.of_files(read, task, f"{side}_{name}" if side else name, *files, split=side))
     return found
 
 
-def _places(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of images and masks by the side they stand for: those in the folder itself, or in its sides."""
+def _places(folder: Path) -> list[tuple[str, Path, Path]]:
+    """(side, images, masks): those of no side, in the folder itself, or else those of each side."""
     places = {"": folder} | {side: subfolder(folder, side) for side in ("train", "val", "test")}
-    pairs = {
-        side: (first_subfolder(place, PICTURES), first_subfolder(place, MASKS))
-        for side, place in places.items()
-        if place
-    }
-    whole = {side: pair for side, pair in pairs.items() if all(pair)}
-    return {"": whole[""]} if "" in whole else whole
+    pairs = ((side, subfolder(place, *PICTURES), subfolder(place, *MASKS)) for side, place in places.items() if place)
+    whole = [pair for pair in pairs if all(pair[1:])]
+    return whole[:1] if whole and whole[0][0] == "" else whole
 
 
 def _class_folders(task: Task, masks: Path) -> list[Path]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segmentation.data.formats.files import IMAGES, by_stem, files_in, pair_up, stem, subfolder
-from segmentation.data.item import Item, read_pair
+from segmentation.data.formats.files import IMAGES, apart, by_stem, files_in, pair_up, subfolder
+from segmentation.data.item import Item, read_files
 from segmentation.tasks import Task
 
 YEARS = {  # the folders of images and of masks, with {} for the name of a set
@@ -17,7 +17,7 @@ SIDES = {"Training": "train", "Validation": "val", "Test": "test", "Test_v2": "t
 
 
 def fits(folder: Path) -> bool:
-    return bool(_years(folder))
+    return any(_sets(folder, year) for year in YEARS)
 
 
 def items(task: Task, folder: Path) -> list[Item]:
@@ -25,32 +25,21 @@ def items(task: Task, folder: Path) -> list[Item]:
 
     Where the training images are there, the official sides are followed; the other sets alone are not divided.
     """
-    years = _years(folder)
-    if len(years) > 1:
-        raise ValueError(
-            f"{folder} holds the folders of ISIC {' and '.join(map(str, years))}, which share images: "
-            "give a folder with those of one year"
-        )
-    [(year, sets)] = years.items()
-    found = []
+    year, *others = (year for year in YEARS if _sets(folder, year))
+    if others:
+        raise ValueError(f"{folder} holds ISIC {year} and {others[0]}, which share images: give a folder of one year")
+    found, sets = [], _sets(folder, year)
     for name, images in sets.items():
         masks = subfolder(folder, YEARS[year][1].format(name))
         if masks is None:
-            raise FileNotFoundError(
-                f"{images} has no {YEARS[year][1].format(name)} beside it: add the masks or remove the images"
-            )
-        files = files_in(images, IMAGES)
-        pictures = by_stem(path for path in files if not stem(path).lower().endswith("_superpixels"))
+            raise FileNotFoundError(f"{images} has no {YEARS[year][1].format(name)} beside it: add the masks")
+        pictures, _ = apart(files_in(images, IMAGES), "_superpixels")
         side = SIDES[name] if "Training" in sets else ""
-        pairs = pair_up(pictures, files_in(masks, IMAGES), masks, "_segmentation")
-        found += [Item.of_files(read_pair, task, *pair, split=side) for pair in pairs]
+        pairs = pair_up(by_stem(pictures), files_in(masks, IMAGES), "_segmentation")
+        found += [Item.of_files(read_files, task, *pair, split=side) for pair in pairs]
     return found
 
 
-def _years(folder: Path) -> dict[int, dict[str, Path]]:
-    """The challenges that a folder has images of: the folder of each set, by its name."""
-    found = {
-        year: {name: place for name in SIDES if (place := subfolder(folder, images.format(name)))}
-        for year, (images, _) in YEARS.items()
-    }
-    return {year: sets for year, sets in found.items() if sets}
+def _sets(folder: Path, year: int) -> dict[str, Path]:
+    """The folder of images of each set of a year, by the name of the set."""
+    return {name: place for name in SIDES if (place := subfolder(folder, YEARS[year][0].format(name)))}

@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from segmentation.data.formats.files import by_stem, files_in
-from segmentation.data.formats.voxels import SAGITTAL, STORED, Voxels, classes_of, slice_items
-from segmentation.data.item import Item, Pixels, check_values, named, to_pixels, to_values
+from segmentation.data.formats.voxels import SAGITTAL, STORED
+from segmentation.data.item import Item, bone_classes, slice_items
+from segmentation.data.pixels import Pixels, named, to_pixels, to_values
 from segmentation.tasks import Task
 
 # Its labels count from the top: 1 is L1.
-CLASSES: dict[str, Voxels] = {
-    "lumbar_spine": {f"L{k}": (range(k, k + 1),) for k in range(1, 6)},
-    "spine_vertebrae": {"vertebra": (range(1, 6),)},
+CLASSES = {
+    "lumbar_spine": {"L1": [1], "L2": [2], "L3": [3], "L4": [4], "L5": [5]},
+    "spine_vertebrae": {"vertebra": range(1, 6)},
 }
-
-CUT = (SAGITTAL, STORED)
+LEGEND = "but in GT 1 to 5 are L1 to L5, and 0 is background"
 
 
 def fits(folder: Path) -> bool:
@@ -31,10 +31,11 @@ def items(task: Task, folder: Path) -> list[Item]:
 
     Every file is a subject. The files do not say how large their pixels are.
     """
-    classes = classes_of(task, CLASSES, folder)
     found = []
     for name, path in by_stem(files_in(folder, (".mat",))).items():
-        found += slice_items(task, name, (path,), read_matlab, read_matlab(path)[1], classes, group=name, cut=CUT)
+        classes = bone_classes(task, CLASSES, path, LEGEND)
+        facts = {"group": name, "cut": (SAGITTAL, STORED)}
+        found += slice_items(task, name, [path], read_matlab, read_matlab(path)[1], classes, **facts)
     return found
 
 
@@ -48,6 +49,5 @@ def read_matlab(path: Path) -> tuple[Pixels, NDArray[np.integer]]:
     same = image.ndim == mask.ndim == 3 and mask.shape[:2] == image.shape[:2]
     if not same or mask.shape[2] - image.shape[2] not in (0, 1):
         raise ValueError(f"{path} holds GT of the shape {mask.shape} for I of {image.shape}: both must be of one shape")
-    values = np.moveaxis(to_values(mask, path), 2, 0)[: image.shape[2]]  # s h w
-    check_values(values, range(6), path, " in GT: 1 to 5 are L1 to L5, 0 is background")
-    return to_pixels(np.moveaxis(image, 2, 0), path)[..., None], values
+    image, values = (np.moveaxis(voxels, 2, 0) for voxels in (image, mask[..., : image.shape[2]]))  # s h w
+    return to_pixels(image, path)[..., None], to_values(values, path)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from segmentation.data.formats import voxels
 from segmentation.data.formats.files import IMAGES, VOLUMES, composed, files_in, pair_up, stem, subfolder
-from segmentation.data.item import Item, Pixels, named, read_raw, to_classes
+from segmentation.data.item import Item, read_files, slice_items, to_classes
+from segmentation.data.pixels import Pixels, named
 from segmentation.tasks import Task
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -31,49 +32,31 @@ def items(task: Task, folder: Path, fold: int = 0) -> list[Item]:
     channels. A fold of `splits_final.json` is followed where it is there. Every case is a subject.
     """
     labels = _labels(task, folder / "dataset.json")
-    images, masks = _cases(task, subfolder(folder, "imagesTr")), subfolder(folder, "labelsTr")
-    firsts = {case: files[0] for case, files in images.items()}
-    pairs = pair_up(firsts, files_in(masks, IMAGES + VOLUMES), masks)
-    sides = _sides(folder / "splits_final.json", images, fold)
+    images, masks = (files_in(subfolder(folder, part), IMAGES + VOLUMES) for part in ("imagesTr", "labelsTr"))
+    cases = _cases(task, images)
+    sides = _sides(folder / "splits_final.json", cases, fold)
     found: list[Item] = []
-    for case, _, mask in pairs:
-        files, split = (*images[case], mask), sides[case]
+    for case, _, mask in pair_up({case: files[0] for case, files in cases.items()}, masks):
+        files, split = (*cases[case], mask), sides[case]
         if mask.name.lower().endswith(VOLUMES):
             classes = partial(to_classes, labels=labels, path=mask, threshold=task.mask_threshold)
-            values, pixel_size, cut = _read_mask(*files)
+            values, pixel_size, cut = voxels.read_mask(voxels.cut_as_stored, *files)
             facts = {"group": case, "split": split, "pixel_size": pixel_size, "cut": cut}
-            found += voxels.slice_items(task, case, files, read_stack, values, classes, **facts)
+            found += slice_items(task, case, files, read_stored, values, classes, **facts)
         else:
-            found.append(Item.of_files(partial(read_flat, labels), task, case, *files, split=split))
+            found.append(Item.of_files(partial(read_files, labels=[labels]), task, case, *files, split=split))
     return found
 
 
-def read_flat(labels: dict[int, str], task: Task, *files: Path) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Image (h w c) of one file, or of one file per channel, and class numbers (h w) of the last file."""
-    *image_paths, mask_path = files
-    channels = task.in_channels // len(image_paths)
-    pairs = [read_raw(channels, path, mask_path) for path in image_paths]
-    classes = to_classes(pairs[0][1], labels, mask_path, task.mask_threshold)
-    return np.concatenate([image for image, _ in pairs], axis=2), classes
+def read_stored(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
+    """Image (s h w c) of one volume per channel, and mask values (s h w) of the last file, in slices as stored."""
+    return voxels.read_stack(voxels.cut_as_stored, *files)
 
 
-def read_stack(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
-    """Image (s h w c) of one volume per channel, and mask values (s h w) of the last file."""
-    values, _, (plane, _) = _read_mask(*files)
-    return np.stack([voxels.read_pixels(path, (plane, voxels.STORED)) for path in files[:-1]], axis=3), values
-
-
-def _read_mask(*files: Path) -> tuple[NDArray[np.integer], tuple[float, float], voxels.Cut]:
-    """Mask values (s h w) of the last file, the size of a pixel in mm (row to row, column to column), and the cut."""
-    *image_paths, mask_path = files
-    mask = voxels.read_mask(mask_path, *image_paths)
-    return *voxels.to_arrays(voxels.as_stored(mask), mask_path), voxels.cut_of(mask)
-
-
-def _cases(task: Task, folder: Path) -> dict[str, list[Path]]:
+def _cases(task: Task, images: list[Path]) -> dict[str, list[Path]]:
     """The files of each case in the order of its channels: one, or as many as the task has channels."""
     cases: dict[str, list[Path]] = {}
-    for path in files_in(folder, IMAGES + VOLUMES):
+    for path in images:
         match = CHANNEL.fullmatch(stem(path))
         if not match:
             raise ValueError(f"{path} has no channel in its name: nnU-Net calls it {stem(path)}_0000")
@@ -81,19 +64,17 @@ def _cases(task: Task, folder: Path) -> dict[str, list[Path]]:
         if int(match[2]) != len(files):
             raise ValueError(f"{path} is not channel {len(files)} of its case: number the channels from 0000 on")
         files.append(path)
-    if odd := [case for case, files in cases.items() if len(files) not in (1, task.in_channels)]:
-        files = cases[odd[0]]
-        raise ValueError(
-            f"{files[-1]} is channel {len(files)} of case {odd[0]!r}: task {task.name!r} takes {task.in_channels}, "
-            "in one file or in one each"
-        )
+    for case, files in cases.items():
+        if len(files) not in (1, task.in_channels):
+            raise ValueError(
+                f"{files[-1]} is channel {len(files)} of case {case!r}: task {task.name!r} takes {task.in_channels}, "
+                "in one file or in one each"
+            )
     return cases
 
 
 def _labels(task: Task, path: Path) -> dict[int, str]:
     """The value in label files of each class of the task, in the order of the classes."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: it gives the labels, nnU-Net cannot do without it either")
     content = _read_json(path)
     table = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
@@ -106,14 +87,13 @@ def _labels(task: Task, path: Path) -> dict[int, str]:
         numbers = {name: int(value) for name, value in table.items() if int(value) != 0}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has labels that are no whole numbers (regions are not supported): {table}") from error
-    if len(numbers) != len(task.class_names):
-        raise ValueError(
-            f"{path} has the labels {', '.join(numbers)}: task {task.name!r} needs {', '.join(task.class_names)}"
-        )
+    names = task.class_names
+    if len(numbers) != len(names):
+        raise ValueError(f"{path} has the labels {', '.join(numbers)}: task {task.name!r} needs {', '.join(names)}")
     by_name = {name.lower(): value for name, value in numbers.items()}
-    in_order = dict(zip(task.class_names, sorted(numbers.values()), strict=True))
-    is_named = by_name.keys() == {name.lower() for name in task.class_names}
-    return {by_name[name.lower()] if is_named else value: name for name, value in in_order.items()}
+    if by_name.keys() == {name.lower() for name in names}:
+        return {by_name[name.lower()]: name for name in names}
+    return dict(zip(sorted(numbers.values()), names, strict=True))
 
 
 def _sides(path: Path, cases: Collection[str], number: int) -> dict[str, str]:
@@ -124,9 +104,7 @@ def _sides(path: Path, cases: Collection[str], number: int) -> dict[str, str]:
         fold = _read_json(path)[number]
         sides = {composed(case): side for side in ("train", "val") for case in fold[side]}
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{path} has no fold {number} with train and val: remove it, and the subjects are divided"
-        ) from error
+        raise ValueError(f"{path} has no fold {number} with train and val: without the file folds are drawn") from error
     if odd := sorted(sides.keys() ^ set(cases)):
         where = "listed, but not in imagesTr" if odd[0] in sides else "in imagesTr, but not listed"
         raise ValueError(f"{path}: case {odd[0]!r} is {where} ({len(odd)} such): make both hold the same cases")
@@ -134,5 +112,5 @@ def _sides(path: Path, cases: Collection[str], number: int) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> Any:
-    with named(path, "read as JSON", ValueError, fix="replace it"):
+    with named(path, "read as JSON", OSError, ValueError, fix="restore it as nnU-Net has it"):
         return json.loads(path.read_text(encoding="utf-8-sig"))
