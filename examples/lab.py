@@ -9,13 +9,12 @@
 Every argument of the network, the data and Lightning's Trainer is a flag, or stands in a YAML file given by --config.
 """
 
-from __future__ import annotations
-
+import argparse
 import datetime
+import inspect
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
 from segmentation.console import console, quieten, say, scores_table
 from segmentation.data.datamodule import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
-from segmentation.figures import Case, draw_cases, draw_history
+from segmentation.figures import draw_cases, draw_curves
 from segmentation.module import Segmentation
 from segmentation.networks import count_parameters, multiply_adds
-from segmentation.prediction import check_outputs, read_pixel_sizes
-from segmentation.runs import (
-    check_folder,
-    device_name,
-    find_run,
-    holds_files,
-    latest_checkpoint,
-    provenance,
-    read_checkpoint,
-    read_config,
-    read_json,
-    whole_file,
-    write_json,
-)
-from segmentation.writers import MaskWriter, ScoreWriter
+from segmentation.prediction import read_pixel_sizes
+from segmentation.report import write_report
+from segmentation.writers import MaskWriter, ScoreWriter, check_outputs
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -60,29 +48,25 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-# What every run has: validation after each epoch, with checkpoints.
-FIXED = {
-    "fast_dev_run": False,
-    "barebones": False,
-    "enable_checkpointing": None,
-    "check_val_every_n_epoch": 1,
-    "val_check_interval": None,
-    "limit_val_batches": None,
-    "overfit_batches": 0.0,
-}
+# Left as Lightning has them, so that every run has a validation after each epoch, with checkpoints.
+FIXED = ("fast_dev_run", "barebones", "enable_checkpointing", "check_val_every_n_epoch", "val_check_interval")
+FIXED += ("limit_val_batches", "overfit_batches")
 # With weights of these types neither the average nor the scores are what they should be.
 PRECISIONS = {"16-true", "bf16-true", "64-true", "64"}
 # What a resumed run may change: how long and where it trains, and where the images lie, which its split knows by their
 # hashes; not what is trained.
 FREE_ON_RESUME = {"data.folder", "data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
-STRICT = {"exit_on_error": False}  # of parsers: raise what is wrong, without the usage
+# Scores and masks are made by one process.
+SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 # What the user can mend.
 MISTAKES = (jsonargparse.ArgumentError, ImportError, MisconfigurationException, OSError, ValueError)
-SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+STRICT = {"exit_on_error": False}  # of parsers: raise what is wrong, without the usage
 
 
 class Lab(LightningCLI):
     """LightningCLI whose state is a run folder."""
+
+    # The command line.
 
     def init_parser(self, verb: str = "", **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
@@ -108,73 +92,97 @@ class Lab(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        own = {"model", "datamodule", "ckpt_path", "weights_only", "verbose", "return_predictions"}
-        own |= {"train_dataloaders", "val_dataloaders", "dataloaders"}
-        return dict.fromkeys(("fit", "test", "predict"), own)
+        hidden = {"ckpt_path", "weights_only", "verbose", "return_predictions"}
+        return {verb: hidden | own for verb, own in LightningCLI.subcommands().items() if verb != "validate"}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
         self.config = parser.parse_args(with_config_of_run(sys.argv[1:] if args is None else list(args)))
+        self.settings = self.config[self.config.subcommand]  # what was asked for, defaults included
 
-    @property
-    def settings(self) -> jsonargparse.Namespace:
-        """What was asked for, defaults included."""
-        return self.config[self.subcommand]
+    # What is checked before anything is made.
 
     def before_instantiate_classes(self) -> None:
-        settings, trainer = self.settings, self.settings.trainer
+        data, trainer = self.settings.data, self.settings.trainer
         for name in ("folder", "split"):  # so that the run may be used from wherever
-            settings.data[name] = settings.data[name] and settings.data[name].absolute()
+            data[name] = data[name] and data[name].absolute()
         if str(trainer.precision) in PRECISIONS:
             raise ValueError(f"trainer.precision {trainer.precision} is not supported: use 32-true or bf16-mixed")
         if self.subcommand == "fit":
-            self.run_folder = settings.run or Path("runs", f"{settings.data.task}-{settings.model.network}")
-            for name, value in FIXED.items():
-                if trainer[name] != value:
-                    raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
-            if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
-                raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
-            if rank_zero_only.rank == 0:  # the other processes start when the folder is there
-                check_folder(self.run_folder, self.dumped() if settings.resume else None, FREE_ON_RESUME)
+            self.run_folder = self.settings.run or Path("runs", f"{data.task}-{self.settings.model.network}")
+            self.check_fit()
             return
-        self.run_folder, self.checkpoint = find_run(settings.run)
+        self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
         for name, value in SINGLE.items():
             trainer[name] = value
-        if self.subcommand == "predict" and settings.pixel_size_csv and settings.data.task != "fetal_head":
-            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {settings.data.task}")
         if self.subcommand == "test":
-            follow_run(settings.data, self.run_folder)
-            self.out = settings.out or self.run_folder / test_folder(settings, self.run_folder, self.checkpoint)
-            name = self.run_folder.resolve().name
-            if holds_files("out", self.out) and settings.out and read_json(self.out / "scores.json").get("run") != name:
-                raise FileExistsError(f"out {str(self.out)!r} holds files that are no scores of {name!r}: give another")
+            self.check_test()
+        elif self.settings.pixel_size_csv and data.task != "fetal_head":
+            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {data.task}")
+
+    def check_fit(self) -> None:
+        run, trainer = self.run_folder, self.settings.trainer
+        usual = inspect.signature(lightning.Trainer).parameters
+        for name in FIXED:
+            if trainer[name] != usual[name].default:
+                raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
+        if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
+            raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
+        if rank_zero_only.rank == 0 and runs.holds_files("run", run):  # other processes start when the folder is there
+            if not self.settings.resume:
+                raise FileExistsError(
+                    f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
+                )
+            runs.check_resumed(run, self.dumped(), FREE_ON_RESUME)
+
+    def check_test(self) -> None:
+        """On the data of its run, a test follows the run's split; on other data all images are scored."""
+        run, data, out = self.run_folder, self.settings.data, self.settings.out
+        own_split, name = run / "split.json", run.resolve().name
+        folders = [path and Path(path).resolve() for path in (data.folder, runs.read_config(run)["data"].get("folder"))]
+        if data.split is None and folders[0] == folders[1]:
+            data.split = own_split
+        data.limit = None
+        data.side = data.side or ("all" if data.split is None else "test")
+        words = [folders[0].name] if folders[0] and data.split != own_split else []
+        words += [data.side, *([self.checkpoint.stem] if self.checkpoint.stem != "best" else []), *self.options()]
+        self.out = out or run / "-".join(words)
+        if runs.holds_files("out", self.out) and out and runs.read_json(out / "scores.json").get("run") != name:
+            raise FileExistsError(f"out {str(out)!r} holds files that are no scores of {name!r}: give another")
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        settings, run = self.settings, self.run_folder
         trainer = self.config_init[self.subcommand].trainer
         callbacks = list(trainer.callbacks or [])
         if trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
-        kwargs |= {"callbacks": callbacks, "default_root_dir": self.run_folder}
+        kwargs |= {"callbacks": callbacks, "default_root_dir": run}
         if self.subcommand == "fit":
-            self.history = History(self.run_folder / "history.csv")
-            callbacks += [EpochSeed(self.settings.seed_everything), self.history]
-            keep = {"enable_version_counter": False, "auto_insert_metric_name": False}
-            keep["dirpath"] = self.run_folder / "checkpoints"
-            callbacks.append(Checkpoints(filename="best", monitor="val/dice", mode="max", **keep))
-            callbacks.append(Checkpoints(filename="last", **keep))  # after the best one, so that it knows of it
+            keep = {"enable_version_counter": False, "auto_insert_metric_name": False, "dirpath": run / "checkpoints"}
+            callbacks += [
+                EpochSeed(settings.seed_everything),
+                History(run / "history.csv"),
+                Checkpoints(filename="best", monitor="val/dice", mode="max", **keep),
+                Checkpoints(filename="last", **keep),  # after the best one, so that it knows of it
+            ]
             if trainer.max_steps != -1:
                 callbacks.append(WholeEpochs(trainer.max_steps))
                 kwargs["max_steps"] = -1
             kwargs["plugins"] = [WholeFiles(), *(trainer.plugins or ())]
             if trainer.logger in (None, True):
-                kwargs["logger"] = TensorBoardLogger(self.run_folder, name="tensorboard", version="")
+                kwargs["logger"] = TensorBoardLogger(run, name="tensorboard", version="")
         elif self.subcommand == "test":
-            self.writer = ScoreWriter(self.out, self.facts_of_test())
+            split = settings.data.split
+            facts = {"run": run.resolve().name, "checkpoint": self.checkpoint.name, "side": settings.data.side}
+            facts |= {"options": self.options(), "split_sha256": split and split_hash(read_split(split))}
+            self.writer = ScoreWriter(self.out, self.facts() | facts)
             callbacks.append(self.writer)
         else:
-            table = self.settings.pixel_size_csv
-            self.writer = MaskWriter(self.settings.out, read_pixel_sizes(table) if table else {})
+            table = settings.pixel_size_csv
+            self.writer = MaskWriter(settings.out, read_pixel_sizes(table) if table else {})
             callbacks.append(self.writer)
         return super().instantiate_trainer(**kwargs)
+
+    # The commands.
 
     def fit(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Train, score the best epoch on the validation subjects, and leave the run folder behind."""
@@ -183,14 +191,14 @@ class Lab(LightningCLI):
         if resume and datamodule.split is None and own_split.exists():
             datamodule.split = own_split  # so that files added since cannot move a subject to another side
         datamodule.setup("fit")
-        continued, refused = latest_checkpoint(run / "checkpoints") if resume else (None, [])
+        continued, refused = runs.latest_checkpoint(run / "checkpoints") if resume else (None, [])
         for sentence in refused:
             say(sentence, "yellow")
         if continued is not None:
-            datamodule.first_epoch = read_checkpoint(continued)["epoch"] + 1
+            datamodule.first_epoch = runs.read_checkpoint(continued)["epoch"] + 1
         if trainer.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
-            with whole_file(run / "config.yaml") as draft:
+            with runs.whole_file(run / "config.yaml") as draft:
                 draft.write_text(yaml.safe_dump(self.dumped(), sort_keys=False), encoding="utf-8")
             write_split(own_split, datamodule.table)
         say(
@@ -208,9 +216,38 @@ class Lab(LightningCLI):
                 raise SystemExit(130) from None
             raise
         if trainer.is_global_zero:
-            scores = self.finish(model, datamodule)
-            console.print(scores_table(f"{run}, validation", scores))
+            console.print(scores_table(f"{run}, validation", self.finish(model, datamodule)))
             say(f"scores, curves and pictures are in {run}")
+
+    def finish(self, model: Segmentation, data: SegmentationData) -> dict[str, Any]:
+        """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours.
+
+        All is read from the files of the run, which the processes of a training leave behind.
+        """
+        run, settings, rows = self.run_folder, self.settings, pd.read_csv(self.run_folder / "history.csv")
+        best, last = (runs.read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+        model.load_state_dict(best["state_dict"])
+        sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
+        facts = {
+            **{"model_args": settings.model.model_args or {}, "seed": settings.seed_everything},
+            "parameters": count_parameters(model.network),
+            "multiply_adds": multiply_adds(model.network, model.task.in_channels, settings.data.image_size),
+            "images": {side: len(items) for side, items in sides.items()},
+            "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
+            "split_sha256": split_hash(data.table),
+            **{"epochs": len(rows), "steps": last["global_step"], "best_epoch": best["epoch"] + 1},
+            "seconds": round(rows["seconds"].sum(), 1),
+            "metrics": best["scores"],
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        }
+        runs.write_json(run / "metrics.json", self.facts() | facts | runs.provenance(self.trainer.strategy.root_device))
+        draw_curves(run / "curves.png", {settings.model.network: [rows]}, settings.model.loss)
+        items = data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]
+        draw_cases(run / "cases.png", [model.case_of(item.id, item) for item in items])
+        if hasattr(model.network, "save_pretrained"):
+            model.network.save_pretrained(run / "model")
+        return best["scores"]
 
     def test(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Score the best epoch, or the checkpoint that was named, on images that its training never touched."""
@@ -219,7 +256,6 @@ class Lab(LightningCLI):
         own_split = self.run_folder / "split.json"
         if self.settings.data.split is None and (remark := refuse_seen(datamodule.test_items, own_split)):
             say(remark, "yellow")
-        self.out.mkdir(parents=True, exist_ok=True)
         self.trainer.test(model, datamodule=datamodule, verbose=False)
         scores = self.writer.scores
         title = f"{scores['network']}, {scores['images']} images of {scores['data']}, {scores['side']}"
@@ -230,12 +266,12 @@ class Lab(LightningCLI):
 
     def predict(self, model: Segmentation, datamodule: SegmentationData) -> None:
         """Write the masks of all inputs; what cannot be read is named and counted."""
-        out, table = self.settings.out, self.settings.pixel_size_csv
+        out = self.settings.out
         self.load(model)
         datamodule.inputs = self.settings.inputs
         datamodule.setup("predict")
-        check_outputs(datamodule.predict_dataloader().dataset, table, out)
-        if holds_files("out", out) and not self.settings.overwrite:
+        check_outputs(datamodule.predict_dataloader().dataset, self.settings.pixel_size_csv, out)
+        if runs.holds_files("out", out) and not self.settings.overwrite:
             raise FileExistsError(f"out {str(out)!r} is not empty: add --overwrite, or give another folder")
         out.mkdir(parents=True, exist_ok=True)
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
@@ -248,7 +284,7 @@ class Lab(LightningCLI):
 
     def load(self, model: Segmentation) -> int:
         """Give the network the weights of the run, and return their epoch."""
-        content = read_checkpoint(self.checkpoint)
+        content = runs.read_checkpoint(self.checkpoint)
         self.datamodule.load_state_dict(content.get(type(self.datamodule).__qualname__, {}))
         try:
             model.load_state_dict(content["state_dict"])
@@ -259,101 +295,55 @@ class Lab(LightningCLI):
             ) from error
         return int(content["epoch"]) + 1
 
-    def facts_of_test(self) -> dict[str, Any]:
-        """What scores.json tells of where its numbers come from."""
-        data, model = self.settings.data, self.settings.model
-        return {
-            **{"task": data.task, "network": model.network, "image_size": data.image_size},
-            **{"run": self.run_folder.resolve().name, "checkpoint": self.checkpoint.name},
-            "data": "demo" if data.folder is None else data.folder.resolve().name,
-            "side": data.side,
-            "options": [name for name in ("window", "flips") if model[name]],
-            "split_sha256": None if data.split is None else split_hash(read_split(data.split)),
-        }
+    def facts(self) -> dict[str, Any]:
+        """What metrics.json and scores.json tell of the task and the data."""
+        data, network = self.settings.data, self.settings.model.network
+        name = data.folder.resolve().name if data.folder else "demo"
+        return {"task": data.task, "network": network, "image_size": data.image_size, "data": name}
+
+    def options(self) -> list[str]:
+        """The options of the prediction that are switched on."""
+        return [name for name in ("window", "flips") if self.settings.model[name]]
 
     def dumped(self) -> dict[str, Any]:
         """The settings as config.yaml holds them."""
         content = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))["fit"]
         return {name: content[name] for name in ("seed_everything", "trainer", "model", "data")}
 
-    def finish(self, model: Segmentation, data: SegmentationData) -> dict[str, Any]:
-        """Write metrics.json, curves.png, cases.png, and the network itself in `model/` if it is one of ours.
-
-        All is read from the files of the run, which the processes of a training leave behind.
-        """
-        run, settings, rows = self.run_folder, self.settings, pd.read_csv(self.run_folder / "history.csv")
-        best, last = (read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
-        model.load_state_dict(best["state_dict"])
-        sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
-        write_json(
-            run / "metrics.json",
-            {
-                **{"task": settings.data.task, "network": settings.model.network},
-                **{"model_args": settings.model.model_args or {}, "image_size": settings.data.image_size},
-                "seed": settings.seed_everything,
-                "parameters": count_parameters(model.network),
-                "multiply_adds": multiply_adds(model.network, model.task.in_channels, settings.data.image_size),
-                "data": "demo" if settings.data.folder is None else settings.data.folder.resolve().name,
-                "images": {side: len(items) for side, items in sides.items()},
-                "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
-                "split_sha256": split_hash(data.table),
-                "epochs": len(rows),
-                "steps": last["global_step"],
-                "best_epoch": best["epoch"] + 1,
-                "seconds": round(rows["seconds"].sum(), 1),
-                "metrics": best["scores"],
-                "command": shlex.join(["python", *sys.argv]),
-                "device": device_name(self.trainer.strategy.root_device),
-                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-                **provenance(),
-            },
-        )
-        draw_history(run / "curves.png", rows, settings.model.loss)
-        cases = []
-        for item in data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]:
-            image, truth = item.read()
-            cases.append(Case(item.id, image, truth, model.eval().classes_of(image), model.task.class_names))
-        draw_cases(run / "cases.png", cases)
-        if hasattr(model.network, "save_pretrained"):
-            model.network.save_pretrained(run / "model")
-        return best["scores"]
-
 
 def with_config_of_run(args: list[str]) -> list[str]:
     """The arguments with the settings of the run in front, where one is tested, applied or resumed."""
-    verb, rest = args[:1], args[1:]
-    names = [value for flag, value in pairwise(rest) if flag == "--run"]
-    names += [arg.removeprefix("--run=") for arg in rest if arg.startswith("--run=")]
-    if {"-h", "--help"} & set(rest):
-        return args
-    if not names and verb in (["test"], ["predict"]):
+    verb, *rest = args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, **STRICT)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, _ = parser.parse_known_args(rest)
+    if known.run is None and verb in ("test", "predict") and not known.help:
         raise ValueError("run is missing: give the folder of a run with --run")
-    if not names:
+    if known.run is None or known.help or verb not in Lab.subcommands():
         return args
-    folder, _ = find_run(Path(names[-1]))
-    if verb == ["fit"] and not ("--resume" in rest and (folder / "config.yaml").is_file()):
+    folder, _ = runs.find_run(known.run)
+    if verb == "fit" and not (known.resume and (folder / "config.yaml").is_file()):
         return args
-    read_config(folder)  # names what is wrong with it
-    return [*verb, f"--config={folder / 'config.yaml'}", *rest]
+    runs.read_config(folder)  # names what is wrong with it
+    return [verb, f"--config={folder / 'config.yaml'}", *rest]
 
 
-def follow_run(data: jsonargparse.Namespace, run: Path) -> None:
-    """On the data of its run, a test follows the run's split; on other data all images are scored."""
-    trained_on = read_config(run)["data"].get("folder")
-    places = [None if folder is None else Path(folder).resolve() for folder in (data.folder, trained_on)]
-    if data.split is None and places[0] == places[1]:
-        data.split = run / "split.json"
-    data.limit = None
-    data.side = data.side or ("all" if data.split is None else "test")
-
-
-def test_folder(settings: jsonargparse.Namespace, run: Path, checkpoint: Path) -> str:
-    """The name of the folder for the scores: the side, and what is not as usual."""
-    own = settings.data.split == run / "split.json"
-    words = [] if own or settings.data.folder is None else [settings.data.folder.resolve().name]
-    words += [settings.data.side, *([checkpoint.stem] if checkpoint.stem != "best" else [])]
-    words += [name for name in ("window", "flips") if settings.model[name]]
-    return "-".join(words)
+def compare_runs(args: Sequence[str]) -> dict[str, Any]:
+    """The command `compare`."""
+    parser = jsonargparse.ArgumentParser(prog="lab.py compare", description="Compare the scores of runs.", **STRICT)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--on", default="test", help="the folder inside each run that its scores are in")
+    parser.add_argument("--baseline", type=str | None, help="what the others are set against (default: unet)")
+    settings = parser.parse_args(args)
+    if runs.holds_files("out", settings.out) and (settings.out / "config.yaml").is_file():
+        raise FileExistsError(f"out {str(settings.out)!r} is a run, whose curves.png must stay: give another folder")
+    results, groups = compare(settings.runs, settings.on, settings.baseline)
+    write_report(settings.out, results, groups)
+    say(f"report in {settings.out / 'report.html'}")
+    return results
 
 
 def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
@@ -363,16 +353,8 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
     if args in ([], ["-h"], ["--help"]):
         say(str(__doc__).strip())
         return {}
-    if args[:1] == ["compare"]:
-        parser = jsonargparse.ArgumentParser(prog="lab.py compare", description="Compare the scores of runs.", **STRICT)
-        parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
-        parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-        parser.add_argument("--on", default="test", help="the folder inside each run that its scores are in")
-        parser.add_argument("--baseline", type=str | None, help="what the others are set against (default: unet)")
-        settings = parser.parse_args(args[1:])
-        results = compare(**settings.as_dict())
-        say(f"report in {settings.out / 'report.html'}")
-        return results
+    if args[0] == "compare":
+        return compare_runs(args[1:])
     return Lab(
         Segmentation,
         SegmentationData,

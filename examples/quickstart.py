@@ -6,8 +6,6 @@ Every network leaves its scores and masks of the test subjects in runs/quickstar
 runs/quickstart/overview.png shows one image of each task. `lab.py` does the same for images of your own.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from rich.table import Table
 
 from segmentation.console import console, quieten, say
 from segmentation.data.datamodule import SegmentationData
-from segmentation.figures import Case, draw_cases
+from segmentation.figures import draw_cases
 from segmentation.module import Segmentation
 from segmentation.writers import ScoreWriter
 
@@ -62,9 +60,7 @@ def quickstart(
             means = {name: score["mean"] for name, score in writer.scores["per_image"].items()}
             table.add_row(task, network, *(f"{means[score]:.3f}" for score in ("iou", "dice", "f1")))
             if network == networks[0]:
-                image, truth = data.test_items[0].read()
-                names = module.task.class_names
-                cases.append(Case(module.task.title, image, truth, module.eval().classes_of(image), names))
+                cases.append(module.case_of(module.task.title, data.test_items[0]))
     draw_cases(out / "overview.png", cases)
     console.print(table)
     say(f"scores, masks and overview.png are in {out}")

@@ -1,4 +1,4 @@
-"""A small Mamba block built on `selective_scan` learns to remember: which capitals stood in a line of 61 letters?
+"""A small Mamba block built on `selective_scan` learns to remember: which capitals stood in a line of 29 letters?
 
     python examples/sequence.py
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kan_mamba_layers import selective_scan
 
-LETTERS, CAPITALS, LENGTH = 8, 3, 61
+LETTERS, CAPITALS, LENGTH = 8, 3, 29
 VOCABULARY = "abcdefghABCDEFGH?"
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 400  # of training, 20 s on one core
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300  # of training, 10 s on one core
 
 
 class MambaBlock(nn.Module):

@@ -1,7 +1,5 @@
 """Averaged weights, and what lets a run be resumed exactly: seeds by epoch, curves in the checkpoint, whole files."""
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -12,13 +10,12 @@ from typing import Any
 
 import lightning
 import numpy as np
-import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from segmentation.runs import whole_file
+from segmentation.runs import whole_file, write_csv
 
 
 class EpochSeed(Callback):
@@ -53,12 +50,7 @@ class History(Callback):
         metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
         self.rows.append({"epoch": trainer.current_epoch + 1, **metrics, "seconds": time.perf_counter() - self._start})
         if trainer.is_global_zero:
-            self.write()
-
-    def write(self) -> None:
-        """All rows so far as a CSV file."""
-        with whole_file(self.path) as draft:
-            pd.DataFrame(self.rows).to_csv(draft, index=False)
+            write_csv(self.path, self.rows)
 
 
 class Checkpoints(ModelCheckpoint):

@@ -1,7 +1,5 @@
 """From an image of any size to probabilities at that size: squashed as in training, or window by window."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np
@@ -30,23 +28,21 @@ def probabilities(
         image: pixels as `Item.read` gives them.
         size: side of the squares it was trained with.
         window: apply it to overlapping `size` x `size` windows of the image as it is, instead of to the whole image
-            squashed to one such square. The intensities are normalised over the whole image in both cases.
+            squashed to one such square. The intensities are normalised over the whole image in both cases, and of the
+            file's own scale and offset nothing is left.
         flips: average the probabilities over the flips that the task's augmentation knows, and the image itself.
     """
-    if network.training:
-        raise ValueError("network is in training mode: call network.eval() first")
-    if image.ndim != 3 or image.shape[2] != task.in_channels:
-        raise ValueError(f"image has the shape {image.shape}: {task.name} needs (h, w, {task.in_channels})")
     axes = flip_axes(task, size) if flips else ()
-    turns = [turn for number in range(len(axes) + 1) for turn in combinations(axes, number)]
-    pixels = _tensor(image) if window else to_input(image, size)  # c h w or c size size
+    flipped = [some for number in range(len(axes) + 1) for some in combinations(axes, number)]
+    values = torch.from_numpy(np.moveaxis(image.astype(np.float32), 2, 0).copy()) if window else to_input(image, size)
+    pair = {"image": values, "mask": torch.zeros(1, *values.shape[1:])}  # c h w or c size size
     device = next(network.parameters()).device
-    x = _normalise(task, pixels, size)[None].to(device)  # 1 c h w
+    x = task.transform(size, training=False)(pair)["image"][None].to(device)  # 1 c h w
     total = torch.zeros(task.num_classes, *image.shape[:2], device=device)
-    for turn in turns:
-        logits = _windows(network, x.flip(turn), size) if window else _squashed(network, x.flip(turn), image.shape[:2])
-        total += (logits.sigmoid() if task.num_classes == 1 else logits.softmax(dim=1))[0].flip(turn)
-    return total / len(turns)
+    for some in flipped:
+        logits = _windows(network, x.flip(some), size) if window else _squashed(network, x.flip(some), image.shape[:2])
+        total += (logits.sigmoid() if task.num_classes == 1 else logits.softmax(dim=1))[0].flip(some)
+    return total / len(flipped)
 
 
 def to_classes_map(probabilities: Tensor) -> NDArray[np.uint8]:
@@ -81,12 +77,3 @@ def _windows(network: nn.Module, x: Tensor, size: int) -> Tensor:
     A smaller image is padded with zeros, which after normalisation are its own mean.
     """
     return sliding_window_inference(x, (size, size), WINDOWS_AT_ONCE, network, overlap=0.5, mode="gaussian")
-
-
-def _tensor(image: Pixels) -> Tensor:
-    """Values (c h w) of an image (h w c). Scale and offset are those of the file: the z-score removes them."""
-    return torch.from_numpy(np.moveaxis(image.astype(np.float32), 2, 0).copy())
-
-
-def _normalise(task: Task, pixels: Tensor, size: int) -> Tensor:
-    return task.transform(size, training=False)({"image": pixels, "mask": torch.zeros(1, *pixels.shape[1:])})["image"]

@@ -1,7 +1,5 @@
 """One network on one task: its training, its validation, and how it is scored on and applied to images of any size."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from kan_mamba_layers import SS2D, KANLinear, param_groups
 from segmentation.callbacks import AveragedWeights
 from segmentation.data.item import Item
 from segmentation.data.pixels import Pixels
+from segmentation.figures import Case
 from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.networks import build_network
 from segmentation.prediction import Prediction, predict_file
@@ -109,9 +108,8 @@ class Segmentation(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Stop before the checkpoints of an epoch whose loss is NaN or infinite."""
-        losses = {name: value for name, value in self.trainer.callback_metrics.items() if name.endswith("/loss")}
-        for name, value in losses.items():
-            if not math.isfinite(value):
+        for name, value in self.trainer.callback_metrics.items():
+            if name.endswith("/loss") and not math.isfinite(value):
                 raise ValueError(
                     f"{name} is {value} in epoch {self.current_epoch + 1}, so this training has diverged: start anew "
                     f"with a model.lr below {self.lr:g}; checkpoints of the epochs before are kept"
@@ -147,36 +145,34 @@ class Segmentation(lightning.LightningModule):
         """Class numbers (h w) of an image (h w c) of any size."""
         return to_classes_map(probabilities(self.network, self.task, image, self.image_size, **self.how))
 
+    def case_of(self, label: str, item: Item) -> Case:
+        """An item with its truth and its prediction, to be drawn."""
+        image, truth = item.read()
+        return Case(label, image, truth, self.eval().classes_of(image), self.task.class_names)
+
     def configure_callbacks(self) -> list[lightning.Callback]:
         return [] if self.ema_decay is None else [AveragedWeights(self.ema_decay)]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Weight decay for matrices and kernels only, not for biases, norms and the scan's A, D and delta bias."""
-        factors = {
-            id(p): self.factors[name]
-            for name, kind in GROUPS.items()
-            for layer in self.modules()
-            if isinstance(layer, kind)
-            for p in layer.parameters()
-        }
-        decays = {id(p): g["weight_decay"] for g in param_groups(self, self.weight_decay) for p in g["params"]}
+        layers = [(name, layer) for name, kind in GROUPS.items() for layer in self.modules() if isinstance(layer, kind)]
+        factors = {p: self.factors[name] for name, layer in layers for p in layer.parameters()}
+        decays = {p: group["weight_decay"] for group in param_groups(self, self.weight_decay) for p in group["params"]}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for p in self.parameters():
             if p.requires_grad:
-                groups.setdefault((decays[id(p)], factors.get(id(p), 1.0)), []).append(p)
-        optimizer = torch.optim.AdamW(
-            [{"params": ps, "weight_decay": decay, "lr": self.lr * factor} for (decay, factor), ps in groups.items()],
-            lr=self.lr,
-        )
+                groups.setdefault((decays[p], self.lr * factors.get(p, 1.0)), []).append(p)
+        options = [{"params": ps, "weight_decay": decay, "lr": lr} for (decay, lr), ps in groups.items()]
+        optimizer = torch.optim.AdamW(options, lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, int(steps * self.warmup))
 
-        def factor(step: int) -> float:
+        def schedule(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _log(self, name: str, value: Any, batch: Batch) -> None:

@@ -1,7 +1,5 @@
 """One way to build every network of the experiments: ours by name, and MONAI's U-Net and U-Net++ as baselines."""
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 

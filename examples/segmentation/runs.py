@@ -1,6 +1,4 @@
-"""A run folder: files that are written whole, checkpoints that are read safely, and the facts of a finished run."""
-
-from __future__ import annotations
+"""A run folder: files that are written whole, checkpoints that are read safely, and what a finished run leaves."""
 
 import json
 import os
@@ -10,15 +8,30 @@ import subprocess
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
 
 PACKAGES = ("torch", "lightning", "monai", "numpy", "kan_mamba_layers")
 RESUMABLE = ("last.ckpt", "previous.ckpt")  # newest first
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training and one scoring left behind."""
+
+    folder: Path
+    variant: str
+    facts: dict[str, Any]  # metrics.json
+    recipe: dict[str, Any]  # the settings that say how a network is trained, by their dotted names
+    scores: dict[str, Any]  # scores.json
+    history: pd.DataFrame  # a row per epoch
+    images: pd.DataFrame  # a row per image, with variant and seed
 
 
 @contextmanager
@@ -41,6 +54,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows whole or not at all; what is not known stays empty."""
+    with whole_file(path) as draft:
+        pd.DataFrame(rows).to_csv(draft, index=False)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty where there is none."""
     try:
@@ -57,17 +76,8 @@ def holds_files(option: str, folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def check_folder(run: Path, settings: dict[str, Any] | None, free: Collection[str]) -> None:
-    """Refuse a folder that holds files, but where its run is resumed: then all settings but the `free` must be equal.
-
-    `settings` are those of config.yaml to be, None where a run is started.
-    """
-    if not holds_files("run", run):
-        return
-    if settings is None:
-        raise FileExistsError(
-            f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
-        )
+def check_resumed(run: Path, settings: dict[str, Any], free: Collection[str]) -> None:
+    """Refuse to resume a run with other settings than it has in its config.yaml, but for the `free` ones."""
     before, after = flatten(read_config(run)), flatten(settings)
     for name in before | after:
         if not name.startswith("trainer.") and name not in free and before.get(name) != after.get(name):
@@ -81,10 +91,10 @@ def find_run(path: Path) -> tuple[Path, Path]:
     """The run folder and the checkpoint that `path` means: a run folder, or a .ckpt file inside one."""
     if path.suffix != ".ckpt":
         return path, path / "checkpoints" / "best.ckpt"
-    folders = [folder for folder in path.absolute().parents[:2] if (folder / "config.yaml").is_file()]
-    if not folders:
-        raise FileNotFoundError(f"checkpoint {str(path)!r} is in no run folder: config.yaml must be beside it or above")
-    return folders[0], path
+    for folder in path.absolute().parents[:2]:
+        if (folder / "config.yaml").is_file():
+            return folder, path
+    raise FileNotFoundError(f"checkpoint {str(path)!r} is in no run folder: config.yaml must be beside it or above")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -130,9 +140,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint to resume from, None before the first, and a sentence for each damaged newer one."""
     refused: list[str] = []
-    for path in (folder / name for name in RESUMABLE):
-        if not path.exists():
-            continue
+    for path in (folder / name for name in RESUMABLE if (folder / name).exists()):
         try:
             read_checkpoint(path)
         except ValueError as error:
@@ -144,17 +152,14 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def provenance() -> dict[str, Any]:
-    """What made the numbers: the versions of Python and the packages, and the commit of this checkout."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What made the numbers: the device, the versions of Python and the packages, and the commit of this checkout."""
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"{device.type}, {os.cpu_count()} cores"
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return {"versions": versions, "commit": commit}
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU by its name, or the CPU by its number of cores."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {"device": name, "versions": versions, "commit": commit}

@@ -8,8 +8,6 @@
 * Dice = 2 TP / (2 TP + FP + FN) is the F1 score of the pixels; both names are given because tables use both.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
@@ -21,7 +19,6 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -38,6 +35,7 @@ SURFACE = ("hd95", "surface_dice")
 # Distance that surface Dice forgives, in mm, or in pixels where their size is unknown: each of the two outlines is
 # known to one pixel, so two pixels apart is no disagreement yet. One number for all, with pixels of about 1 mm in mind.
 TOLERANCE = 2.0
+DIGITS = {"hd95": 1}  # in tables; of all others three
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -51,11 +49,8 @@ def confusion_counts(prediction: Tensor, truth: Tensor, num_labels: int) -> Tens
     They are whole numbers, exact for images of any size.
     """
 
-    def masks(classes: Tensor) -> Tensor:
-        one_hot = F.one_hot(classes[:, 0].long(), 1 + num_labels).movedim(-1, 1) > 0  # b 1+num_labels h w
-        return torch.cat([classes > 0, one_hot[:, 1:]], dim=1)
-
-    p, t = masks(prediction), masks(truth)
+    numbers = range(1, 1 + num_labels)
+    p, t = (torch.cat([x > 0, *(x == k for k in numbers)], dim=1) for x in (prediction, truth))  # b 1+num_labels h w
     return torch.stack([pixels.sum((2, 3)) for pixels in (p & t, p & ~t, ~p & t, ~p & ~t)], dim=-1)
 
 
@@ -79,17 +74,17 @@ def surface_scores(
 
     HD95 is the larger of two 95th percentiles: of the distances from each outline to the other.
     """
-    spacing = (1.0, 1.0) if pixel_size is None else pixel_size
+    spacing = pixel_size or (1.0, 1.0)
     if not (prediction.any() and truth.any()):
         if prediction.any() or truth.any():
             return {"hd95": math.hypot(*(np.array(truth.shape) * spacing)), "surface_dice": 0.0}
         return {"hd95": 0.0, "surface_dice": 1.0}
-    pair = {"y_pred": torch.from_numpy(prediction)[None, None], "y": torch.from_numpy(truth)[None, None]}  # 1 1 h w
-    options = {"include_background": True, "spacing": spacing}
+    masks = (torch.from_numpy(mask)[None, None] for mask in (prediction, truth))  # 1 1 h w
+    options = dict(zip(("y_pred", "y"), masks, strict=True), include_background=True, spacing=spacing)
     with warnings.catch_warnings():  # MONAI 1.6 calls a function of its own in a way that it deprecates
         warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-        hd95 = compute_hausdorff_distance(**pair, **options, percentile=95)
-        surface_dice = compute_surface_dice(**pair, **options, class_thresholds=[TOLERANCE])
+        hd95 = compute_hausdorff_distance(**options, percentile=95)
+        surface_dice = compute_surface_dice(**options, class_thresholds=[TOLERANCE])
     return {"hd95": hd95.item(), "surface_dice": surface_dice.item()}
 
 
@@ -108,13 +103,12 @@ def score_image(task: Task, item: Item, prediction: NDArray[np.uint8], truth: ND
     """All scores of one image from class numbers (h w) at its own size; None where something is not known."""
     pair = (torch.from_numpy(classes)[None, None] for classes in (prediction, truth))  # 1 1 h w
     counts = confusion_counts(*pair, len(task.labels))[0].tolist()
-    row: Row = {"id": item.id, "group": item.group, "unit": "px" if item.pixel_size is None else "mm"}
+    row: Row = {"id": item.id, "group": item.group, "unit": "mm" if item.pixel_size else "px"}
     row |= overlap_row(counts, task.class_names) | surface_scores(prediction > 0, truth > 0, item.pixel_size)
     if task.name == "fetal_head":
-        size, true = item.pixel_size, item.circumference
-        found = None if size is None else head_circumference(prediction == 1, size)
-        error = None if found is None or true is None else found - true
-        row |= {"hc_mm": found, "hc_true_mm": true, "hc_error_mm": error}
+        found = head_circumference(prediction == 1, item.pixel_size) if item.pixel_size else None
+        error = None if found is None or item.circumference is None else found - item.circumference
+        row |= {"hc_mm": found, "hc_true_mm": item.circumference, "hc_error_mm": error}
     return row
 
 
@@ -123,33 +117,40 @@ def summarise(rows: Sequence[Row], class_names: Sequence[str]) -> dict[str, Any]
     frame = pd.DataFrame(rows)
     known = [name for name in OVERLAP + RATES + SURFACE if name in frame]
     scores: dict[str, Any] = {
-        "per_image": {name: _mean_sd(frame[name]) for name in known},
-        "pooled": _pooled(frame, "", 1.0) | rates(*frame[list(COUNTS)].sum().tolist()),
+        "per_image": {name: mean_sd(frame[name]) for name in known},
+        "pooled": _pooled(frame) | rates(*frame[list(COUNTS)].sum().tolist()),
         "empty": {
             "predictions": int((frame["tp"] + frame["fp"] == 0).sum()),
             "truths": int((frame["tp"] + frame["fn"] == 0).sum()),
         },
     }
-    if "group" in frame:
+    if "group" in frame:  # not in validation, which knows images by their number only
         dice = subject_dice(frame)
-        scores["per_subject"] = {"dice": _mean_sd(dice), "subjects": len(dice)}
-    if "unit" in frame:
-        units = frame["unit"].unique()
-        scores["unit"] = units[0] if len(units) == 1 else "mixed"
-        if len(units) > 1:
-            scores["per_image"] |= {name: _mean_sd(pd.Series(dtype=float)) for name in SURFACE}
+        scores["per_subject"] = {"dice": mean_sd(dice), "subjects": len(dice)}
+        scores["unit"] = frame["unit"][0] if frame["unit"].nunique() == 1 else "mixed"
+        if scores["unit"] == "mixed":
+            scores["per_image"] |= {name: {"mean": None, "sd": None} for name in SURFACE}
     if len(class_names) > 1:
         scores["classes"] = {
             name: {
-                "per_image": {score: _mean_sd(frame[f"{score}_{name}"])["mean"] for score in ("iou", "dice")},
+                "per_image": {score: mean_sd(frame[f"{score}_{name}"])["mean"] for score in ("iou", "dice")},
                 "pooled": _pooled(frame, f"_{name}", None),
             }
             for name in class_names
         }
         means = pd.Series([part["per_image"]["dice"] for part in scores["classes"].values()])
-        scores["mean_of_classes"] = {"dice": _mean_sd(means)["mean"]}
+        scores["mean_of_classes"] = {"dice": mean_sd(means)["mean"]}
     if "hc_mm" in frame:
-        scores["circumference"] = _circumference(frame)
+        errors = frame["hc_error_mm"].astype(float)
+        missed = (frame["unit"] == "mm") & frame["hc_true_mm"].notna() & frame["hc_mm"].isna()
+        scores["circumference"] = {
+            "mean_absolute_error_mm": number(errors.abs().mean()),
+            "median_absolute_error_mm": number(errors.abs().median()),
+            "mean_error_mm": number(errors.mean()),
+            "sd_error_mm": number(errors.std()),
+            "images": int(errors.count()),
+            "no_ellipse": int(missed.sum()),
+        }
     return scores
 
 
@@ -159,29 +160,39 @@ def subject_dice(frame: pd.DataFrame) -> pd.Series:
     return pd.Series([overlap(*row)["dice"] for row in sums.itertuples(index=False)], sums.index)
 
 
-def _mean_sd(values: pd.Series) -> dict[str, float | None]:
-    known = values.dropna().astype(float)
+def mean_sd(values: pd.Series) -> dict[str, float | None]:
+    """Mean and sample standard deviation of the values that are known."""
+    values = values.astype(float)
+    return {"mean": number(values.mean()), "sd": number(values.std())}
+
+
+def number(value: float) -> float | None:
+    """None for NaN, which JSON has not."""
+    return None if np.isnan(value) else float(value)
+
+
+def titles(unit: str) -> dict[str, str]:
+    """What tables call the scores."""
     return {
-        "mean": float(known.mean()) if len(known) else None,
-        "sd": float(known.std(ddof=1)) if len(known) > 1 else None,
+        "iou": "IoU",
+        "dice": "Dice",
+        "f1": "F1",
+        "sensitivity": "sensitivity",
+        "specificity": "specificity",
+        "hd95": f"HD95 ({unit})",
+        "surface_dice": f"surface Dice ({TOLERANCE:g} {unit})",
     }
 
 
-def _pooled(frame: pd.DataFrame, suffix: str, empty: float | None) -> dict[str, float | None]:
-    return overlap(*(int(frame[f"{name}{suffix}"].sum()) for name in ("tp", "fp", "fn")), empty)
+def plus_minus(mean: float | None, sd: float | None = None, digits: int = 3) -> str:
+    """Mean ± deviation, where there are, as tables show them."""
+    if mean is None:
+        return "n/a"
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
-def _circumference(frame: pd.DataFrame) -> dict[str, float | int | None]:
-    errors = frame["hc_error_mm"].dropna().astype(float)
-    missed = (frame["unit"] == "mm") & frame["hc_true_mm"].notna() & frame["hc_mm"].isna()
-    return {
-        "mean_absolute_error_mm": _mean_sd(errors.abs())["mean"],
-        "median_absolute_error_mm": float(errors.abs().median()) if len(errors) else None,
-        "mean_error_mm": _mean_sd(errors)["mean"],
-        "sd_error_mm": _mean_sd(errors)["sd"],
-        "images": len(errors),
-        "no_ellipse": int(missed.sum()),
-    }
+def _pooled(frame: pd.DataFrame, suffix: str = "", empty: float | None = 1.0) -> dict[str, float | None]:
+    return overlap(*(int(frame[f"{name}{suffix}"].sum()) for name in COUNTS[:3]), empty)
 
 
 class ValidationScores(Metric):

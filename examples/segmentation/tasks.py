@@ -1,7 +1,5 @@
 """The tasks: channels, labels in mask files and in volumes, and the augmentation that their anatomy allows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

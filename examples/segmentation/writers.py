@@ -1,47 +1,58 @@
 """What `test` and `predict` write: masks as they are found, and at the end the tables and pictures of all of them."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import pandas as pd
+import numpy as np
 from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+from PIL import Image
 
+from segmentation.data.ellipse import head_circumference
+from segmentation.data.formats.files import VOLUMES, stem
 from segmentation.data.item import Item, to_classes
 from segmentation.data.pixels import read_values
-from segmentation.figures import Case, draw_cases
-from segmentation.prediction import Prediction, refuse_twins, write_mask, write_prediction
-from segmentation.runs import whole_file, write_json
+from segmentation.figures import Case, draw_cases, overlay
+from segmentation.prediction import Prediction, write_volume
+from segmentation.runs import whole_file, write_csv, write_json
 from segmentation.scores import Row, summarise
+from segmentation.tasks import Task
 
 
-class ScoreWriter(Callback):
-    """Of a test: masks/ID.png, images.csv, scores.json and cases.png in `out`; `facts` go into scores.json."""
+class Writer(Callback):
+    """Writes to `out` and keeps a row of each image, and a reason of each that cannot be read."""
 
-    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
-        self.out, self.facts = out, facts
-        self.scores: dict[str, Any] = {}
+    def __init__(self, out: Path) -> None:
+        self.out = out
         self.rows: list[Row] = []
         self.unreadable: list[dict[str, str]] = []
+
+
+class ScoreWriter(Writer):
+    """Of a test: masks/ID.png, images.csv, scores.json and cases.png; `facts` go into scores.json."""
+
+    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
+        super().__init__(out)
+        self.facts = facts
+        self.scores: dict[str, Any] = {}
         self._items: dict[str, Item] = {}
 
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         refuse_twins((self._mask(item.id).name, item.id) for item in trainer.datamodule.test_items)
+        (self.out / "masks").mkdir(parents=True, exist_ok=True)
 
     def on_test_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Mapping, batch: Item, *_: int
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: dict, batch: Item, *_: int
     ) -> None:
         if "reason" in outputs:
             self.unreadable.append({"id": batch.id, "reason": outputs["reason"]})
             return
         self.rows.append(outputs["row"])
         self._items[batch.id] = batch
-        path = self._mask(batch.id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(outputs["classes"], pl_module.task, path)
+        write_mask(outputs["classes"], pl_module.task, self._mask(batch.id))
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self.rows:
@@ -53,27 +64,26 @@ class ScoreWriter(Callback):
         write_csv(self.out / "images.csv", self.rows)
         write_json(self.out / "scores.json", self.scores)
         ranked = sorted(self.rows, key=lambda row: (row["dice"], row["id"]))
-        chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
         cases = []
-        for name, row in chosen.items():
-            image, truth = self._items[row["id"]].read()
-            path = self._mask(row["id"])
+        for name, row in {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}.items():
+            path, label = self._mask(row["id"]), f"{name}: {row['id']}, Dice {row['dice']:.3f}"
             found = to_classes(read_values(path), task.labels, path)
-            label = f"{name}: {row['id']}, Dice {row['dice']:.3f}"
-            cases.append(Case(label, image, truth, found, task.class_names))
+            cases.append(Case(label, *self._items[row["id"]].read(), found, task.class_names))
         draw_cases(self.out / "cases.png", cases)
 
     def _mask(self, name: str) -> Path:
         return self.out / "masks" / f"{name.replace('/', '-')}.png"
 
 
-class MaskWriter(Callback):
-    """Of a prediction: the masks, overlays and volumes, and predictions.csv, in `out`."""
+class MaskWriter(Writer):
+    """Of a prediction: the mask and overlay of each image, the labels of each volume, and predictions.csv.
+
+    `sizes`: millimetres a pixel by the stems of file names, for head circumferences.
+    """
 
     def __init__(self, out: Path, sizes: dict[str, float]) -> None:
-        self.out, self.sizes = out, sizes
-        self.rows: list[Row] = []
-        self.unreadable: list[dict[str, str]] = []
+        super().__init__(out)
+        self.sizes = sizes
 
     def on_predict_batch_end(
         self,
@@ -85,15 +95,59 @@ class MaskWriter(Callback):
     ) -> None:
         if outputs.reason:
             self.unreadable.append({"file": str(batch), "reason": outputs.reason})
+            return
+        classes, (mask, *overlays) = outputs.classes, (self.out / name for name in output_names(batch))
+        row: Row = {"file": batch.name, "foreground": int((classes > 0).sum())}
+        if outputs.image is None:
+            write_volume(outputs, mask)
         else:
-            self.rows.append(write_prediction(outputs, pl_module.task, self.out, self.sizes))
+            write_mask(classes, pl_module.task, mask)
+            _save(Image.fromarray(overlay(outputs.image, classes)), overlays[0])
+            if self.sizes:
+                row["hc_mm"] = self._circumference(batch, classes)
+        self.rows.append(row)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.rows:
             write_csv(self.out / "predictions.csv", self.rows)
 
+    def _circumference(self, path: Path, classes: NDArray[np.uint8]) -> float | None:
+        if size := self.sizes.get(stem(path)):
+            return head_circumference(classes, (size, size))
+        warnings.warn(f"no pixel size is given for {path.name}: its hc_mm stays empty", stacklevel=2)
+        return None
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Rows as a CSV file, written whole; what is not known stays empty."""
+
+def write_mask(classes: NDArray[np.uint8], task: Task, path: Path) -> None:
+    """Write class numbers (h w) as the task's label values."""
+    _save(Image.fromarray(np.array([0, *task.labels], np.uint8)[classes]), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
     with whole_file(path) as draft:
-        pd.DataFrame(rows).to_csv(draft, index=False)
+        image.save(draft)
+
+
+def output_names(path: Path) -> tuple[str, ...]:
+    """The files that come of an input: a volume, or mask and overlay."""
+    name = stem(path)
+    return (f"{name}.mha",) if path.name.lower().endswith(VOLUMES) else (f"{name}.png", f"{name}-overlay.png")
+
+
+def check_outputs(files: Sequence[Path], table: Path | None, out: Path) -> None:
+    """Refuse to write over an input, or two masks or overlays to one file, before anything is written."""
+    for path in [*files, *([table] if table else [])]:
+        places = (path.resolve(), path.parent.resolve() / path.name)  # what a link leads to, and the link
+        if any(out.resolve() in place.parents for place in places):
+            raise ValueError(
+                f"out {str(out)!r} holds the input {str(path)!r}, which stays as it is: give another folder"
+            )
+    refuse_twins((name, path) for path in files for name in output_names(path))
+
+
+def refuse_twins(names: Iterable[tuple[str, object]]) -> None:
+    """Refuse (name, source) of two sources that would be written to one file."""
+    taken: dict[str, object] = {}
+    for name, source in names:
+        if (first := taken.setdefault(name, source)) != source:
+            raise ValueError(f"{first} and {source} would both be written as {name!r}: rename one of them")

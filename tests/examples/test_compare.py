@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from segmentation.compare import compare, t_interval
+from segmentation.report import write_report
 
 SUBJECTS, IMAGES = 40, 120
 SIDES = dict.fromkeys(("train", "val", "test"), 9)
@@ -33,18 +34,8 @@ def write_run(
     """A run that scored these Dice values image by image; `more`: facts, scores, or columns of images.csv."""
     dice, names = np.asarray(dice, dtype=float), [f"{n:03d}" for n in range(len(dice))]
     columns = {"id": names, "group": [f"{n % SUBJECTS:02d}" for n in range(len(dice))], "iou": dice / (2 - dice)}
-    columns |= {
-        "dice": dice,
-        "f1": dice,
-        "hd95": 4.0,
-        "surface_dice": 0.5,
-        "unit": "px",
-        "tp": 8,
-        "fp": 1,
-        "fn": 3,
-        "tn": 4,
-    }
-    columns |= {"sensitivity": 0.75, "specificity": 0.25}
+    columns |= {"dice": dice, "f1": dice, "hd95": 4.0, "surface_dice": 0.5, "unit": "px"}
+    columns |= {"tp": 8, "fp": 1, "fn": 3, "tn": 4, "sensitivity": 0.75, "specificity": 0.25}
     columns |= {name: values for name, values in more.items() if isinstance(values, list) and name not in SCORES}
     (folder / on).mkdir(parents=True)
     pd.DataFrame(columns).to_csv(folder / on / "images.csv", index=False)
@@ -52,33 +43,35 @@ def write_run(
     for name, content in (("metrics.json", FACTS | {"seed": seed}), (f"{on}/scores.json", SCORES)):
         changed = {key: more.get(key, value) for key, value in content.items()}
         (folder / name).write_text(json.dumps(changed), encoding="utf-8")
-    data = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None}
-    model = {"network": "unet", "model_args": {}, "lr": 0.004} | (model or {})
-    config = {
-        "seed_everything": seed,
-        "model": model,
-        "data": data,
-        "trainer": {"max_epochs": 2, "logger": str(folder)},
-    }
+    config = {"seed_everything": seed, "trainer": {"max_epochs": 2, "logger": str(folder)}}
+    config["model"] = {"network": "unet", "model_args": {}, "lr": 0.004} | (model or {})
+    config["data"] = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Pictures are drawn, but written in a test or two only, because that takes most of the time."""
-    if "pictures" not in request.node.name:
-        monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: Image.new("L", (1, 1)).save(path))
+def compared(*runs: Path, on: str = "test", baseline: str | None = None) -> dict:
+    return compare(list(runs), on, baseline)[0]
+
+
+def page_of(results: tuple, out: Path) -> str:
+    """The report, whose pictures are drawn but not written, because that takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **more: Image.new("L", (1, 1)).save(path))
+        write_report(out, *results)
+    return (out / "report.html").read_text()
+
+
+def gain(folder: Path, ours: np.ndarray, theirs: np.ndarray, **more) -> dict:
+    """The difference that is found between two runs."""
+    for name, dice in (("unet-seed0", theirs), ("ours-seed0", ours)):
+        write_run(folder / name, dice, **more)
+    return compared(folder)["differences"]["ours"]
 
 
 @pytest.fixture
 def base() -> np.ndarray:
     return np.random.default_rng(0).uniform(0.3, 0.6, IMAGES)
-
-
-def compared(folder: Path, ours: np.ndarray, theirs: np.ndarray) -> dict:
-    runs = [write_run(folder / name, dice) for name, dice in (("unet-seed0", theirs), ("ours-seed0", ours))]
-    return compare(runs, folder / "out")["differences"]["ours"]
 
 
 def test_means_and_deviations(tmp_path):
@@ -87,9 +80,9 @@ def test_means_and_deviations(tmp_path):
         (0, first, [0.5, "", 0.7], ["", "", ""], [8, 0, 2]),
         (3, second, [0.1] * 3, [0.5, "", 1], [5, 5, 5]),
     ):
-        ious = {"iou_L1": [1] * 3, "iou_L2": [1] * 3}
+        ious = {f"iou_L{k}": [value and value / (2 - value) for value in part] for k, part in ((1, l1), (2, l2))}
         write_run(tmp_path / f"net-seed{seed}", dice, seed, dice_L1=l1, dice_L2=l2, tp=tp, **ious)
-    net = compare([tmp_path], tmp_path / "out")["variants"]["net"]
+    net = compared(tmp_path)["variants"]["net"]
     means = [first.mean(), second.mean()]
     deviation = (first.std(ddof=1) + second.std(ddof=1)) / 2
     expected = {"mean": np.mean(means), "sd_seeds": np.std(means, ddof=1), "sd_images": deviation}
@@ -110,10 +103,11 @@ def test_means_and_deviations(tmp_path):
 def test_one_seed_has_no_deviation_and_mixed_units_no_mean(tmp_path):
     mixed = {"unit": "mixed", "hd95": [1.0, 2.0]}
     run = write_run(tmp_path / "net-seed0", [0.4, 0.6], **mixed)
-    scores = compare([run], tmp_path / "out")["variants"]["net"]["per_image"]
+    results = compare([run], "test", None)
+    scores = results[0]["variants"]["net"]["per_image"]
     assert scores["dice"]["sd_seeds"] is None
     assert scores["hd95"] == scores["surface_dice"] == {"mean": None, "sd_seeds": None, "sd_images": None}
-    assert (tmp_path / "out" / "report.html").read_text().count("<td>n/a</td>") > 3
+    assert page_of(results, tmp_path / "out").count("<td>n/a</td>") > 3
 
 
 def test_errors_of_the_circumference(tmp_path):
@@ -122,11 +116,14 @@ def test_errors_of_the_circumference(tmp_path):
         run = write_run(tmp_path / f"net-seed{seed}", [0.5] * 4, seed, epochs=60, image_size=256, **heads)
         table = run / "test" / "images.csv"
         table.write_text(table.read_text().replace(",px,", ",mm,"))
-    errors = compare([tmp_path], tmp_path / "out")["variants"]["net"]["circumference"]
+    results = compare([tmp_path], "test", None)
+    errors = results[0]["variants"]["net"]["circumference"]
     assert (errors["images"], errors["no_ellipse"]) == (3, 1)
     assert errors["absolute_error_mm"] == pytest.approx({"mean": 3, "sd_seeds": 0, "sd_images": np.sqrt(2)})
     assert errors["error_mm"] == pytest.approx({"mean": -1, "sd_seeds": 0, "sd_images": np.sqrt(18)})
-    assert "small budget" not in (tmp_path / "out" / "report.html").read_text()
+    page = page_of(results, tmp_path / "out")
+    assert "small budget" not in page
+    assert "<td>3.00 ± 0.00</td>" in page and "<td>-1.00 ± 4.24</td>" in page
 
 
 def test_the_interval_covers_what_it_promises():
@@ -145,18 +142,18 @@ def test_the_interval_covers_what_it_promises():
 def test_verdicts(tmp_path, base):
     rng = np.random.default_rng(1)
     noise, loud = rng.normal(0, 0.02, IMAGES), rng.normal(0, 0.1, IMAGES)
-    above = compared(tmp_path / "above", base + 0.05 + noise, base)
+    above = gain(tmp_path / "above", base + 0.05 + noise, base)
     assert above["mean"] == pytest.approx(0.05 + noise.mean())
     assert 0 < above["low"] < 0.05 < above["high"] < 0.1
     assert (above["verdict"], above["images"], above["subjects"]) == ("above", IMAGES, SUBJECTS)
-    below = compared(tmp_path / "below", base, base + 0.05 + noise)
+    below = gain(tmp_path / "below", base, base + 0.05 + noise)
     assert below["verdict"] == "below"
     assert [below["low"], below["high"]] == pytest.approx([-above["high"], -above["low"]], abs=1e-3)
-    same = compared(tmp_path / "same", base, base)
+    same = gain(tmp_path / "same", base, base)
     assert [same["mean"], same["low"], same["high"], same["verdict"]] == [0, 0, 0, "none"]
-    none = compared(tmp_path / "none", base + loud - loud.mean(), base)
+    none = gain(tmp_path / "none", base + loud - loud.mean(), base)
     assert none["low"] < 0 < none["high"] and none["verdict"] == "none"
-    one = compared(tmp_path / "one", [0.6], [0.5])
+    one = gain(tmp_path / "one", [0.6], [0.5])
     assert (one["low"], one["high"], one["verdict"], one["subjects"]) == (None, None, "too few subjects", 1)
 
 
@@ -164,35 +161,33 @@ def test_verdicts(tmp_path, base):
 def test_few_subjects_give_no_verdict_and_each_counts_once(tmp_path, base, subjects, verdict):
     groups = [f"{min(n, subjects - 1)}" for n in range(IMAGES)]  # the last has nearly all images
     gains = 0.2 + 0.001 * np.arange(IMAGES)
-    for name, dice in (("unet-seed0", base), ("ours-seed0", base + gains)):
-        write_run(tmp_path / name, dice, group=groups)
-    found = compare([tmp_path], tmp_path / "out")["differences"]["ours"]
+    found = gain(tmp_path, base + gains, base, group=groups)
     means = pd.Series(gains).groupby(groups).mean()
     interval = stats.ttest_1samp(means, 0).confidence_interval()
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([means.mean(), *interval])
     assert (found["verdict"], found["subjects"]) == (verdict, subjects)
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = page_of(compare([tmp_path], "test", None), tmp_path / "out")
     assert ("<td>too few subjects to say</td>" in page) == (subjects < 10)
 
 
 def test_differences_are_paired_by_image_and_seed(tmp_path, base):
-    for seed, gain in ((0, 0.1), (1, 0.3), (5, 0.35)):
-        write_run(tmp_path / f"ours-seed{seed}", base + gain, seed)
+    for seed, more in ((0, 0.1), (1, 0.3), (5, 0.35)):
+        write_run(tmp_path / f"ours-seed{seed}", base + more, seed)
     write_run(tmp_path / "unet-seed1", base, 1)
     table = write_run(tmp_path / "unet-seed0", base, 0) / "test" / "images.csv"
     header, *rows = table.read_text().splitlines()
     table.write_text("\n".join([header, *reversed(rows)]) + "\n")
     write_run(tmp_path / "alone-seed7", base, 7)
-    found = compare([tmp_path], tmp_path / "out")["differences"]
+    found = compared(tmp_path)["differences"]
     assert found["ours"]["seeds"] == [0, 1]
     assert [found["ours"][name] for name in ("mean", "low", "high")] == pytest.approx([0.2] * 3)
     assert found["alone"] is None
-    assert compare([tmp_path], tmp_path / "out", baseline="ours")["differences"]["unet"]["mean"] == pytest.approx(-0.2)
+    assert compared(tmp_path, baseline="ours")["differences"]["unet"]["mean"] == pytest.approx(-0.2)
 
 
 def test_names_of_images_stay_what_they_are(tmp_path):
     odd = {"id": ["NA", "007", "1e3"], "group": ["null", "01", "1"]}
-    results = compare([write_run(tmp_path / name, [0.5] * 3, **odd) for name in ("unet", "other")], tmp_path / "out")
+    results = compared(*(write_run(tmp_path / name, [0.5] * 3, **odd) for name in ("unet", "other")))
     assert results["differences"]["other"]["subjects"] == 3
 
 
@@ -200,13 +195,14 @@ def test_what_differs_between_variants_is_told_apart_from_the_recipe(tmp_path):
     write_run(tmp_path / "full-seed0", [0.5])
     write_run(tmp_path / "full-seed1", [0.5], 1)
     write_run(tmp_path / "no-kan-seed0", [0.5], model={"model_args": {"use_kan": False}})
-    results = compare([tmp_path], tmp_path / "out")
+    results, groups = compare([tmp_path], "test", None)
     assert results["baseline"] == "full"
     recipe = {"model.network": "unet", "model.lr": 0.004, "data.task": "lumbar_spine", "data.batch_size": 8}
     assert results["recipe"] == recipe | {"trainer.max_epochs": 2}
     name = "model.model_args.use_kan"
     assert results["settings"] == {"full": {name: None}, "no-kan": {name: False}}
-    assert re.search(r"<th>no-kan</th>\s*<td>False</td>", (tmp_path / "out" / "report.html").read_text())
+    page = page_of((results, groups), tmp_path / "out")
+    assert re.search(r"<th>no-kan</th>\s*<td>False</td>", page)
 
 
 @pytest.mark.parametrize(
@@ -224,23 +220,22 @@ def test_runs_that_cannot_be_compared(tmp_path, change, message):
     write_run(tmp_path / "a", [0.5, 0.6])
     write_run(tmp_path / "b", [0.5, 0.6], **change)
     with pytest.raises(ValueError, match=f"/b' and .*/a' {message}"):
-        compare([tmp_path], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        compared(tmp_path)
 
 
 def test_two_runs_of_one_variant(tmp_path):
     first = write_run(tmp_path / "one" / "unet-seed0", [0.5])
     again = write_run(tmp_path / "two" / "unet-seed1", [0.5])  # the seed is that of metrics.json
     with pytest.raises(ValueError, match=r"one/unet-seed0' and .*two/unet-seed1' are both 'unet' with seed 0"):
-        compare([first, again], tmp_path / "out")
+        compared(first, again)
     other = write_run(tmp_path / "three" / "unet-seed2", [0.5], 2, model={"lr": 0.1})
     with pytest.raises(ValueError, match=r"are both 'unet', but differ in model.lr: give their folders names of two"):
-        compare([first, other], tmp_path / "out")
-    assert compare([first, tmp_path / "one", first], tmp_path / "out")["runs"] == 1
+        compared(first, other)
+    assert compared(first, tmp_path / "one", first)["runs"] == 1
     facts = json.loads((again / "metrics.json").read_text()) | {"split_sha256": "7" * 64, "seed": 1}
     (again / "metrics.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="followed two splits"):
-        compare([first, again], tmp_path / "out")
+        compared(first, again)
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path):
@@ -248,30 +243,40 @@ def test_runs_that_are_not_finished_are_named(tmp_path):
     (write_run(tmp_path / "unet-seed1", [0.5], 1) / "metrics.json").unlink()
     write_run(tmp_path / "unet-seed2", [0.5], 2, on="val")
     write_run(tmp_path / "unet-seed3", [0.5], 3, epoch=1)
-    results = compare([tmp_path], tmp_path / "out")
-    assert "small budget" in (tmp_path / "out" / "report.html").read_text()
+    results, groups = compare([tmp_path], "test", None)
     assert results["missing"] == [
         "unet-seed1 is not trained to its end",
         "unet-seed2 is not scored on test",
         "unet-seed3 was trained on after it was scored: score it again with test",
     ]
-    assert "1 of 4 runs are in this report" in (tmp_path / "out" / "report.html").read_text()
-    assert compare([tmp_path], tmp_path / "out", on="val")["seeds"] == [2]
+    assert "1 of 4 runs are in this report" in page_of((results, groups), tmp_path / "out")
+    assert compared(tmp_path, on="val")["seeds"] == [2]
     with pytest.raises(ValueError, match=r"no run is finished \(unet-seed1 is not trained to its end\): train"):
-        compare([tmp_path / "unet-seed1"], tmp_path / "out")
+        compared(tmp_path / "unet-seed1")
     (tmp_path / "empty").mkdir()
     for wrong in ("empty", "nowhere"):
         with pytest.raises(ValueError, match=rf"runs '.*{wrong}' holds no run: give a folder that fit wrote"):
-            compare([tmp_path / wrong], tmp_path / "out")
+            compared(tmp_path / wrong)
     with pytest.raises(ValueError, match="baseline 'none' is no finished variant: choose one of unet"):
-        compare([tmp_path], tmp_path / "out", baseline="none")
+        compared(tmp_path, baseline="none")
 
 
-@pytest.mark.parametrize("damage", [{"iou": [0.3, 0.3]}, {"dice_L1": [0.9, 0.9], "iou_L1": [0.5, ""]}])
-def test_scores_that_no_mask_can_have_are_refused(tmp_path, damage):
-    run = write_run(tmp_path / "net", [0.5, 0.6], **damage)
-    with pytest.raises(ValueError, match=r"mean Dice of .* is more than the mean IoU .* of 'net' allows: .*/net', ag"):
-        compare([run], tmp_path / "out")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"iou": [0.3, 0.3]}, "dice of '000' is not that of its IoU; score the run again with test"),
+        ({"dice_L1": ["", 0.9], "iou_L1": ["", 0.5]}, "dice_L1 of '001' is not"),
+        ({"dice_L1": [0.9, 0.9], "iou_L1": [0.9 / 1.1, ""]}, "dice_L1 of '001' is not"),
+        ({"hd95": None}, "lacks the column 'hd95': score the run again"),
+        ({"dice_L1": [0.9, 0.9]}, "lacks the column 'iou_L1'"),
+    ],
+)
+def test_scores_that_no_mask_can_have_are_refused(tmp_path, damage, message):
+    path = write_run(tmp_path / "net", [0.5, 0.6]) / "test" / "images.csv"
+    frame = pd.read_csv(path, dtype={"id": str}).assign(**damage)
+    frame[[name for name in frame if damage.get(name, 0) is not None]].to_csv(path, index=False)
+    with pytest.raises(ValueError, match=rf"net/test/images\.csv.* {message}"):
+        compared(tmp_path)
 
 
 def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
@@ -279,7 +284,8 @@ def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
         run = write_run(tmp_path / "runs" / name, dice, unreadable_images=[{"id": "lost", "reason": "<broken>"}])
         Image.new("RGB", (3, 3)).save(run / "test" / "cases.png")
     out = tmp_path / "out"
-    results = compare([tmp_path / "runs"], out)
+    results, groups = compare([tmp_path / "runs"], "test", None)
+    write_report(out, results, groups)
     assert json.loads((out / "results.json").read_text()) == results
     page = (out / "report.html").read_text()
     unet, net, *_ = (re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL))

@@ -64,8 +64,6 @@ def test_warm_up_may_be_left_out():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Segmentation("isic", "unet"), "task 'isic' is unknown: choose one of isic2017"),
-        (lambda: Segmentation("isic2017", "unit"), "model 'unit' is unknown: did you mean unet"),
         (lambda: Segmentation("isic2017", "unet", warmup=5), "warmup 5 is a part of all steps"),
         (lambda: Segmentation("isic2017", "unet", scan_lr=-1), "must not be negative"),
         (lambda: Segmentation("lumbar_spine", "unet", flips=True), "flips cannot be averaged for lumbar_spine"),
