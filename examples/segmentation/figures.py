@@ -14,6 +14,7 @@ from matplotlib.colors import hsv_to_rgb, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.segmentation import find_boundaries
@@ -90,11 +91,15 @@ def _draw_case(axes: Sequence[Axes], case: Case) -> None:
         axis.imshow(shown, interpolation="none")
         axis.set_axis_off()
     x, y = (np.arange(-1, length + 1) for length in size)  # with a border of background, so that outlines are closed
-    for mask, style in zip(masks, OUTLINES.values(), strict=True):
-        for number in np.unique(mask[mask > 0]):
+    for number, name in enumerate(case.class_names, start=1):
+        line = {"colors": class_colour(number), "linewidths": 0.9}
+        for mask, style in zip(masks, OUTLINES.values(), strict=True):
             inside = np.pad(_resize((mask == number) * np.uint8(255), size, Image.Resampling.BOX), 1)
             if inside.max() > 127:  # else too little to be seen at this size
-                axes[1].contour(x, y, inside, [127.5], colors=class_colour(number), linestyles=style, linewidths=0.9)
+                drawn = axes[1].contour(x, y, inside, [127.5], linestyles=style, **line)
+                named = drawn.clabel(fmt=lambda _, name=name: name, fontsize=6, inline=False) if style == "-" else []
+                for text in named:
+                    text.set(path_effects=[withStroke(linewidth=1.2, foreground="black")], rotation=0)
     axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
 
 
