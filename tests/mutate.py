@@ -44,6 +44,11 @@ TARGETS = {
         f"{KAN}/{name}.py": ["tests/layers/kan"]
         for name in ("base", "grid", "refit", "state", "activation", "edges", "linear", "conv", "block")
     },
+    **{
+        f"kan_mamba_layers/walks/{name}.py": ["tests/test_walk_orders.py", "tests/ops/selective_scan/test_walks.py"]
+        for name in ("walk", "keys", "hilbert")
+    },
+    "kan_mamba_layers/layers/vss.py": [BAD_INPUT, "tests/layers/test_vss.py"],
     "kan_mamba_layers/layers/ss2d.py": [BAD_INPUT, "tests/layers/test_ss2d.py"],
     "kan_mamba_layers/layers/mamba.py": [BAD_INPUT, "tests/layers/test_mamba.py"],
     "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],

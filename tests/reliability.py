@@ -101,6 +101,20 @@ BARS = {
     ),
 }
 
+# What the tests of other libraries do, as far as greps through their trees of November 2026 and a look at their tests of
+# kernels showed.
+PEERS = """## Beside other libraries
+
+| | here | mamba | VMamba | flash-linear-attention | Liger-Kernel | attention-gym |
+| --- | --- | --- | --- | --- | --- | --- |
+| kernels tested without a GPU | interpreter, compiled ahead of time | no | no | no | no | the plain form |
+| half precision tested | yes | commented out | not looked for | yes | yes, repeated if they fail | yes |
+| `gradcheck`, `gradgradcheck` | yes, yes | no, no | no, no | no, no | no, no | no, no |
+| `opcheck` | every op | no | no | one file | no | yes |
+| random properties (hypothesis) | yes | no | no | no | no | no |
+| unwritten memory | poisoned, and guarded at both ends | no | no | poisoned | no | not looked for |
+""".splitlines()
+
 
 def outcomes(reports: list[Path]) -> dict[str, str]:
     """What became of each test, by its dotted name; the last report counts."""
@@ -132,6 +146,7 @@ def render(ended: dict[str, str], mutants: dict[str, object] | None) -> str:
         lines.append("")
     if mutants:
         lines += _of_mutants(mutants)
+    lines += PEERS
     return "\n".join(lines).rstrip() + "\n"
 
 
