@@ -105,14 +105,14 @@ BARS = {
 # kernels showed.
 PEERS = """## Beside other libraries
 
-| | here | mamba | VMamba | flash-linear-attention | Liger-Kernel | attention-gym |
+| | here | mamba | VMamba | fla | Liger-Kernel | attention-gym |
 | --- | --- | --- | --- | --- | --- | --- |
-| kernels tested without a GPU | interpreter, compiled ahead of time | no | no | no | no | the plain form |
-| half precision tested | yes | commented out | not looked for | yes | yes, repeated if they fail | yes |
+| kernels tested without a GPU | interpreter, ahead of time | no | no | no | no | the plain form |
+| half precision tested | yes | commented out | not looked for | yes | yes, with reruns | yes |
 | `gradcheck`, `gradgradcheck` | yes, yes | no, no | no, no | no, no | no, no | no, no |
 | `opcheck` | every op | no | no | one file | no | yes |
 | random properties (hypothesis) | yes | no | no | no | no | no |
-| unwritten memory | poisoned, and guarded at both ends | no | no | poisoned | no | not looked for |
+| unwritten memory | poisoned, guarded | no | no | poisoned | no | not looked for |
 """.splitlines()
 
 
