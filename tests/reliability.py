@@ -101,13 +101,13 @@ BARS = {
     ),
 }
 
-# What the tests of other libraries do, as far as greps through their trees of November 2026 and a look at their tests of
+# What the tests of other libraries do, as far as greps through their trees of late 2026 and a look at their tests of
 # kernels showed.
 PEERS = """## Beside other libraries
 
 | | here | mamba | VMamba | fla | Liger-Kernel | attention-gym |
 | --- | --- | --- | --- | --- | --- | --- |
-| kernels tested without a GPU | interpreter, ahead of time | no | no | no | no | the plain form |
+| kernels tested without a GPU | interpreter, ahead of time | no | no | no | no | plain form |
 | half precision tested | yes | commented out | not looked for | yes | yes, with reruns | yes |
 | `gradcheck`, `gradgradcheck` | yes, yes | no, no | no, no | no, no | no, no | no, no |
 | `opcheck` | every op | no | no | one file | no | yes |
