@@ -3,7 +3,18 @@
 from kan_mamba_layers import walks
 from kan_mamba_layers.explain import effective_receptive_field, scan_attention
 from kan_mamba_layers.export import export_onnx
-from kan_mamba_layers.layers import EMA, SS2D, KANBlock, KANConv2d, KANLayer, KANLinear, Mamba, VSSBlock, param_groups
+from kan_mamba_layers.layers import (
+    EMA,
+    SS2D,
+    SS3D,
+    KANBlock,
+    KANConv2d,
+    KANLayer,
+    KANLinear,
+    Mamba,
+    VSSBlock,
+    param_groups,
+)
 from kan_mamba_layers.models import (
     KMUNet,
     KMUNetPP,
@@ -21,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "SS2D",
+    "SS3D",
     "KANBlock",
     "KANConv2d",
     "KANLayer",

@@ -89,10 +89,12 @@ def check_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name} must ascend, got {value!r}; pass e.g. (-1.0, 1.0)")
 
 
-def check_pixels(name: str, x: Tensor, height: int, width: int) -> None:
-    """``x`` is a batch of images of that size, which is not zero."""
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must have at least one pixel, got shape {tuple(x.shape)}; pass h >= 1 and w >= 1")
+def check_pixels(name: str, x: Tensor, *sizes: int) -> None:
+    """``x`` is a batch of images, or of volumes, of that size, which is not zero."""
+    for size in sizes:
+        if size < 1:
+            fix = " and ".join(f"{letter} >= 1" for letter in "dhw"[-len(sizes) :])
+            raise ValueError(f"{name} must have at least one pixel, got shape {tuple(x.shape)}; pass {fix}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

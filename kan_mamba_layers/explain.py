@@ -11,14 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_pixels, check_shape
-from kan_mamba_layers.layers import SS2D, Mamba
+from kan_mamba_layers.layers import SS3D, Mamba
+from kan_mamba_layers.layers.grid_scan import GridScan
 from kan_mamba_layers.layers.vss import takes_channels_last
 from kan_mamba_layers.ops import cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
-from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
 from kan_mamba_layers.walks import Walks, cross
 
 _MOST_VALUES = 2**27
+
+
+class _Place(NamedTuple):
+    """How a position is written."""
+
+    letters: str  # of the sizes
+    form: str
+    example: str
+
+
+_PLACES = {  # by the number of sizes
+    1: _Place("l", "a number", "0"),
+    2: _Place("hw", "a pair (row, column)", "(0, 0)"),
+    3: _Place("dhw", "a triple (slice, row, column)", "(0, 0, 0)"),
+}
 
 
 def effective_receptive_field(
@@ -51,7 +66,7 @@ def effective_receptive_field(
         arrives, all are 0.
 
     Raises:
-        TypeError: an argument has the wrong type, or the model does not return one map.
+        TypeError: an argument has the wrong type, the model is an :class:`SS3D`, or it does not return one map.
         ValueError: the images are not a batch of at least one pixel, ``position`` is outside the map, or the gradient
             is not finite.
 
@@ -75,6 +90,8 @@ def effective_receptive_field(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
+    if isinstance(model, SS3D):
+        raise TypeError("model must map images, got SS3D, which maps volumes; pass an SS2D, or use scan_attention")
     last = takes_channels_last(model) if channels_last is None else channels_last
     letters = "b, h, w, c" if last else "b, c, h, w"
     check_shape("images", images, ("any",) * 4, letters)
@@ -102,7 +119,7 @@ def effective_receptive_field(
 
 
 @torch.no_grad()
-def scan_attention(layer: SS2D | Mamba, x: Tensor, positions: Sequence[Any] | None = None) -> Tensor:  # b k d q l
+def scan_attention(layer: GridScan | Mamba, x: Tensor, positions: Sequence[Any] | None = None) -> Tensor:  # b k d q l
     r"""Return how much each position contributes to the scan's output at others: the scan as attention.
 
     With its step sizes, :math:`B` and :math:`C` given, a scan is linear in its input :math:`u`:
@@ -115,15 +132,16 @@ def scan_attention(layer: SS2D | Mamba, x: Tensor, positions: Sequence[Any] | No
     the sum over the directions and the mean absolute value over the channels.
 
     Args:
-        layer: an :class:`SS2D` or a :class:`Mamba`.
-        x: the layer's input, ``(b, h, w, d_model)`` or ``(b, l, d_model)``.
-        positions: the rows :math:`t` that are wanted, as ``(row, column)`` of the image for ``SS2D``, as numbers for
-            ``Mamba``, from 0; by default all.
+        layer: an :class:`SS2D`, :class:`SS3D` or :class:`Mamba`.
+        x: the layer's input, ``(b, h, w, d_model)``, ``(b, d, h, w, d_model)`` or ``(b, l, d_model)``.
+        positions: the rows :math:`t` that are wanted, as ``(row, column)`` of the image for ``SS2D``, as
+            ``(slice, row, column)`` for ``SS3D``, as numbers for ``Mamba``, from 0; by default all.
 
     Returns:
-        ``M`` of shape ``(b, k, d, q, l)``, in float32 at least: for each of the ``k`` directions (4 of ``SS2D``, 1 or
-        2 of ``Mamba``) and the ``d = d_inner`` channels, the weights of all ``l`` positions for the ``q`` wanted ones.
-        Positions are in the order of the image (``l = h w``, row by row) or of the sequence, in all directions.
+        ``M`` of shape ``(b, k, d, q, l)``, in float32 at least: for each of the ``k`` directions (those of the
+        layer's walks, 4 of ``SS2D`` and 6 of ``SS3D`` by default; 1 or 2 of ``Mamba``) and the ``d = d_inner``
+        channels, the weights of all ``l`` positions for the ``q`` wanted ones. Positions are in the order of the image
+        (``l = h w``, row by row), of the volume or of the sequence, in all directions.
         The input is that of the scan, after the layer's convolution and SiLU, and the output that before its norm,
         gate and projection.
 
@@ -147,13 +165,14 @@ def scan_attention(layer: SS2D | Mamba, x: Tensor, positions: Sequence[Any] | No
     References:
         Ali, Zimerman and Wolf, The Hidden Attention of Mamba Models, arXiv 2403.01590, section 3.
     """
-    if isinstance(layer, SS2D):
-        letters, place, directions = "b, h, w, d_model", "pixel", NUM_DIRECTIONS
+    if isinstance(layer, GridScan):
+        letters, place, directions = f"{layer.letters}, d_model", "pixel", layer.directions
     elif isinstance(layer, Mamba):
         letters, place, directions = "b, l, d_model", "position", 1 + layer.bidirectional
     else:
         raise TypeError(
-            f"layer must be an SS2D or a Mamba, got {type(layer).__name__}; pass one of model.modules() and its input"
+            f"layer must be an SS2D, SS3D or Mamba, got {type(layer).__name__}; pass one of model.modules() and its "
+            "input"
         )
     check_shape("x", x, ("any",) * letters.count(",") + (layer.d_model,), letters)
     sizes = tuple(x.shape[1:-1])
@@ -190,18 +209,18 @@ class _Scan(NamedTuple):
         return weights
 
 
-def _scans(layer: SS2D | Mamba, calls: list[dict[str, Any]]) -> list[_Scan]:
+def _scans(layer: GridScan | Mamba, calls: list[dict[str, Any]]) -> list[_Scan]:
     """The scans of the calls that a layer made."""
-    if isinstance(layer, SS2D):
+    if isinstance(layer, GridScan):
         (call,) = calls
-        return _image_scans(**call)
+        return _grid_scans(**call)
     if len(calls) > 2:
         raise TypeError(f"layer makes {len(calls)} scans, of orders that are not known; pass a Mamba with one or two")
     there = torch.arange(calls[0]["u"].shape[-1], device=calls[0]["u"].device)
     return [_line_scan(order, **call) for order, call in zip((there, there.flip(0)), calls, strict=False)]
 
 
-def _image_scans(
+def _grid_scans(
     x: Tensor,
     x_proj_weight: Tensor,
     dt_proj_weight: Tensor,
@@ -212,11 +231,11 @@ def _image_scans(
     mask: None,
     backend: str,
 ) -> list[_Scan]:
-    """The directions of a call of :func:`cross_selective_scan` without a mask, each pixel where it is in the image."""
-    dtype, (_, height, width, channels) = compute_dtype(x), x.shape
+    """The directions of a call of :func:`cross_selective_scan` without a mask, each pixel where it is in the grid."""
+    dtype, (_, *grid, channels) = compute_dtype(x), x.shape
     rank, states = dt_proj_weight.shape[2], A_log.shape[1]
-    orders = (cross(height, width) if walks is None else walks).orders.to(x.device)  # k l
-    u = x.to(dtype).flatten(1, 2).mT  # b d l
+    orders = (cross(*grid) if walks is None else walks).orders.to(x.device)  # k l
+    u = x.to(dtype).flatten(1, -2).mT  # b d l
     A, skip = -torch.exp(A_log.to(dtype)).view(-1, channels, states), D.to(dtype).view(-1, channels)  # k d n, k d
     scans = []
     for k, order in enumerate(orders):
@@ -284,7 +303,7 @@ def _rows(positions: Sequence[Any] | None, sizes: tuple[int, ...]) -> Tensor:  #
     if positions is None:
         return torch.arange(math.prod(sizes), device="cpu")
     if not isinstance(positions, (tuple, list)):
-        example = "(0, 0)" if len(sizes) > 1 else "0"
+        example = _PLACES[len(sizes)].example
         raise TypeError(f"positions must be a list of positions, got {positions!r}; pass e.g. [{example}]")
     if not positions:
         raise ValueError("positions must have at least one position, got none; pass None for all")
@@ -296,9 +315,10 @@ def _rows(positions: Sequence[Any] | None, sizes: tuple[int, ...]) -> Tensor:  #
 
 def _place(name: str, position: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Return ``position`` as a tuple if it is inside of a map or a sequence of these sizes."""
+    letters, form, example = _PLACES[len(sizes)]
     if not isinstance(position, (tuple, list)) or len(position) != len(sizes):
-        raise TypeError(f"{name} must be a pair (row, column), got {position!r}; pass e.g. (0, 0)")
-    for index, size, letter in zip(position, sizes, "hw" if len(sizes) > 1 else "l", strict=True):
+        raise TypeError(f"{name} must be {form}, got {position!r}; pass e.g. {example}")
+    for index, size, letter in zip(position, sizes, letters, strict=True):
         check_int(name, index, 0)
         if index >= size:
             raise ValueError(f"{name} must be less than {letter} = {size}, got {position!r}; positions count from 0")

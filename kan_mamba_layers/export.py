@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kan_mamba_layers._check import check_int, check_tensor
-from kan_mamba_layers.layers import EMA, SS2D, KANConv2d, KANLinear, Mamba, VSSBlock
+from kan_mamba_layers.layers import EMA, SS2D, SS3D, KANConv2d, KANLinear, Mamba, VSSBlock
 from kan_mamba_layers.layers.vss import takes_channels_last
 from kan_mamba_layers.models.model import Model
 
@@ -150,6 +150,8 @@ def _shape(model: nn.Module) -> tuple[int, ...] | None:
             return (2, model.in_channels, 32, 40)
         case SS2D():
             return (2, 10, 12, model.d_model)
+        case SS3D():
+            return (2, 4, 5, 6, model.d_model)
         case VSSBlock():
             return (2, model.dim, 10, 12) if model.channels_first else (2, 10, 12, model.dim)
         case Mamba():
@@ -193,6 +195,8 @@ def _default_names(model: nn.Module, x: Tensor) -> Sizes:
         return {dim: f"rows_{dim}" for dim in range(x.ndim - 1)}
     if isinstance(model, Mamba):
         return {0: "batch", 1: "length"}
+    if isinstance(model, SS3D):
+        return {0: "batch", 1: "depth", 2: "height", 3: "width"}
     dims = (0, 1, 2) if takes_channels_last(model) else (0, 2, 3)
     return {dim: name for dim, name in zip(dims, ("batch", "height", "width"), strict=True) if dim < x.ndim}
 

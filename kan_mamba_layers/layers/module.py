@@ -21,7 +21,8 @@ class Layer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the names of the matrices without weight decay, as timm's optimisers ask for them.
 
-        These are the dynamics of every :class:`SS2D` and :class:`Mamba`, such as ``A_logs``. See :func:`param_groups`.
+        These are the dynamics of every :class:`SS2D`, :class:`SS3D` and :class:`Mamba`, such as ``A_logs``. See
+        :func:`param_groups`.
         """
         return {
             f"{prefix}.{name}".removeprefix(".")
@@ -64,7 +65,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     As in timm, biases and all parameters with fewer than two dimensions, such as the weights of norms, do not decay,
     nor do those that a module of the model names in ``no_weight_decay()`` or that carry ``_no_weight_decay``:
-    ``A_logs``, ``Ds`` and ``dt_projs_bias`` of every :class:`SS2D`.
+    ``A_logs``, ``Ds`` and ``dt_projs_bias`` of every :class:`SS2D` and :class:`SS3D`.
 
     Args:
         model: any module, also one that merely contains layers of this library.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_int, check_number, check_shape
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
+from kan_mamba_layers.layers.grid_scan import GridScan, MakeWalks
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.layers.ss2d import SS2D
 from kan_mamba_layers.ops.backend import Backend
@@ -30,6 +31,7 @@ class VSSBlock(Layer):
         d_conv: see :class:`SS2D`.
         expand: see :class:`SS2D`.
         dt_rank: see :class:`SS2D`.
+        walks: see :class:`SS2D`.
         gate: see :class:`SS2D`.
         conv_bias: see :class:`SS2D`.
         dropout: see :class:`SS2D`.
@@ -72,6 +74,7 @@ class VSSBlock(Layer):
         d_conv: int = 3,
         expand: float = 1.0,
         dt_rank: int | Literal["auto"] = "auto",
+        walks: MakeWalks | None = None,
         gate: bool = False,
         conv_bias: bool = False,
         dropout: float = 0.0,
@@ -116,8 +119,8 @@ class VSSBlock(Layer):
 
 
 def takes_channels_last(module: nn.Module) -> bool:
-    """Whether a layer of this library takes images ``b h w c``, and not ``b c h w``."""
-    return isinstance(module, SS2D) or (isinstance(module, VSSBlock) and not module.channels_first)
+    """Whether a layer of this library takes images or volumes with the channels last, as ``b h w c``."""
+    return isinstance(module, GridScan) or (isinstance(module, VSSBlock) and not module.channels_first)
 
 
 class _MLP(nn.Module):
