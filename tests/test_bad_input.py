@@ -15,6 +15,7 @@ from helpers import says
 from kan_mamba_layers import (
     EMA,
     SS2D,
+    SS3D,
     KANBlock,
     KANConv2d,
     KANLayer,
@@ -32,6 +33,7 @@ from kan_mamba_layers import (
     kan_linear,
     resolve,
     selective_scan,
+    walks,
 )
 
 
@@ -68,6 +70,14 @@ def cross(**changes: object) -> object:
         "D": z(16),
     }
     return cross_selective_scan(**{**good, **changes})
+
+
+def grows(h: int, w: int) -> walks.Walks:
+    return walks.snake(h, w) if h < 5 else walks.snake(h, w) + walks.diagonal(h, w)
+
+
+def fixed(h: int, w: int) -> walks.Walks:
+    return walks.snake(2, 4)
 
 
 def kan(**changes: object) -> object:
@@ -246,6 +256,23 @@ WRONG_LAYERS = [
     Bad(lambda: SS2D(8, dropout=1.5), ValueError, ("dropout must", "1.5")),
     Bad(lambda: SS2D(8, backend="mamba_ssm"), ValueError, ("backend", "'mamba_ssm'", "choose")),
     Bad(lambda: SS2D(8)(z(2, 8, 5, 6)), ValueError, ("x must", r"\(2, 8, 5, 6\)", "b, h, w, d_model")),
+    Bad(lambda: SS2D(8, walks=walks.snake(6, 5)), TypeError, ("walks must", "function", r"snake\(6, 5\)", "pass")),
+    Bad(lambda: SS2D(8, walks="snake"), TypeError, ("walks must", "function of h, w", "'snake'", "walks.snake")),
+    Bad(lambda: SS2D(8, walks=walks.windows), TypeError, ("walks must", "walks.windows", "'size'", "partial")),
+    Bad(lambda: SS2D(8, walks=walks.volume), TypeError, ("walks must", "h, w", "walks.volume", "walks.snake")),
+    Bad(lambda: SS2D(8, walks=max), TypeError, ("walks must return", "max", "kan_mamba_layers.walks")),
+    Bad(lambda: SS2D(8, walks=lambda h, w: walks.snake(w, h)), ValueError, ("walks must", r"\(4, 2\)", r"\(2, 4\)")),
+    Bad(lambda: SS2D(8, walks=grows)(z(1, 5, 4, 8)), ValueError, ("walks must", "4 dir", "got 8 from grows", r"5, 4")),
+    Bad(lambda: SS2D(8, walks=fixed)(z(1, 5, 4, 8)), ValueError, ("walks must", r"snake\(2, 4\) from fixed", r"5, 4")),
+    Bad(lambda: SS2D(8)(z(1, 3, 2, 8), z(1, 3, 2)), TypeError, ("mask must", "float32", "mask.bool")),
+    Bad(lambda: SS2D(8)(z(1, 3, 2, 8), z(1, 2, 3).bool()), ValueError, ("mask must", r"1, 3, 2", r"\(1, 2, 3\)")),
+    Bad(lambda: VSSBlock(8, walks=3), TypeError, ("walks must", "3", "walks.snake")),
+    Bad(lambda: SS3D(8, walks=walks.snake), TypeError, ("walks must", "d, h, w", "walks.snake", "walks.volume")),
+    Bad(lambda: SS3D(8, d_conv=2), ValueError, ("d_conv must", "2", "use 3")),
+    Bad(lambda: SS3D(8)(z(1, 3, 2, 8)), ValueError, ("x must", "b, d, h, w, d_model", r"\(1, 3, 2, 8\)")),
+    Bad(lambda: SS3D(8)(z(1, 0, 3, 2, 8)), ValueError, ("x must", "pixel", "d >= 1")),
+    Bad(lambda: SS3D(8)(z(1, 1, 3, 2, 8).double()), ValueError, ("x is", "float64", "conv3d.weight", "autocast")),
+    Bad(lambda: SS3D(8)(z(1, 4, 3, 2, 8), z(1, 3, 2).bool()), ValueError, ("mask must", "b, d, h, w", r"\(1, 3, 2\)")),
     Bad(lambda: EMA(20), ValueError, ("channels", "20", "factor", "8", "use channels=24")),
     Bad(lambda: EMA(8, factor=0), ValueError, ("factor must", "0", ">= 1")),
     Bad(lambda: EMA(8)(z(2, 16, 5, 5)), ValueError, ("x must", r"\(2, 16, 5, 5\)", "8")),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import Array, assert_close, largest, pixel_order, says, scan_oracle, softplus, to_array
-from kan_mamba_layers import EMA, SS2D, KMUNetPP, Mamba, effective_receptive_field, scan_attention
+from kan_mamba_layers import EMA, SS2D, SS3D, KMUNetPP, Mamba, effective_receptive_field, scan_attention, walks
 from kan_mamba_layers.compat.modules import Mamba as OriginalMamba
 
 BACKEND = "reference"  # which has nothing to compile
@@ -103,16 +103,29 @@ class TestScanAttention:
         assert largest(np.triu(found[0, 0], 1)) == 0
         assert np.abs(found.sum(1)).min() > 0 or not layer.bidirectional
 
-    @pytest.mark.parametrize(("height", "width"), [(1, 9), (7, 5)])
-    def test_matrices_times_the_input_are_the_output(self, height: int, width: int) -> None:
-        layer, x = SS2D(4, expand=3, backend=BACKEND).double(), randn(2, height, width, 4)
-        parts = captured(layer, {"conv": layer.conv2d, "norm": layer.out_norm}, x)
-        y = torch.einsum("bkdts,bds->btd", scan_attention(layer, x), F.silu(parts["conv"]).flatten(2))
-        assert_close("y", y.unflatten(1, (height, width)), parts["norm in"], 1e-13)
+    @pytest.mark.parametrize(
+        ("options", "grid"),
+        [
+            ({}, (1, 9)),
+            ({}, (7, 5)),
+            ({"walks": walks.hilbert}, (3, 5)),
+            ({"walks": lambda h, w: walks.snake(h, w) + walks.diagonal(h, w)}, (3, 5)),
+            ({}, (2, 4, 3)),
+        ],
+    )
+    def test_matrices_times_the_input_are_the_output(self, options: dict, grid: tuple[int, ...]) -> None:
+        kind = SS2D if len(grid) == 2 else SS3D
+        layer, x = kind(4, expand=3, backend=BACKEND, **options).double(), randn(2, *grid, 4)
+        parts = captured(layer, {"conv": getattr(layer, f"conv{len(grid)}d"), "norm": layer.out_norm}, x)
+        M = scan_attention(layer, x)
+        assert M.shape[1] == layer.directions
+        y = torch.einsum("bkdts,bds->btd", M, F.silu(parts["conv"]).flatten(2))
+        assert_close("y", y.unflatten(1, grid), parts["norm in"], 1e-13)
 
     def test_rows(self) -> None:
         for layer, x, positions, rows in (
             (SS2D(4, backend=BACKEND), torch.randn(1, 5, 7, 4), [(4, 0), (1, 6)], [28, 13]),
+            (SS3D(4, backend=BACKEND), torch.randn(1, 2, 3, 4, 4), [(1, 0, 2), (0, 2, 0)], [14, 8]),
             (Mamba(4, backend=BACKEND), torch.randn(1, 9, 4), [8, 0], [8, 0]),
         ):
             assert torch.equal(scan_attention(layer, x, positions), scan_attention(layer, x)[..., rows, :])
@@ -267,6 +280,7 @@ def field(
             ValueError,
             ("images must", "b, h, w, c", r"\(4, 5, 3\)"),
         ),
+        (lambda: field(SS3D(3), torch.zeros(1, 2, 4, 5, 3)), TypeError, ("model must", "SS3D", "volumes", "pass")),
         (lambda: field(position=(4, 0)), ValueError, ("position must", "h = 4", r"\(4, 0\)")),
         (lambda: field(position=(0, 5)), ValueError, ("position must", "w = 5", r"\(0, 5\)")),
         (lambda: field(position=(-1, 0)), ValueError, ("position must", "at least 0", "-1")),
@@ -320,6 +334,16 @@ def field(
             lambda: scan_attention(SS2D(8), torch.zeros(2, 99, 99, 8)),
             ValueError,
             ("9801 positions", "at most 106 pos"),
+        ),
+        (
+            lambda: scan_attention(SS3D(3), torch.zeros(1, 2, 4, 4, 3), [(0, 0)]),
+            TypeError,
+            (r"positions\[0\]", "slice, row, column", r"\(0, 0, 0\)"),
+        ),
+        (
+            lambda: scan_attention(SS3D(3), torch.zeros(1, 2, 4, 4, 3), [(2, 0, 0)]),
+            ValueError,
+            (r"positions\[0\] must", "d = 2"),
         ),
         (
             lambda: scan_attention(Mamba(8), torch.zeros(1, 1, 8).expand(1, 9_000_000, 8), [0]),

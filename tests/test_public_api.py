@@ -57,7 +57,7 @@ def test_inventory() -> None:
 def test_names_of_the_contract() -> None:
     assert set(kan_mamba_layers.__all__) - {"__version__"} == {
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
-        *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "Mamba", "VSSBlock", "EMA", "param_groups"),
+        *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "SS3D", "Mamba", "VSSBlock", "EMA", "param_groups"),
         *("KMUNet", "KMUNetPP", "VMamba", "VMambaUNet"),
         *("create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
         "walks",
@@ -94,6 +94,7 @@ def test_arguments_after_the_sizes_are_keyword_only() -> None:
         "KANLayer": ["in_features", "hidden_features", "out_features"],
         "KANBlock": ["dim"],
         "SS2D": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],
+        "SS3D": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],
         "Mamba": ["d_model", "d_state", "d_conv", "expand", "dt_rank"],
         "VSSBlock": ["dim"],
         "EMA": ["channels", "factor"],

@@ -1,6 +1,7 @@
 """The layer around a scan of a grid, in any number of dimensions: what SS2D and SS3D have in common."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,9 @@ from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
 from kan_mamba_layers.walks import Walks, volume
 
 MakeWalks = Callable[..., Walks]  # of the sizes of the grid
+
+# The dimensions of images and volumes that move the channels from the last place to the first, and back.
+_LAYOUTS = {4: ((0, 3, 1, 2), (0, 2, 3, 1)), 5: ((0, 4, 1, 2, 3), (0, 2, 3, 4, 1))}
 
 
 class GridScan(Layer):
@@ -106,7 +110,8 @@ class GridScan(Layer):
             u, z = u.chunk(2, -1)
         if hidden is not None:
             u = u.masked_fill(hidden, 0)  # the projection may have a bias
-        u = F.silu(getattr(self, self._conv_name)(u.movedim(-1, 1))).movedim(1, -1)  # b *grid d
+        first, last = _LAYOUTS[u.ndim]
+        u = F.silu(getattr(self, self._conv_name)(u.permute(first))).permute(last)  # b *grid d
         y = cross_selective_scan(
             u,
             self.x_proj_weight,
@@ -163,17 +168,18 @@ def named(walks: Any) -> str:
 def _directions(walks: Any, letters: str) -> int:
     """How many directions a function of the sizes makes, or raise if it is not one."""
     sizes = letters.removeprefix("b, ")
-    fix = f"pass a function of {sizes}, such as walks.{'snake' if sizes == 'h, w' else 'volume'}"
+    image, grid = sizes == "h, w", (2, 4, 8)[: letters.count(",")]
+    fix = f"pass a function of {sizes}, such as walks.{'snake' if image else 'volume'}"
     if not callable(walks):
-        raise TypeError(f"walks must be a function of {sizes}, got {walks!r}; {fix} itself")
-    grid = (2, 4, 8)[: letters.count(",")]
-    try:
-        signature(walks).bind(*grid)
-    except TypeError as error:
-        raise TypeError(
-            f"walks must be a function of {sizes}, got {named(walks)}, which does not take them alone ({error}); "
-            f"{fix}, or functools.partial(walks.windows, size=7)"
-        ) from None
+        raise TypeError(f"walks must be a function of {sizes}, got {walks!r}; {fix}")
+    with suppress(ValueError):  # a builtin may have no signature
+        try:
+            signature(walks).bind(*grid)
+        except TypeError as error:
+            raise TypeError(
+                f"walks must be a function of {sizes}, got {named(walks)}, which does not take them alone ({error}); "
+                f"{fix}{', or functools.partial(walks.windows, size=7)' if image else ''}"
+            ) from None
     with torch.device("cpu"):  # where a model is made on "meta", orders have values all the same
         return len(_made(walks, grid))
 
