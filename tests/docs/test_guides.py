@@ -31,3 +31,9 @@ def test_what_a_model_sees() -> None:
     scope = run("explain.md")
     assert scope["corner"].shape == (64, 64) and scope["corner"].argmax() // 64 < 16
     assert scope["picture"].argmax() == 16 * 32 + 16
+
+
+def test_scans_along_walks() -> None:
+    scope = run("cross_selective_scan.md")
+    assert scope["y"].shape == (2, 24, 32, 16) and scope["z"].shape == (1, 6, 24, 32, 16)
+    assert not scope["windows"](scope["x"], scope["mask"])[~scope["mask"]].any()
