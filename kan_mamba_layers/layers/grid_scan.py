@@ -142,23 +142,23 @@ class GridScan(Layer):
         if made is not None and len(made) != self.directions:
             raise ValueError(
                 f"walks must have {self.directions} directions at every size, as when the layer was made, got "
-                f"{len(made)} from {named(self.walks)} at {grid}; return as many for every grid"
+                f"{len(made)} from {_named(self.walks)} at {grid}; return as many for every grid"
             )
         return made, None if mask is None else ~mask[..., None]
 
     def extra_repr(self) -> str:
-        walks = "" if self.walks is None else f"walks={named(self.walks)}, "
+        walks = "" if self.walks is None else f"walks={_named(self.walks)}, "
         return (
             f"{self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}, {walks}"
             f"gate={self.gate}, backend={self.backend!r}"
         )
 
 
-def named(walks: Any) -> str:
+def _named(walks: Any) -> str:
     """A function that makes walks, as one would write it."""
     if isinstance(walks, partial):
         given = [*map(repr, walks.args), *(f"{name}={value!r}" for name, value in walks.keywords.items())]
-        return f"partial({', '.join([named(walks.func), *given])})"
+        return f"partial({', '.join([_named(walks.func), *given])})"
     name = getattr(walks, "__qualname__", None)
     if name is None:
         return repr(walks)
@@ -177,7 +177,7 @@ def _directions(walks: Any, letters: str) -> int:
             signature(walks).bind(*grid)
         except TypeError as error:
             raise TypeError(
-                f"walks must be a function of {sizes}, got {named(walks)}, which does not take them alone ({error}); "
+                f"walks must be a function of {sizes}, got {_named(walks)}, which does not take them alone ({error}); "
                 f"{fix}{', or functools.partial(walks.windows, size=7)' if image else ''}"
             ) from None
     with torch.device("cpu"):  # where a model is made on "meta", orders have values all the same
@@ -189,11 +189,11 @@ def _made(walks: MakeWalks, grid: tuple[int, ...]) -> Walks:
     made = walks(*grid)
     if not isinstance(made, Walks):
         raise TypeError(
-            f"walks must return walks, got {made!r} from {named(walks)}; make them by kan_mamba_layers.walks"
+            f"walks must return walks, got {made!r} from {_named(walks)}; make them by kan_mamba_layers.walks"
         )
     if made.grid != grid:
         raise ValueError(
-            f"walks must return walks of the sizes it gets, got {made!r} from {named(walks)} at {grid}; pass the sizes "
+            f"walks must return walks of the sizes it gets, got {made!r} from {_named(walks)} at {grid}; pass the sizes "
             "on in their order"
         )
     return made
