@@ -49,7 +49,11 @@ TARGETS = {
         for name in ("walk", "keys", "hilbert")
     },
     "kan_mamba_layers/layers/vss.py": [BAD_INPUT, "tests/layers/test_vss.py"],
-    "kan_mamba_layers/layers/ss2d.py": [BAD_INPUT, "tests/layers/test_ss2d.py"],
+    "kan_mamba_layers/layers/grid_scan.py": [
+        BAD_INPUT,
+        "tests/layers/test_ss2d.py",
+        "tests/layers/test_grid_scan.py",
+    ],
     "kan_mamba_layers/layers/mamba.py": [BAD_INPUT, "tests/layers/test_mamba.py"],
     "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],
     "kan_mamba_layers/layers/ema.py": [BAD_INPUT, "tests/layers/test_ema.py"],

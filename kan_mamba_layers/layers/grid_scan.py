@@ -193,7 +193,7 @@ def _made(walks: MakeWalks, grid: tuple[int, ...]) -> Walks:
         )
     if made.grid != grid:
         raise ValueError(
-            f"walks must return walks of the sizes it gets, got {made!r} from {_named(walks)} at {grid}; pass the sizes "
-            "on in their order"
+            f"walks must return walks of the sizes it gets, got {made!r} from {_named(walks)} at {grid}; pass the "
+            "sizes on in their order"
         )
     return made

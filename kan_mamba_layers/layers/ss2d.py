@@ -52,8 +52,8 @@ class SS2D(GridScan):
 
         A pixel with ``mask`` False has a step of exactly 0, so it leaves the state as it is, its output is 0, and no
         gradient gets anything from it, even if its input is not finite. The convolution still counts it, as an input of
-        0. Images that are padded at the right and at the bottom get what each alone would give, except along
-        ``walks.hilbert``, whose curve depends on the size.
+        0. Along all walks of this library but ``walks.hilbert``, whose curve depends on the size, images that are
+        padded at the right and at the bottom get what each alone would give.
 
     Example:
         >>> import torch

@@ -252,14 +252,6 @@ class TestCopies:
         assert volume == ours
         assert SS2D(4, walks=IMAGES["both"]).Ds.shape == (8 * 8,) and SS2D(4, walks=inwards).Ds.shape == (8,)
 
-    @pytest.mark.parametrize("name", ["default", "snake", "volume"])
-    def test_gradients_have_the_strides_of_their_parameters(self, name: str) -> None:
-        make, grid = LAYERS[name]
-        layer = make(4, d_state=1)
-        layer(torch.randn(2, *grid, 4)).square().sum().backward()
-        for key, p in layer.named_parameters():
-            assert p.grad.stride() == p.stride(), key
-
     def test_walks_are_named(self) -> None:
         for layer, text in (
             (SS2D(4, walks=walks.snake), "walks=walks.snake,"),

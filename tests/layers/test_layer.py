@@ -17,6 +17,7 @@ from helpers import says
 from kan_mamba_layers import (
     EMA,
     SS2D,
+    SS3D,
     KANBlock,
     KANConv2d,
     KANLayer,
@@ -25,6 +26,7 @@ from kan_mamba_layers import (
     KMUNetPP,
     Mamba,
     param_groups,
+    walks,
 )
 
 DYNAMICS = {"A_logs", "Ds", "dt_projs_bias"}
@@ -203,7 +205,8 @@ class TestTorchScript:
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
 def test_gradients_have_the_strides_of_their_parameters(backend: Any) -> None:
     """DDP compares them, also in dimensions of size 1."""
-    calls = [(SS2D(8, 1, backend=backend), (torch.randn(2, 3, 4, 8),))]
+    calls = [(SS2D(8, 1, walks=of, backend=backend), (torch.randn(2, 3, 4, 8),)) for of in (None, walks.snake)]
+    calls += [(SS3D(8, 1, backend=backend), (torch.randn(2, 2, 3, 4, 8),))]
     calls += [(KANLinear(i, o, backend=backend), (torch.randn(6, i),)) for i, o in ((4, 1), (1, 3))]
     calls += [(KANBlock(8, backend=backend), (torch.randn(2, 12, 8), 3, 4)), (KANConv2d(3, 1, 3), (image(3),))]
     calls += [(EMA(8), (image(8),)), (Mamba(8), (torch.randn(2, 5, 8),))]
