@@ -108,10 +108,11 @@ class GridScan(Layer):
         u = self.in_proj(x)  # b *grid d, and as much again for the gate
         if self.gate:
             u, z = u.chunk(2, -1)
-        if hidden is not None:
-            u = u.masked_fill(hidden, 0)  # the projection may have a bias
         first, last = _LAYOUTS[u.ndim]
-        u = F.silu(getattr(self, self._conv_name)(u.permute(first))).permute(last)  # b *grid d
+        u = u.permute(first)  # b d *grid
+        if hidden is not None:  # the projection may have a bias; before the permutation Inductor could not compile it
+            u = u.masked_fill(hidden.permute(first), 0)
+        u = F.silu(getattr(self, self._conv_name)(u)).permute(last)  # b *grid d
         y = cross_selective_scan(
             u,
             self.x_proj_weight,

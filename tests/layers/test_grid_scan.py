@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from shutil import which
 from typing import Any
 
 import pytest
@@ -283,6 +284,20 @@ class TestGraphs:
                 x, mask = torch.randn(b, h, w, 4), torch.rand(b, h, w) > 0.3
                 assert_close(f"out at {h}, {w}", compiled(x, mask), layer(x, mask), 1e-6)
         assert counter.frame_count <= 2, "as without walks"
+
+    @pytest.mark.nightly
+    @pytest.mark.skipif(not (which("c++") or which("g++") or which("clang++")), reason="no C++ compiler")
+    @pytest.mark.parametrize("gate", [False, True])
+    @pytest.mark.parametrize("kind", [SS2D, SS3D])
+    def test_inductor_with_a_mask(self, kind: type[SS2D | SS3D], gate: bool) -> None:
+        torch._dynamo.reset()
+        layer, grid = kind(4, d_state=2, gate=gate), (3, 4, 5)[: 2 + (kind is SS3D)]
+        x, mask = torch.randn(2, *grid, 4), torch.rand(2, *grid) > 0.3
+        out, expected = torch.compile(layer, fullgraph=True, dynamic=True)(x, mask), layer(x, mask)
+        assert_close("out", out, expected, 1e-6)
+        grads, wanted = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (out, expected))
+        for grad, want in zip(grads, wanted, strict=True):
+            assert_close("gradient", grad, want, 1e-5)
 
     def test_an_exported_volume_of_any_size(self) -> None:
         layer, dynamic = SS3D(4, d_state=2).eval(), torch.export.Dim.DYNAMIC
