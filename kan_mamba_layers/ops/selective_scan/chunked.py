@@ -73,13 +73,13 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # y, last state, states before the segments
-        u, delta, B, C, A, state = inputs
-        y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        parts = _segments(state, u, delta, B, C, y)
+        *sequences, A, state = inputs
+        y = torch.empty_like(sequences[0], memory_format=torch.contiguous_format)
+        parts = _segments(state, *sequences, y)
         starts = state.new_empty(len(parts), *state.shape)
-        for i, (*part, output) in enumerate(parts):
+        for i, (u, delta, B, C, output) in enumerate(parts):
             starts[i] = state
-            result, state = _scan_segment(*part, A, state)
+            result, state = _scan_segment(u, delta, B, C, A, state)
             output.copy_(result)
         return y, state.clone(), starts
 
@@ -97,10 +97,8 @@ class _Recomputed(torch.autograd.Function):
             found = pull_back(lambda *x: _scan_segments(*replaced(inputs, wanted, x)), chosen, (grad_y, grad_state))
             return tuple(replaced([None] * len(inputs), wanted, found))
         *sequences, A, state = inputs
-        grads, grad_A = (
-            [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences],
-            torch.zeros_like(A),
-        )
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences]
+        grad_A = torch.zeros_like(A)
         parts = _segments(state, *sequences, grad_y, *grads)
         for start, (u, delta, B, C, grad, *into) in zip(starts.flip(0), parts[::-1], strict=True):
             leaves = [x.detach().requires_grad_() for x in (u, delta, B, C, A, start)]
