@@ -40,6 +40,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+@pytest.mark.nightly  # the build of the documentation draws all of them in every run
 def test_command(tmp_path: Path) -> None:
     command = [sys.executable, FOLDER, tmp_path]
     subprocess.run(command, check=True, cwd=ROOT)

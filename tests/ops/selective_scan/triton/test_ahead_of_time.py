@@ -39,6 +39,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+# One of each maker in every run, all of them at night: each compiles for half a second and more.
+EVERY_RUN = ("sm_90", "gfx942")
+targets = pytest.mark.parametrize(
+    "target", [target if target in EVERY_RUN else pytest.param(target, marks=pytest.mark.nightly) for target in TARGETS]
+)
 # name: (d, n, r, k, dtype of u, y and their gradients), and what there is of orders and a mask; r = 0 is one direction
 # with given steps
 MODELS = {
@@ -150,7 +155,7 @@ def compiled(name: str, target: str) -> Any:
 NAMES = list(variants())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 @pytest.mark.parametrize("name", NAMES)
 def test_resources_do_not_rise(name: str, target: str, tmp_path: Path) -> None:
     registers, spilled, shared = resources(compiled(name, target), tmp_path)
@@ -171,7 +176,7 @@ def test_code(name: str) -> None:
         assert ptx.count("shfl") <= 1  # allowed in an odd last step, where the layout may change
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 def test_no_trap_anywhere(target: str) -> None:
     for name in NAMES:
         text = compiled(name, target).asm
