@@ -44,6 +44,7 @@ class GridScan(Layer):
         *,
         walks: MakeWalks | None = None,
         gate: bool = True,
+        norm: bool = True,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
@@ -85,7 +86,7 @@ class GridScan(Layer):
         self.dt_projs_bias = parameter(k, d)
         self.A_logs = parameter(k * d, n)
         self.Ds = parameter(k * d)
-        self.out_norm = nn.LayerNorm(d, **factory)
+        self.out_norm = nn.LayerNorm(d, **factory) if norm else nn.Identity()
         self.out_proj = nn.Linear(d, d_model, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
@@ -94,7 +95,8 @@ class GridScan(Layer):
     def reset_parameters(self) -> None:
         """Draw new weights; initial steps are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
         for module in (self.in_proj, getattr(self, self._conv_name), self.out_norm, self.out_proj):
-            module.reset_parameters()
+            if not isinstance(module, nn.Identity):
+                module.reset_parameters()
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         steps = (self.dt_min, self.dt_max, self.dt_init_floor)

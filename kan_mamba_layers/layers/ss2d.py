@@ -27,6 +27,8 @@ class SS2D(GridScan):
             every forward pass, and once before, with ``(2, 4)``, for the number of directions ``k``, which must not
             depend on the size. By default the four directions of VMamba, as from ``walks.cross``.
         gate: whether the output of the scan is multiplied by a gate, as in VMamba v0; VMamba v2 has none.
+        norm: whether the output of the scan passes a LayerNorm over the channels, as in all published weights; VMamba's
+            ``onnone`` has none.
         dt_min: smallest initial step.
         dt_max: largest initial step.
         dt_init_floor: lower bound of the initial steps.

@@ -28,6 +28,7 @@ class SS3D(GridScan):
             with ``(2, 4, 8)``, for the number of directions ``k``, which must not depend on the size. By default
             ``walks.volume``.
         gate: see :class:`SS2D`.
+        norm: see :class:`SS2D`.
         dt_min: smallest initial step.
         dt_max: largest initial step.
         dt_init_floor: lower bound of the initial steps.

@@ -21,7 +21,8 @@ def rebuilt(layer: SS2D, x: torch.Tensor) -> torch.Tensor:
     u = F.silu(layer.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     weights = (layer.x_proj_weight, layer.dt_projs_weight, layer.dt_projs_bias, layer.A_logs, layer.Ds)
     y = torch.from_numpy(cross_scan_oracle(to_array(u), *(to_array(w) for w in weights)))
-    y = layer.out_norm(y)
+    if norm := dict(layer.out_norm.named_parameters()):
+        y = F.layer_norm(y, (layer.d_inner,), norm["weight"], norm["bias"])
     return layer.out_proj(y * F.silu(z[0]) if z else y)
 
 
@@ -36,6 +37,7 @@ class TestForward:
             {"d_conv": 5, "conv_bias": False, "bias": True},
             {"d_conv": 1},
             {"gate": False, "conv_bias": False, "d_state": 1, "expand": 1},
+            {"norm": False},
         ],
         ids=str,
     )
@@ -131,6 +133,10 @@ class TestParameters:
         gated, plain = ({k: v.shape for k, v in SS2D(4, gate=gate).state_dict().items()} for gate in (True, False))
         assert plain.pop("in_proj.weight") == (8, 4) and gated.pop("in_proj.weight") == (16, 4)
         assert plain == gated
+
+    def test_without_a_norm_it_has_no_weights_of_one(self) -> None:
+        keys = [set(SS2D(4, norm=norm).state_dict()) for norm in (True, False)]
+        assert keys[0] - keys[1] == {"out_norm.weight", "out_norm.bias"} and keys[1] < keys[0]
 
     def test_initial_dynamics(self) -> None:
         layer = SS2D(16, d_state=4, dt_min=0.002, dt_max=0.05)
