@@ -92,11 +92,16 @@ def mamba_bwd(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     run = partial(scan, delta_softplus=delta_softplus)
     out_z, grads = gradients(lambda u, *rest: run(widen(u), *rest), inputs, dout)
+    return with_gate(grads, dz, out_z.to(u.dtype) if recompute_out_z else None)
+
+
+def with_gate(grads: list[Tensor | None], dz: Tensor | None, out_z: Tensor | None) -> list[Tensor | None]:
+    """The gradients with that of ``z``, if there is one, at the end and in ``dz``, and ``out_z`` behind it if given."""
     grad_z = grads.pop(6)
-    if z is None:
+    if grad_z is None:
         return grads
-    grads.append(grad_z if dz is None or grad_z is None else dz.copy_(grad_z))
-    return [*grads, out_z.to(u.dtype)] if recompute_out_z else grads
+    grads.append(grad_z if dz is None else dz.copy_(grad_z))
+    return grads if out_z is None else [*grads, out_z]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers.compat.extensions import every_state, gradients, pack, widen
+from kan_mamba_layers.compat.extensions import every_state, gradients, pack, widen, with_gate
 
 
 @torch.no_grad()
@@ -57,11 +57,7 @@ def grid_bwd(
     """Stand in for ``v2dmamba_scan.bwd``, with the results of ``selective_scan_cuda.bwd``."""
     run = partial(_grid_scan, delta_softplus=delta_softplus, height=height, width=width)
     out_z, grads = gradients(run, (u, delta, A, B, C, D, z, delta_bias), dout)
-    grad_z = grads.pop(6)
-    if grad_z is None:
-        return grads
-    grads.append(grad_z if dz is None else dz.copy_(grad_z))
-    return [*grads, out_z] if recompute_out_z else grads
+    return with_gate(grads, dz, out_z if recompute_out_z else None)
 
 
 def _grid_scan(

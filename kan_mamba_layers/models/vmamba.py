@@ -162,8 +162,8 @@ class VMamba(Model):
 
         Raises:
             FileNotFoundError: there is no such file.
-            pickle.UnpicklingError: the file holds more than weights, so reading it could run code. If you trust it,
-                pass ``torch.load(file, weights_only=False)``.
+            pickle.UnpicklingError: the file holds more than weights, so reading it could run code. Allow classes that
+                you trust by ``torch.serialization.add_safe_globals``.
             TypeError: the checkpoint is not a mapping from names to tensors.
             ValueError: the checkpoint is of a VMamba of other sizes, of another number of classes or channels, or has
                 keys of another model.

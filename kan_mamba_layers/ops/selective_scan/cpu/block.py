@@ -24,7 +24,7 @@ from kan_mamba_layers.ops.simd.vector import (
 )
 
 CHUNK = 32  # steps between saved states
-FEW_STATES = 4  # below this, prefetching cannot overlap a chunk
+FEW_STATES = 4  # below this, a chunk is prefetched during softplus, since its states take too little time
 TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
 
 LAYOUT = Layout(
