@@ -4,6 +4,7 @@
     python examples/lab.py fit --run runs/heads --resume
     python examples/lab.py test --run runs/heads
     python examples/lab.py predict --run runs/heads --out masks IMAGE_OR_FOLDER_OR_VOLUME ...
+    python examples/lab.py predict --pretrained fetal_head --out masks IMAGE_OR_FOLDER_OR_VOLUME ...
     python examples/lab.py compare runs/isic2017 --out runs/isic2017
 
 Every argument of the network, the data and Lightning's Trainer is a flag, or stands in a YAML file given by --config.
@@ -22,12 +23,15 @@ import jsonargparse
 import lightning
 import pandas as pd
 import yaml
+from jsonargparse.typing import PositiveFloat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+import kan_mamba_layers
+from kan_mamba_layers import Segmenter, list_pretrained
 from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
@@ -75,13 +79,17 @@ class Lab(LightningCLI):
             add("--run", type=Path | None, help="run folder (default: runs/TASK-NETWORK)")
             add("--resume", action="store_true", help="go on from the last checkpoint of the run, if there is one")
         elif verb:
-            add("--run", type=Path, required=True, help="run folder of fit, or one of its .ckpt files")
+            add("--run", type=Path | None, help="run folder of fit, or one of its .ckpt files")
+            add("--pretrained", type=str | None, help="instead of a run, weights of kan_mamba_layers.list_pretrained()")
         if verb == "test":
-            add("--out", type=Path | None, help="folder for the scores and masks (default: RUN/SIDE)")
+            add(
+                "--out", type=Path | None, help="folder for the scores and masks (default: RUN/SIDE, or runs/NAME/SIDE)"
+            )
         if verb == "predict":
             add("inputs", nargs="+", type=Path, help="images, volumes (.mha, .nii, .nii.gz), or folders of them")
-            add("--out", type=Path, required=True, help="folder for masks, overlays and predictions.csv")
+            add("--out", type=Path, default=Path("predictions"), help="folder for masks, overlays and predictions.csv")
             add("--overwrite", action="store_true", help="write into --out although it holds files")
+            add("--pixel_size", type=PositiveFloat | None, help="millimetres a pixel, to measure heads")
             add("--pixel_size_csv", type=Path | None, help="columns filename, pixel size(mm), as in HC18")
         return parser
 
@@ -111,13 +119,16 @@ class Lab(LightningCLI):
             self.run_folder = self.settings.run or Path("runs", f"{data.task}-{self.settings.model.network}")
             self.check_fit()
             return
-        self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
+        if self.settings.pretrained:
+            self.run_folder, self.checkpoint = weights_folder(self.settings.pretrained), None
+        else:
+            self.run_folder, self.checkpoint = runs.find_run(self.settings.run)
         for name, value in SINGLE.items():
             trainer[name] = value
         if self.subcommand == "test":
             self.check_test()
-        elif self.settings.pixel_size_csv and data.task != "fetal_head":
-            raise ValueError(f"pixel_size_csv measures heads, but {str(self.run_folder)!r} is of {data.task}")
+        elif (self.settings.pixel_size_csv or self.settings.pixel_size) and data.task != "fetal_head":
+            raise ValueError(f"pixel sizes measure heads, but {str(self.run_folder)!r} is of {data.task}")
 
     def check_fit(self) -> None:
         run, trainer = self.run_folder, self.settings.trainer
@@ -138,14 +149,17 @@ class Lab(LightningCLI):
         """On the data of its run, a test follows the run's split; on other data all images are scored."""
         run, data, out = self.run_folder, self.settings.data, self.settings.out
         own_split, name = run / "split.json", run.resolve().name
-        folders = [path and Path(path).resolve() for path in (data.folder, runs.read_config(run)["data"].get("folder"))]
-        if data.split is None and folders[0] == folders[1]:
+        own_folder = runs.read_config(run)["data"].get("folder") if self.checkpoint else None
+        folders = [path and Path(path).resolve() for path in (data.folder, own_folder)]
+        if data.split is None and self.checkpoint and folders[0] == folders[1]:
             data.split = own_split
         data.limit = None
         data.side = data.side or ("all" if data.split is None else "test")
         words = [folders[0].name] if folders[0] and data.split != own_split else []
-        words += [data.side, *([self.checkpoint.stem] if self.checkpoint.stem != "best" else []), *self.options()]
-        self.out = out or run / "-".join(words)
+        chosen = [self.checkpoint.stem] if self.checkpoint and self.checkpoint.stem != "best" else []
+        self.out = out or (run if self.checkpoint else Path("runs", name)) / "-".join(
+            [*words, data.side, *chosen, *self.options()]
+        )
         if runs.holds_files("out", self.out) and out and runs.read_json(out / "scores.json").get("run") != name:
             raise FileExistsError(f"out {str(out)!r} holds files that are no scores of {name!r}: give another")
 
@@ -172,13 +186,17 @@ class Lab(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(run, name="tensorboard", version="")
         elif self.subcommand == "test":
             split = settings.data.split
-            facts = {"run": run.resolve().name, "checkpoint": self.checkpoint.name, "side": settings.data.side}
+            facts = {
+                "run": run.resolve().name,
+                "checkpoint": self.checkpoint and self.checkpoint.name,
+                "side": settings.data.side,
+            }
             facts |= {"options": self.options(), "split_sha256": split and split_hash(read_split(split))}
             self.writer = ScoreWriter(self.out, self.facts() | facts)
             callbacks.append(self.writer)
         else:
             table = settings.pixel_size_csv
-            self.writer = MaskWriter(settings.out, read_pixel_sizes(table) if table else {})
+            self.writer = MaskWriter(settings.out, read_pixel_sizes(table) if table else {}, settings.pixel_size)
             callbacks.append(self.writer)
         return super().instantiate_trainer(**kwargs)
 
@@ -246,7 +264,7 @@ class Lab(LightningCLI):
         items = data.val_set.items[:: max(1, len(data.val_set) // 3)][:3]
         draw_cases(run / "cases.png", [model.case_of(item.id, item) for item in items])
         if hasattr(model.network, "save_pretrained"):
-            model.network.save_pretrained(run / "model")
+            model.segmenter().save_pretrained(run / "model")
         return best["scores"]
 
     def test(self, model: Segmentation, datamodule: SegmentationData) -> None:
@@ -282,8 +300,10 @@ class Lab(LightningCLI):
         if not rows:
             raise SystemExit(1)
 
-    def load(self, model: Segmentation) -> int:
-        """Give the network the weights of the run, and return their epoch."""
+    def load(self, model: Segmentation) -> int | None:
+        """Give the network the weights of the run, and return their epoch; pretrained ones are there already."""
+        if self.checkpoint is None:
+            return None
         content = runs.read_checkpoint(self.checkpoint)
         self.datamodule.load_state_dict(content.get(type(self.datamodule).__qualname__, {}))
         try:
@@ -316,11 +336,15 @@ def with_config_of_run(args: list[str]) -> list[str]:
     verb, *rest = args
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, **STRICT)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--pretrained")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     known, _ = parser.parse_known_args(rest)
-    if known.run is None and verb in ("test", "predict") and not known.help:
-        raise ValueError("run is missing: give the folder of a run with --run")
+    if verb in ("test", "predict") and not known.help:
+        if (known.run is None) == (known.pretrained is None):
+            raise ValueError("give either the folder of a run with --run, or the name of weights with --pretrained")
+        if known.pretrained is not None:
+            return [verb, *settings_of(known.pretrained), *rest]
     if known.run is None or known.help or verb not in Lab.subcommands():
         return args
     folder, _ = runs.find_run(known.run)
@@ -328,6 +352,20 @@ def with_config_of_run(args: list[str]) -> list[str]:
         return args
     runs.read_config(folder)  # names what is wrong with it
     return [verb, f"--config={folder / 'config.yaml'}", *rest]
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of weights that the library brings, with the split of their training."""
+    return Path(kan_mamba_layers.__file__).parent / "weights" / name
+
+
+def settings_of(pretrained: str) -> list[str]:
+    """The settings under which weights that the library brings were trained, as flags."""
+    if pretrained not in list_pretrained():
+        raise ValueError(f"pretrained {pretrained!r} is none of the weights: choose {', '.join(list_pretrained())}")
+    task = {"skin_lesion": "isic2017"}.get(pretrained, pretrained)
+    size = Segmenter.from_pretrained(pretrained).size
+    return [f"--data.task={task}", f"--data.image_size={size}", f"--model.pretrained={pretrained}"]
 
 
 def compare_runs(args: Sequence[str]) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from kan_mamba_layers.models import (
     create_model,
     from_pretrained,
     list_models,
+    list_pretrained,
 )
 from kan_mamba_layers.ops import bspline_basis, cross_selective_scan, kan_linear, resolve, selective_scan
+from kan_mamba_layers.segmenter import Segmenter
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "KMUNet",
     "KMUNetPP",
     "Mamba",
+    "Segmenter",
     "VMamba",
     "VMambaUNet",
     "VSSBlock",
@@ -53,6 +56,7 @@ __all__ = [
     "from_pretrained",
     "kan_linear",
     "list_models",
+    "list_pretrained",
     "param_groups",
     "resolve",
     "scan_attention",

@@ -11,12 +11,11 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kan_mamba_layers import SS2D, KANLinear, param_groups
+from kan_mamba_layers import SS2D, KANLinear, Segmenter, param_groups
 from segmentation.callbacks import AveragedWeights
 from segmentation.data.item import Item
 from segmentation.data.pixels import Pixels
 from segmentation.figures import Case
-from segmentation.inference import flip_axes, probabilities, to_classes_map
 from segmentation.networks import build_network
 from segmentation.prediction import Prediction, predict_file
 from segmentation.scores import ValidationScores, predicted_classes, score_image
@@ -37,6 +36,7 @@ class Segmentation(lightning.LightningModule):
         task: name of the task.
         network: a model of kan_mamba_layers, or unet, unet_pp (MONAI).
         model_args: arguments of the model, e.g. {"use_kan": false} for an ablation.
+        pretrained: weights to begin with, one of kan_mamba_layers.list_pretrained(); null for fresh ones.
         image_size: side of the squares that images are squashed to.
         lr: peak learning rate; 4e-3 was measured with the tiny models.
         spline_lr: multiplies the learning rate of all parameters in KANLinear.
@@ -54,6 +54,7 @@ class Segmentation(lightning.LightningModule):
         task: str,
         network: str = "km_unet_pp_tiny",
         model_args: dict[str, Any] | None = None,
+        pretrained: str | None = None,
         *,
         image_size: int = 128,
         lr: float = 4e-3,
@@ -72,15 +73,19 @@ class Segmentation(lightning.LightningModule):
         if min(spline_lr, scan_lr) < 0:
             raise ValueError(f"spline_lr {spline_lr} and scan_lr {scan_lr} must not be negative: 1 changes nothing")
         self.task, self.image_size = get_task(task), image_size
+        options = dict(model_args or {}) | ({} if pretrained is None else {"pretrained": pretrained})
         try:
-            self.network = build_network(network, self.task.in_channels, self.task.num_classes, **(model_args or {}))
+            self.network = build_network(network, self.task.in_channels, self.task.num_classes, **options)
         except TypeError as error:
             raise ValueError(f"model.model_args {model_args} do not fit {network!r}: {error}") from error
         self.lr, self.weight_decay, self.warmup, self.ema_decay = lr, weight_decay, warmup, ema_decay
         self.factors = {"spline_lr": spline_lr, "scan_lr": scan_lr}
-        self.how = {"flips": flips, "window": window}
-        if flips:
-            flip_axes(self.task, image_size)
+        self.how = {"flips": flips, "windows": window}
+        if flips and not self.task.flip_axes:
+            raise ValueError(
+                f"flips cannot be averaged for {task}: its images are never flipped in training, because front and "
+                "back, head and foot are fixed; leave flips out"
+            )
         binary = self.task.num_classes == 1
         of_dice, of_ce = LOSSES[loss]
         self.loss = DeepSupervisionLoss(
@@ -143,12 +148,18 @@ class Segmentation(lightning.LightningModule):
 
     def classes_of(self, image: Pixels) -> NDArray[np.uint8]:
         """Class numbers (h w) of an image (h w c) of any size."""
-        return to_classes_map(probabilities(self.network, self.task, image, self.image_size, **self.how))
+        return self.segmenter()(image, **self.how)
+
+    def segmenter(self) -> Segmenter:
+        """The network with what belongs to its use; it is put in evaluation mode."""
+        task = self.task
+        facts = {"size": self.image_size, "in_channels": task.in_channels, "flip_axes": task.flip_axes}
+        return Segmenter(self.network, task.class_names, **facts)
 
     def case_of(self, label: str, item: Item) -> Case:
         """An item with its truth and its prediction, to be drawn."""
         image, truth = item.read()
-        return Case(label, image, truth, self.eval().classes_of(image), self.task.class_names)
+        return Case(label, image, truth, self.classes_of(image), self.task.class_names)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         return [] if self.ema_decay is None else [AveragedWeights(self.ema_decay)]

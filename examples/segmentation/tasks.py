@@ -42,6 +42,12 @@ class Task:
         """Logits of a network: one (sigmoid) for a binary task, else one per class and one for background (softmax)."""
         return 1 if len(self.labels) == 1 else 1 + len(self.labels)
 
+    @property
+    def flip_axes(self) -> tuple[int, ...]:
+        """The axes that the augmentation flips: -2 is up-down, -1 is left-right."""
+        steps = self.augmentation(1)
+        return tuple(sorted(step.flipper.spatial_axis - 2 for step in steps if isinstance(step, RandFlipd)))
+
     def transform(self, size: int, training: bool) -> Compose:
         """Augmentation (in training) and normalisation, image by image, of {"image", "mask"}, squares of `size`."""
         normalise = NormalizeIntensityd(keys="image", channel_wise=True)

@@ -78,12 +78,13 @@ class ScoreWriter(Writer):
 class MaskWriter(Writer):
     """Of a prediction: the mask and overlay of each image, the labels of each volume, and predictions.csv.
 
-    `sizes`: millimetres a pixel by the stems of file names, for head circumferences.
+    Heads are measured: in millimetres with `sizes`, millimetres a pixel by the stems of file names, or `size`, that of
+    all others; in pixels without both.
     """
 
-    def __init__(self, out: Path, sizes: dict[str, float]) -> None:
+    def __init__(self, out: Path, sizes: dict[str, float], size: float | None = None) -> None:
         super().__init__(out)
-        self.sizes = sizes
+        self.sizes, self.size = sizes, size
 
     def on_predict_batch_end(
         self,
@@ -103,8 +104,10 @@ class MaskWriter(Writer):
         else:
             write_mask(classes, pl_module.task, mask)
             _save(Image.fromarray(overlay(outputs.image, classes)), overlays[0])
-            if self.sizes:
+            if self.sizes or self.size:
                 row["hc_mm"] = self._circumference(batch, classes)
+            elif pl_module.task.name == "fetal_head":
+                row["hc_pixels"] = head_circumference(classes, (1, 1))
         self.rows.append(row)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -112,7 +115,7 @@ class MaskWriter(Writer):
             write_csv(self.out / "predictions.csv", self.rows)
 
     def _circumference(self, path: Path, classes: NDArray[np.uint8]) -> float | None:
-        if size := self.sizes.get(stem(path)):
+        if size := self.sizes.get(stem(path), self.size):
             return head_circumference(classes, (size, size))
         warnings.warn(f"no pixel size is given for {path.name}: its hc_mm stays empty", stacklevel=2)
         return None

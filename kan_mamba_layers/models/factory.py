@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import inspect
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from kan_mamba_layers.models.km_unet import KMUNet
 from kan_mamba_layers.models.km_unet_pp import KMUNetPP
 from kan_mamba_layers.models.model import Model
-from kan_mamba_layers.models.storage import read_class
+from kan_mamba_layers.models.pretrained import folder_of, list_pretrained
+from kan_mamba_layers.models.storage import read_arguments, read_class
 from kan_mamba_layers.models.vmamba import PUBLISHED, VMamba
 from kan_mamba_layers.models.vmamba_unet import VMambaUNet
 
@@ -40,7 +42,11 @@ _MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {
 }
 
 
-def create_model(name: str, **overrides: Any) -> Model:
+# What a pretrained model may have otherwise than its weights were trained with.
+_FREE = ("in_channels", "num_classes", "drop_path", "features_only", "out_indices", "backend", "deep_supervision")
+
+
+def create_model(name: str, *, pretrained: str | None = None, **overrides: Any) -> Model:
     """Build a model by name.
 
     Args:
@@ -48,35 +54,37 @@ def create_model(name: str, **overrides: Any) -> Model:
             ``vmamba_unet``) and a size (``_tiny``, ``_small``, ``_base``). The first three families without a size are
             base. ``km_unet_tiny`` has ``context_residual=True``; the VMambas have the sizes and the ``drop_path`` of
             the published ones.
+        pretrained: weights to begin with, one of :func:`list_pretrained`; ``in_channels`` and ``num_classes`` are
+            theirs unless overridden. With other channels the first convolution is drawn anew, with other classes the
+            last layer of each head. None for fresh weights.
         overrides: arguments of the class of the model that replace those of the named one, such as ``in_channels``,
             ``num_classes`` or ``features_only=True``.
 
     Returns:
-        The model, with fresh weights, in training mode.
+        The model in training mode.
 
     Raises:
         TypeError: an override is not an argument of the model.
-        ValueError: the name is unknown, or an argument is out of range.
+        ValueError: the name is unknown, an argument is out of range, or the pretrained weights are those of another
+            model or damaged.
 
     Example:
         >>> create_model("km_unet_pp_tiny", in_channels=1).config["in_channels"]
         1
+        >>> create_model("km_unet_pp_tiny", pretrained="lumbar_spine").config["num_classes"]
+        6
     """
     if name not in _MODELS:
         raise ValueError(f"name {name!r} is not one of list_models(); did you mean {_nearest(name, _MODELS)}?")
     cls, arguments = _MODELS[name]
-    if "pretrained" in overrides:
-        raise TypeError(
-            f"pretrained={overrides['pretrained']!r} is not an argument: this library brings no pretrained weights. "
-            "Leave it out, and load weights of your own with from_pretrained(folder) or load_state_dict, or those of a "
-            "published VMamba with load_published(file)"
-        )
     accepted = inspect.signature(cls).parameters
     for override in overrides:
         if override not in accepted:
             raise TypeError(
                 f"{override!r} is not an argument of {cls.__name__}; did you mean {_nearest(override, accepted)}?"
             )
+    if pretrained is not None:
+        return _pretrained(name, pretrained, overrides)
     return cls(**{**arguments, **overrides})
 
 
@@ -113,6 +121,25 @@ def from_pretrained(folder: str | Path, *, num_classes: int | None = None, in_ch
             f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder"
         )
     return _CLASSES[name].from_pretrained(folder, num_classes=num_classes, in_channels=in_channels)
+
+
+def _pretrained(name: str, pretrained: str, overrides: dict[str, Any]) -> Model:
+    if pretrained not in list_pretrained():
+        raise ValueError(f"pretrained={pretrained!r} is not one of list_pretrained(): {', '.join(list_pretrained())}")
+    cls, arguments = _MODELS[name]
+    folder = folder_of(pretrained)
+    stored = read_arguments(folder)
+    usual = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
+    wanted = json.loads(json.dumps({**usual, **arguments, **overrides}))  # with lists for tuples, as stored
+    if read_class(folder) != cls.__name__:
+        raise ValueError(f"pretrained={pretrained!r} are weights of a {read_class(folder)}, not of {name!r}")
+    for key, value in wanted.items():
+        if key not in _FREE and value != stored[key]:
+            raise ValueError(
+                f"{key} is {value!r}, but pretrained={pretrained!r} are weights of a model with {stored[key]!r}; "
+                f"leave pretrained or {key} out, or choose another model"
+            )
+    return cls._from_stored(folder, {key: overrides[key] for key in _FREE if key in overrides})
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

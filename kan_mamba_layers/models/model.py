@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from kan_mamba_layers._check import check_int, check_shape
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.models.features import FeatureInfo
-from kan_mamba_layers.models.storage import read_model, write_model
+from kan_mamba_layers.models.storage import read_model, state_in, write_model
 from kan_mamba_layers.ops.backend import check_backend
 
 AnyModel = TypeVar("AnyModel", bound="Model")
@@ -47,16 +47,20 @@ class Model(Layer):
             if isinstance(module, Model):
                 module.grad_checkpointing = enable
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Store the model in a folder: ``config.json`` (class, arguments, checksum) and ``model.safetensors``.
 
         Args:
             folder: created if it does not exist.
+            dtype: of the stored parameters, such as ``torch.float16``, which halves the file; None for their own.
+                Buffers, such as the grids of splines, stay as they are, and a loaded model has its usual types.
 
         Raises:
             ImportError: safetensors is not installed.
+            TypeError: ``dtype`` is not a floating-point type.
+            ValueError: a parameter is too large for ``dtype``.
         """
-        write_model(folder, type(self).__name__, self.config, self.state_dict())
+        write_model(folder, type(self).__name__, self.config, state_in(self, dtype))
 
     @classmethod
     def from_pretrained(
@@ -75,9 +79,14 @@ class Model(Layer):
             ValueError: the folder holds another model, its files are damaged, or an argument is less than 1.
             ImportError: safetensors is not installed.
         """
-        arguments, state = read_model(folder, cls.__name__)
         wanted = {"num_classes": num_classes, "in_channels": in_channels}
-        changes = {name: value for name, value in wanted.items() if value not in (None, arguments[name])}
+        return cls._from_stored(folder, {name: value for name, value in wanted.items() if value is not None}).eval()
+
+    @classmethod
+    def _from_stored(cls: type[AnyModel], folder: str | Path, overrides: Mapping[str, Any]) -> AnyModel:
+        """Load a stored model with some other arguments, on the CPU; what these give another shape is drawn anew."""
+        arguments, state = read_model(folder, cls.__name__)
+        changes = {name: value for name, value in overrides.items() if value != arguments[name]}
         with torch.device("cpu"):
             model = cls(**{**arguments, **changes})
         if changes:
@@ -86,7 +95,7 @@ class Model(Layer):
             drawn = model.state_dict()
             state = {name: state[name] if before.get(name) == x.shape else x for name, x in drawn.items()}
         model.load_state_dict(state)
-        return model.eval()
+        return model
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
         """Run a block that holds many activations and no BatchNorm, whose statistics would count a batch twice."""

@@ -8,13 +8,20 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_model(folder: str | Path, model: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the class name, the arguments, the weights and a checksum of all three.
+def write_model(
+    folder: str | Path,
+    model: str,
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the class name, the arguments, the settings of a segmenter, the weights, and a checksum of all of them.
 
     Both files are written beside the old ones first, so that a full disk leaves those as they were.
     """
@@ -24,11 +31,30 @@ def write_model(folder: str | Path, model: str, arguments: Mapping[str, Any], st
     with TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
         weights, config = Path(beside) / _WEIGHTS, Path(beside) / _CONFIG
         safetensors.save_file({name: x.contiguous() for name, x in state.items()}, weights)
-        content = {"model": model, "arguments": arguments}
+        content: dict[str, Any] = {"model": model, "arguments": arguments}
+        if settings is not None:
+            content["segmenter"] = settings
         content["sha256"] = _checksum(content, weights)
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in (weights, config):
             file.replace(folder / file.name)
+
+
+def state_in(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state of a module with its parameters in another type, which must hold their values."""
+    state = module.state_dict()
+    if dtype is None:
+        return state
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}; pass e.g. torch.float16")
+    for name, _ in module.named_parameters():
+        x = state[name]
+        if not x.to(dtype).isfinite().all():
+            raise ValueError(
+                f"dtype={dtype} cannot hold {name}, up to {x.abs().max():g}; store the model with dtype=None"
+            )
+        state[name] = x.to(dtype)
+    return state
 
 
 def read_model(folder: str | Path, model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -54,6 +80,22 @@ def read_class(folder: str | Path) -> str:
     return _read_config(folder)["model"]
 
 
+def read_arguments(folder: str | Path) -> dict[str, Any]:
+    """Return the arguments of a stored model."""
+    return _read_config(folder)["arguments"]
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of a stored segmenter."""
+    config = _read_config(folder)
+    if not isinstance(config.get("segmenter"), dict):
+        raise ValueError(
+            f"folder {str(folder)!r} holds a model without classes and size; store a segmenter with "
+            "Segmenter.save_pretrained, or load the model with kan_mamba_layers.from_pretrained"
+        )
+    return config["segmenter"]
+
+
 def _read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / _CONFIG
     if not path.is_file():
@@ -70,8 +112,9 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _checksum(config: Mapping[str, Any], weights: Path) -> str:
-    """The sha256 of everything that defines a stored model: its class, its arguments and its weights."""
-    identity = json.dumps([config["model"], config["arguments"]], sort_keys=True)
+    """The sha256 of everything that defines a stored model: its class, its arguments, its use and its weights."""
+    parts = [config[name] for name in ("model", "arguments", "segmenter") if name in config]
+    identity = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(identity.encode() + weights.read_bytes()).hexdigest()
 
 

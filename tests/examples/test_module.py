@@ -7,8 +7,13 @@ import pickle
 import pytest
 import torch
 
+from kan_mamba_layers import Segmenter
 from segmentation.callbacks import AveragedWeights, WholeEpochs
+from segmentation.data.datamodule import ImageSet
+from segmentation.data.demo import demo_items
+from segmentation.data.pixels import to_target
 from segmentation.module import LOSSES, Segmentation
+from segmentation.tasks import TASKS, get_task
 
 
 def optimiser(module: Segmentation) -> dict:
@@ -74,3 +79,21 @@ def test_warm_up_may_be_left_out():
 def test_misuse_is_explained(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_network_sees_what_it_saw_in_training():
+    item = demo_items(get_task("isic2017"), 48)[0]
+    image, mask = item.read()
+    module, seen = Segmentation("isic2017", "unet", image_size=32), []
+    module.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
+    module.classes_of(image)
+    images, masks = Segmenter.to_square(image, 32).half()[None], to_target(mask, 32)[None]
+    trained_on = ImageSet(module.task, [item], images, masks, training=False)
+    torch.testing.assert_close(seen[0][0], trained_on[0]["image"], rtol=0, atol=0.01)  # half precision
+
+
+def test_flips_of_the_tasks():
+    axes = {name: task.flip_axes for name, task in TASKS.items()}
+    assert axes["isic2017"] == (-2, -1)
+    assert axes["fetal_head"] == axes["breast_lesion"] == (-1,)
+    assert {name for name in TASKS if not axes[name]} == {"lumbar_spine", "spine_vertebrae", "spine_structures"}

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from kan_mamba_layers import Segmenter
 from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
 from segmentation.data.formats.files import list_files, subfolders
 from segmentation.data.formats.voxels import Cut
 from segmentation.data.item import Item
-from segmentation.data.pixels import to_input, to_target
+from segmentation.data.pixels import to_target
 from segmentation.tasks import Task, get_task
 
 # A module has `fits(folder)`, `items(task, folder)` and says in its docstring what fits. The first is taken.
@@ -88,7 +89,7 @@ def load(items: Sequence[Item], size: int) -> tuple[Tensor, Tensor, NDArray[np.b
 def _load(item: Item, size: int) -> tuple[Tensor, Tensor, NDArray[np.bool_], NDArray[np.float32]] | Exception:
     try:
         image, mask = item.read()
-        pair = to_input(image, size).half(), to_target(mask, size)
+        pair = Segmenter.to_square(image, size).half(), to_target(mask, size)
         return *pair, splits.difference_hash(image), splits.edges(image)
     except (ValueError, OSError) as error:
         return error

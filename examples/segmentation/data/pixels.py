@@ -135,15 +135,6 @@ def named(path: Path, trouble: str, *errors: type[Exception], fix: str = "replac
         raise ValueError(f"{path} cannot be {trouble} ({reason}): {fix}") from error
 
 
-def to_input(image: Pixels, size: int) -> Tensor:
-    """Values (c size size) of an image (h w c), squashed to a square; bytes become 0 ... 1, deeper pixels are
-    stretched from their least to their greatest value."""
-    low, high = (0.0, 255.0) if image.dtype == np.uint8 else np.float32([image.min(), image.max()])
-    scale = max(high - low, np.finfo(np.float32).tiny)
-    planes = (Image.fromarray((plane.astype(np.float32) - low) / scale) for plane in np.moveaxis(image, 2, 0))
-    return torch.from_numpy(np.stack([plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]))
-
-
 def to_target(mask: NDArray[np.uint8], size: int) -> Tensor:
     """Class numbers (1 size size) of a mask (h w), squashed to a square."""
     return torch.tensor(np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)))[None]

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import ExifTags, Image
 
 from data.layouts import colours, save_deep
 from segmentation.data.item import read_files, to_classes
-from segmentation.data.pixels import read_image, read_values, to_input, to_pixels, to_target
+from segmentation.data.pixels import read_image, read_values, to_pixels, to_target
 from segmentation.prediction import predict_file, read_pixel_sizes
 from segmentation.tasks import get_task
 
@@ -170,14 +169,7 @@ def test_a_mask_of_one_class_may_use_one_or_255():
         to_classes(np.array([[0, 1, 255]]), {255: "lesion"}, Path("mask.png"))
 
 
-def test_values_of_every_depth_reach_the_network():
-    for dtype, low, high in ((np.uint8, 0, 255), (np.uint16, 100, 4100), (np.float32, -3, 5)):
-        image = np.linspace(low, high, 40 * 40).reshape(40, 40, 1).astype(dtype)
-        values = to_input(image, 40)
-        assert values.shape == (1, 40, 40)
-        assert torch.allclose(values.flatten(), torch.linspace(0, 1, 1600), atol=1 / 255)
-        assert len(values.half().unique()) >= (256 if dtype == np.uint8 else 1000)
-    assert to_input(np.full((9, 9, 3), 7, np.uint16), 32).abs().max() == 0
+def test_targets_keep_their_classes():
     target = to_target(np.repeat(np.arange(6, dtype=np.uint8), 10)[None].repeat(30, 0), 64)
     assert target.shape == (1, 64, 64)
     assert target.unique().tolist() == [0, 1, 2, 3, 4, 5]
