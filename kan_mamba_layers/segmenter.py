@@ -232,7 +232,7 @@ def _unit(pixels: NDArray[Any]) -> Tensor:  # h w c -> c h w
     else:
         pixels = pixels.astype(np.float64)
         low, high = float(pixels.min()), float(pixels.max())
-    unit = (pixels - low) / max(high - low, np.finfo(np.float32).tiny)
+    unit = (pixels - low) / max(high - low, float(np.finfo(np.float32).tiny))
     return torch.from_numpy(np.moveaxis(unit, 2, 0).astype(np.float32, order="C"))
 
 

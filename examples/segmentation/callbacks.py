@@ -104,14 +104,15 @@ class AveragedWeights(WeightAveraging):
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay {decay} must lie between 0 and 1, e.g. 0.99; null means no averaging")
 
-        super().__init__(avg_fn=partial(average, decay))
+        super().__init__(multi_avg_fn=partial(average, decay))
 
 
-def average(decay: float, mean: Tensor, value: Tensor, number: Tensor) -> Tensor:
-    """The mean of the weights of all steps after step `number`; not nested, so that processes can be spawned."""
-    if not value.is_floating_point():  # counters
-        return value
-    return mean.lerp(value, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+def average(decay: float, means: list[Tensor], values: list[Tensor], number: Tensor) -> None:
+    """Make the mean of the weights that of all steps after step `number`; of counters it is the last value."""
+    if means[0].is_floating_point():
+        torch._foreach_lerp_(means, values, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+    else:
+        torch._foreach_copy_(means, values)
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -42,8 +42,10 @@ class DownLayer(nn.Module):
         super().__init__()
         self.conv = ConvLayer(in_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c' h/2 w/2
-        return F.max_pool2d(self.conv(x), 2)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # b c h w -> b c' h w, b c' h/2 w/2
+        """Return the map before pooling and the map after it."""
+        x = self.conv(x)  # b c' h w
+        return x, F.max_pool2d(x, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -117,15 +119,20 @@ class Decode(nn.Module):
 
 
 class Head(nn.Module):
-    """From half size to logits at full size."""
+    """From half size to logits at full size, with or without a skip at full size."""
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, *, full_resolution: bool = False) -> None:
         super().__init__()
         self.decode = Decode(in_channels, in_channels)
+        self.fuse = ConvBNReLU(in_channels, in_channels) if full_resolution else None
         self.logits = nn.Conv2d(in_channels, num_classes, 1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # b c h/2 w/2 -> b num_classes h w
-        return self.logits(self.decode(x, size))
+    def forward(self, x: Tensor, size: torch.Size, skip: Tensor | None = None) -> Tensor:
+        # b c h/2 w/2, b c h w -> b num_classes h w
+        x = self.decode(x, size)  # b c h w
+        if self.fuse is not None and skip is not None:
+            x = self.fuse(x + skip)
+        return self.logits(x)
 
 
 def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c

@@ -113,7 +113,7 @@ class KMUNet(SegmentationModel):
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
         """Return the decoded map at half size that the head reads."""
         self._check_whole("forward_features")
-        *skips, x = self._encode(x, list(self.encoder_context))
+        _, (*skips, x) = self._encode(x, list(self.encoder_context))
         for i in reversed(range(len(self.decoder))):
             x = self.decoder[i](x, skips[i].shape[2:]) + skips[i]
             if str(i) in self.decoder_kan_stages:
@@ -127,5 +127,5 @@ class KMUNet(SegmentationModel):
         With ``features_only=True`` it is the list of the encoder's maps.
         """
         if self.features_only:
-            return self._chosen(self._encode(x, list(self.encoder_context)))
+            return self._chosen(self._encode(x, list(self.encoder_context))[1])
         return self.head(self.forward_features(x), x.shape[2:])

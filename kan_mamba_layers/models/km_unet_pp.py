@@ -22,8 +22,12 @@ class KMUNetPP(SegmentationModel):
                   + \textstyle\sum_{k<j} \mathrm{plus}_{i,j,k}(X_{i,k})\big)\Big), \qquad j \ge 1,
 
     with :math:`\mathrm{KAN}` on levels 2 and 3 only and
-    :math:`\mathrm{ctx}(x) = x + \mathrm{EMA}(\mathrm{SS2D}(\mathrm{LN}(x)))`. With depth ``L = len(widths) - 1`` the
-    result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]`` to ``X[0, L-1]``.
+    :math:`\mathrm{ctx}(x) = x + \mathrm{EMA}(\mathrm{SS2D}(\mathrm{LN}(x)))` from level ``context_from`` on. With depth
+    ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]`` to
+    ``X[0, L-1]``: with ``full_resolution`` and :math:`E` the first level before its pooling, the logits are those of
+
+    .. math::
+        \mathrm{conv}_j\big(\mathrm{up}(\mathrm{DConv}_j(X_{0,j})) + E\big).
 
     Args:
         in_channels: channels of the image.
@@ -45,6 +49,9 @@ class KMUNetPP(SegmentationModel):
         features_only: see :class:`KMUNet`; the maps are ``X[i, 0]``.
         out_indices: see :class:`KMUNet`.
         backend: see :class:`KMUNet`.
+        full_resolution: whether every head adds the map of the first level at full size, so that outlines are not
+            limited to half size.
+        context_from: the first level with SS2D and EMA, which cost most at the first levels.
         deep_supervision: whether every ``X[0, j]``, ``j >= 1``, has a head. In training ``forward`` then returns a list
             of logits, the final one first; in evaluation it returns the final one.
 
@@ -94,9 +101,12 @@ class KMUNetPP(SegmentationModel):
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
         backend: Backend = "auto",
+        full_resolution: bool = False,
+        context_from: int = 0,
         deep_supervision: bool = False,
     ) -> None:
         check_sizes("widths", widths, 2, 5)
+        check_int("context_from", context_from, 0)
         super().__init__(own_arguments(locals()))
         self.deep_supervision = deep_supervision
         self.depth = depth = len(widths) - 1
@@ -112,12 +122,14 @@ class KMUNetPP(SegmentationModel):
         self.context = nn.ModuleDict({f"{i}_0": self._encoder_context(i) for i in levels})
         self.context.update({f"{i}_{j}": self._context_block(i) for i, j in nodes})
         heads = [j for i, j in nodes if i == 0 and (deep_supervision or j == depth)]
-        self.heads = nn.ModuleDict({str(j): Head(widths[0], num_classes) for j in heads})
+        self.heads = nn.ModuleDict(
+            {str(j): Head(widths[0], num_classes, full_resolution=full_resolution) for j in heads}
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b widths[0] h/2 w/2
         """Return ``X[0, L]``, the decoded map at half size that the final head reads."""
         self._check_whole("forward_features")
-        return self._top_row(x)[-1]
+        return self._top_row(x)[1][-1]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # b in_channels h w -> b num_classes h w
         """Return the logits of every pixel, ``(b, num_classes, h, w)``, of images of any size from 32x32.
@@ -126,11 +138,11 @@ class KMUNetPP(SegmentationModel):
         ``features_only=True`` the list of the encoder's maps.
         """
         if self.features_only:
-            return self._chosen(self._first_column(x))
-        top = self._top_row(x)
+            return self._chosen(self._first_column(x)[1])
+        full, top = self._top_row(x)
         if self.deep_supervision and self.training:
-            return [self.heads[str(j)](top[j], x.shape[2:]) for j in range(self.depth, 0, -1)]
-        return self.heads[str(self.depth)](top[self.depth], x.shape[2:])
+            return [self.heads[str(j)](top[j], x.shape[2:], full) for j in range(self.depth, 0, -1)]
+        return self.heads[str(self.depth)](top[self.depth], x.shape[2:], full)
 
     def prune(self, depth: int) -> "KMUNetPP":
         """Return the smaller model that ends at ``X[0, depth]``, with the same weights, in evaluation mode.
@@ -156,14 +168,15 @@ class KMUNetPP(SegmentationModel):
         pruned.load_state_dict({key: state[key] for key in pruned.state_dict()})
         return pruned.eval()
 
-    def _first_column(self, x: Tensor) -> list[Tensor]:
-        """Return ``X[0, 0], X[1, 0], ...``."""
+    def _first_column(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the map ``E`` at full size, and ``X[0, 0], X[1, 0], ...``."""
         levels = range(min(CONV_LEVELS, self.feature_info.depth))
         return self._encode(x, [self.context[f"{i}_0"] for i in levels])
 
-    def _top_row(self, x: Tensor) -> list[Tensor]:
-        """Compute the grid column by column and return ``X[0, 0], ..., X[0, L]``."""
-        X = {(i, 0): node for i, node in enumerate(self._first_column(x))}
+    def _top_row(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Compute the grid column by column; return the map ``E`` at full size, and ``X[0, 0], ..., X[0, L]``."""
+        full, column = self._first_column(x)
+        X = {(i, 0): node for i, node in enumerate(column)}
         for j in range(1, self.depth + 1):
             for i in range(self.depth + 1 - j):
                 node = self.up[f"{i}_{j}"](X[i + 1, j - 1], X[i, 0].shape[2:])
@@ -172,4 +185,4 @@ class KMUNetPP(SegmentationModel):
                 if f"{i}_{j}" in self.kan:
                     node = self.kan[f"{i}_{j}"](node)
                 X[i, j] = self._recomputed(self.context[f"{i}_{j}"], node)
-        return [X[0, j] for j in range(self.depth + 1)]
+        return full, [X[0, j] for j in range(self.depth + 1)]

@@ -33,7 +33,8 @@ class SegmentationModel(Model):
         widths = tuple(arguments["widths"])
         check_int("ema_factor", arguments["ema_factor"], 1)
         for i, width in enumerate(widths):
-            if arguments["use_ema"] and (i < CONV_LEVELS or i < len(widths) - 1):
+            has_context = arguments.get("context_from", 0) <= i < max(CONV_LEVELS, len(widths) - 1)
+            if arguments["use_ema"] and has_context:
                 check_divisible(f"widths[{i}]", width, "ema_factor", arguments["ema_factor"])
         self.widths = widths
         self.trunk_context: bool = arguments["trunk_context"]
@@ -56,7 +57,9 @@ class SegmentationModel(Model):
     def _kan_stage(self, level: int) -> KANStage:
         return KANStage(self.widths[level], **options_for(KANBlock, self.config))
 
-    def _context_block(self, level: int) -> ContextBlock:
+    def _context_block(self, level: int) -> nn.Module:
+        if level < self.config.get("context_from", 0):
+            return nn.Identity()
         options = options_for(ContextBlock, self.config)
         return ContextBlock(self.widths[level], residual=self.config["context_residual"], **options)
 
@@ -65,18 +68,24 @@ class SegmentationModel(Model):
         used = self.trunk_context or level in self.feature_info.out_indices
         return self._context_block(level) if used else nn.Identity()
 
-    def _encode(self, x: Tensor, context: Sequence[nn.Module]) -> list[Tensor]:
-        """Return the map of every level for the decoder; ``context`` holds the context blocks of the first levels."""
+    def _encode(self, x: Tensor, context: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+        """Return the map at full size, before the first pooling, and those of all levels for the decoder.
+
+        ``context`` holds the context blocks of the first levels.
+        """
         self._check_image(x, _MIN_SIZE)
         self._check_batch(x, (self._deepest(x.shape[2]), self._deepest(x.shape[3])))
-        maps = []
+        full, maps = x, []
         for level, encode in enumerate(self.encoder):
-            x = skip = encode(x)
             if level < CONV_LEVELS:
+                before, x = encode(x)
+                full = full if level else before
                 skip = self._recomputed(context[level], x)
                 x = skip if self.trunk_context else x
+            else:
+                x = skip = encode(x)
             maps.append(skip)
-        return maps
+        return full, maps
 
     def _deepest(self, size: int) -> int:
         """The size at the deepest level: pooling rounds down, strided convolution rounds up."""

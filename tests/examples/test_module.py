@@ -55,9 +55,14 @@ def test_losses_are_the_sums_they_are_called(loss):
 
 
 def test_averages_can_be_sent_to_other_processes():
-    again = pickle.loads(pickle.dumps(AveragedWeights(0.9)))._kwargs["avg_fn"]
-    mean, value = torch.tensor([1.0]), torch.tensor([2.0])
-    assert [again(mean, value, torch.tensor(n)).item() for n in (0, 10**6)] == pytest.approx([1.9, 1.1])
+    again = pickle.loads(pickle.dumps(AveragedWeights(0.9)))._kwargs["multi_avg_fn"]
+    for number, expected in ((0, 1.9), (10**6, 1.1)):
+        means = [torch.tensor([1.0]), torch.tensor([[1.0, 1.0]])]
+        again(means, [2 * mean for mean in means], torch.tensor(number))
+        assert [value for mean in means for value in mean.flatten().tolist()] == pytest.approx([expected] * 3)
+    counters = [torch.tensor(1)]
+    again(counters, [torch.tensor(5)], torch.tensor(3))
+    assert counters == [5]
 
 
 def test_warm_up_may_be_left_out():
