@@ -30,7 +30,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-import kan_mamba_layers
 from kan_mamba_layers import Segmenter, list_pretrained
 from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
@@ -40,7 +39,7 @@ from segmentation.data.datamodule import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import draw_cases, draw_curves
 from segmentation.module import Segmentation
-from segmentation.networks import count_parameters, multiply_adds
+from segmentation.networks import count_parameters, multiply_adds, weights_folder
 from segmentation.prediction import read_pixel_sizes
 from segmentation.report import write_report
 from segmentation.writers import MaskWriter, ScoreWriter, check_outputs
@@ -352,11 +351,6 @@ def with_config_of_run(args: list[str]) -> list[str]:
         return args
     runs.read_config(folder)  # names what is wrong with it
     return [verb, f"--config={folder / 'config.yaml'}", *rest]
-
-
-def weights_folder(name: str) -> Path:
-    """The folder of weights that the library brings, with the split of their training."""
-    return Path(kan_mamba_layers.__file__).parent / "weights" / name
 
 
 def settings_of(pretrained: str) -> list[str]:

@@ -344,7 +344,7 @@ WRONG_MODELS = [
     ),
     Bad(lambda: convert_state_dict({"epoch": 3}, "u_kan"), TypeError, (r"\['epoch'\] must", "int", "leave it out")),
     Bad(lambda: convert_state_dict(EMA(8), "u_kan"), TypeError, ("state_dict must", "EMA", r"model\.state_dict\(\)")),
-    Bad(lambda: create_model("u_kan", pretrained=True), TypeError, ("pretrained=True", "no pretrained", "from_pre")),
+    Bad(lambda: create_model("u_kan", pretrained=True), ValueError, ("pretrained=True", "list_pre", "fetal_head")),
     Bad(lambda: SS2D(8).bfloat16()(z(2, 3, 3, 8)), ValueError, ("x is", "float32", "conv2d.weight", "autocast")),
     Bad(lambda: EMA(8)(z(2, 8, 3, 3).double()), ValueError, ("x is", "float64", "conv3x3.weight", "autocast")),
     Bad(lambda: KANLayer(4)(z(2, 0, 4), 0, 3), ValueError, ("x must", "one pixel", r"\(2, 0, 4\)", "h >= 1")),

@@ -51,7 +51,8 @@ def km_unet_pp() -> Figure:
     for i, j in _nodes(model):
         name = f"{i}_{j}"
         kinds = ["KAN" if _has_kan(model.encoder[i]) else "conv"] if j == 0 else ["KAN"] * (name in model.kan)
-        kinds = [*kinds, *["context"] * (name in model.context)]
+        has_context = name in model.context and not isinstance(model.context[name], torch.nn.Identity)
+        kinds = [*kinds, *["context"] * has_context] or ["conv"]
         _node(axes, j * step, i, kinds, f"X[{i}, {j}]" + (f"   {model.widths[i]}\n{sizes[i]}" if j == 0 else ""))
         if j == 0 and i > 0:
             _arrow(axes, (0, i - 1), (0, i), down=True)
@@ -62,7 +63,12 @@ def km_unet_pp() -> Figure:
                 _arc(axes, k * step, j * step, i)
     last = len(model.widths) - 1
     _ends(axes, last * step, 0, model.config["in_channels"], model.config["num_classes"])
-    axes.set(xlim=(-2.3, last * step + 2.4), ylim=(-last - 0.5, 1.0))
+    skip = (-WIDTH / 4, HEIGHT / 2), (last * step + 1.75, 0.45)
+    axes.add_patch(
+        FancyArrowPatch(*skip, arrowstyle="-|>", mutation_scale=9, color=QUIET, connectionstyle="arc3,rad=-.17")
+    )
+    axes.text(last * step / 2, 1.32, f"first level before pooling, {SIZE} x {SIZE}", ha="center", color=QUIET)
+    axes.set(xlim=(-2.3, last * step + 2.4), ylim=(-last - 0.5, 1.6))
     return _with_legend(figure, axes, "KMUNetPP")
 
 
@@ -80,7 +86,11 @@ def _level_sizes(model: KMUNet | KMUNetPP) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
 
     def note(level: int) -> Any:
-        return lambda module, inputs, output: found.append((level, f"{output.shape[2]} x {output.shape[3]}"))
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            after = output[1] if isinstance(output, tuple) else output  # before and after pooling
+            found.append((level, f"{after.shape[2]} x {after.shape[3]}"))
+
+        return hook
 
     hooks = [stage.register_forward_hook(note(i)) for i, stage in enumerate(model.encoder)]
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """One way to build every network of the experiments: ours by name, and MONAI's U-Net and U-Net++ as baselines."""
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from monai.networks.nets import BasicUNet, BasicUNetPlusPlus
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import kan_mamba_layers
 from kan_mamba_layers import create_model, list_models
 
 # Half of MONAI's default widths: about half a million parameters, the size of our small models.
@@ -46,6 +48,11 @@ def build_network(name: str, in_channels: int, num_classes: int, **overrides: An
     network = UNetPlusPlus if name == "unet_pp" else BasicUNet
     overrides = {"features": BASELINE_FEATURES, **overrides}
     return network(spatial_dims=2, in_channels=in_channels, out_channels=num_classes, **overrides)
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of weights that the library brings, with the split of their training."""
+    return Path(kan_mamba_layers.__file__).parent / "weights" / name
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -27,6 +27,7 @@ from segmentation.data.item import to_classes
 from segmentation.data.pixels import read_values
 from segmentation.data.split import read_split, split_hash
 from segmentation.module import Segmentation
+from segmentation.networks import weights_folder
 from segmentation.runs import read_config
 from segmentation.scores import score_image
 from segmentation.tasks import get_task
@@ -467,3 +468,73 @@ def test_real_images(shared, tmp_path, task, name):
     facts = fit(tmp_path / "run", task, "unet", f"--data.folder={shared / 'data' / name}")
     assert facts["data"] == name
     assert 0 <= facts["metrics"]["per_image"]["iou"]["mean"] <= facts["metrics"]["per_image"]["dice"]["mean"] <= 1
+
+
+def test_weights_of_the_library_predict_files_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    draw("fetal_head", 0, 0, (61, 83))[0].save(images / "grey.png")
+    draw("isic2017", 0, 0, (97, 40))[0].save(images / "portrait.jpg")
+    deep = np.asarray(draw("fetal_head", 0, 1, (50, 70))[0]).astype(np.uint16) * 200
+    Image.fromarray(deep).save(images / "deep.png")
+    command = ["predict", "--pretrained=fetal_head", *QUIET, str(images)]
+    millimetres = lab.main([*command, "--pixel_size=0.2", "--out=out"]).writer.rows
+    assert [row["file"] for row in millimetres] == ["deep.png", "grey.png", "portrait.jpg"]
+    pixels = lab.main(command).writer.rows
+    for row, again, size in zip(millimetres, pixels, ((70, 50), (83, 61), (40, 97)), strict=True):
+        name = Path(row["file"]).stem
+        mask = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
+        assert mask.shape == size[::-1] and Image.open(tmp_path / "out" / f"{name}-overlay.png").size == size
+        assert np.array_equal(mask, np.asarray(Image.open(tmp_path / "predictions" / f"{name}.png")))
+        assert row["hc_mm"] == (again["hc_pixels"] and pytest.approx(0.2 * again["hc_pixels"]))
+        assert row["hc_mm"] == pytest.approx(head_circumference(mask, (0.2, 0.2)))
+    assert any(row["hc_mm"] for row in millimetres)
+
+
+def test_weights_of_the_library_keep_the_grid_of_a_volume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    volume = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 900, (40, 33, 5)).astype(np.int16))
+    volume.SetSpacing((4.0, 0.9, 0.8))
+    volume.SetDirection((0, 0, -1, 1, 0, 0, 0, -1, 0))
+    SimpleITK.WriteImage(volume, "spine.mha")
+    lab.main(["predict", "--pretrained=lumbar_spine", *QUIET, "spine.mha"])
+    labels = SimpleITK.ReadImage("predictions/spine.mha")
+    assert labels.GetSize() == volume.GetSize() and labels.GetSpacing() == pytest.approx(volume.GetSpacing())
+    assert labels.GetDirection() == pytest.approx(volume.GetDirection())
+
+
+def test_weights_of_the_library_are_scored_on_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scores = lab.main(["test", "--pretrained=lumbar_spine", "--data.limit=6", *QUIET]).writer.scores
+    assert (scores["network"], scores["run"], scores["side"]) == ("km_unet_pp_tiny", "lumbar_spine", "all")
+    assert (scores["checkpoint"], scores["epoch"], scores["image_size"]) == (None, None, 128)
+    assert (tmp_path / "runs" / "lumbar_spine" / "all" / "images.csv").is_file()
+
+
+def test_a_training_may_begin_with_weights_of_the_library(tmp_path):
+    facts = fit(
+        tmp_path / "run", "breast_lesion", "km_unet_pp_tiny", "--model.pretrained=breast_lesion", "--model.lr=0"
+    )
+    assert facts["epochs"] == 1
+    network, weights = (
+        from_pretrained(folder) for folder in (tmp_path / "run" / "model", weights_folder("breast_lesion"))
+    )
+    kept = dict(network.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in weights.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pretrained=head"], "pretrained 'head' is none of the weights: choose breast_lesion, fetal_head"),
+        ([], "give either the folder of a run with --run, or the name of weights with --pretrained"),
+        (["--pretrained=fetal_head", "--run=x"], "give either the folder of a run"),
+        (["--pretrained=skin_lesion", "--pixel_size=1"], "pixel sizes measure heads, but .* is of isic2017"),
+    ],
+)
+def test_wrong_weights_are_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        lab.main(["predict", *flags, *QUIET, "image.png"])
+    assert not list(tmp_path.iterdir())
