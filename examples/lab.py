@@ -30,7 +30,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kan_mamba_layers import Segmenter, list_pretrained
 from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
@@ -39,7 +38,7 @@ from segmentation.data.datamodule import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import draw_cases, draw_curves
 from segmentation.module import Segmentation
-from segmentation.networks import count_parameters, multiply_adds, weights_folder
+from segmentation.networks import count_parameters, multiply_adds, pretrained_settings, weights_folder
 from segmentation.prediction import read_pixel_sizes
 from segmentation.report import write_report
 from segmentation.writers import MaskWriter, ScoreWriter, check_outputs
@@ -343,7 +342,7 @@ def with_config_of_run(args: list[str]) -> list[str]:
         if (known.run is None) == (known.pretrained is None):
             raise ValueError("give either the folder of a run with --run, or the name of weights with --pretrained")
         if known.pretrained is not None:
-            return [verb, *settings_of(known.pretrained), *rest]
+            return [verb, *pretrained_settings(known.pretrained), *rest]
     if known.run is None or known.help or verb not in Lab.subcommands():
         return args
     folder, _ = runs.find_run(known.run)
@@ -351,15 +350,6 @@ def with_config_of_run(args: list[str]) -> list[str]:
         return args
     runs.read_config(folder)  # names what is wrong with it
     return [verb, f"--config={folder / 'config.yaml'}", *rest]
-
-
-def settings_of(pretrained: str) -> list[str]:
-    """The settings under which weights that the library brings were trained, as flags."""
-    if pretrained not in list_pretrained():
-        raise ValueError(f"pretrained {pretrained!r} is none of the weights: choose {', '.join(list_pretrained())}")
-    task = {"skin_lesion": "isic2017"}.get(pretrained, pretrained)
-    size = Segmenter.from_pretrained(pretrained).size
-    return [f"--data.task={task}", f"--data.image_size={size}", f"--model.pretrained={pretrained}"]
 
 
 def compare_runs(args: Sequence[str]) -> dict[str, Any]:

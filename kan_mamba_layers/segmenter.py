@@ -155,11 +155,11 @@ class Segmenter:
         x = _normalise(x)[None].to(next(self.model.parameters()).device)  # 1 c h w
         axes = self.flip_axes if flips else ()
         flipped = [some for number in range(len(axes) + 1) for some in itertools.combinations(axes, number)]
-        total = torch.zeros(())
+        found = []
         for some in flipped:
             logits = self._logits(x.flip(some), pixels.shape[:2], windows)
-            total = total.to(x.device) + (logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)).flip(some)
-        return total / len(flipped)
+            found.append((logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)).flip(some))
+        return torch.stack(found).mean(dim=0)
 
     def _logits(self, x: Tensor, own: tuple[int, ...], windows: bool) -> Tensor:  # 1 c h w -> k h w
         """Logits at the size of the image.

@@ -59,15 +59,8 @@ def test_names_of_the_contract() -> None:
         *("selective_scan", "cross_selective_scan", "bspline_basis", "kan_linear", "resolve"),
         *("KANLinear", "KANConv2d", "KANLayer", "KANBlock", "SS2D", "SS3D", "Mamba", "VSSBlock", "EMA", "param_groups"),
         *("KMUNet", "KMUNetPP", "VMamba", "VMambaUNet"),
-        *(
-            "create_model",
-            "list_models",
-            "from_pretrained",
-            "list_pretrained",
-            "Segmenter",
-            "convert_state_dict",
-            "export_onnx",
-        ),
+        *("create_model", "list_models", "from_pretrained", "convert_state_dict", "export_onnx"),
+        *("list_pretrained", "Segmenter"),
         "walks",
         *("effective_receptive_field", "scan_attention"),
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kan_mamba_layers
-from kan_mamba_layers import create_model, list_models
+from kan_mamba_layers import Segmenter, create_model, list_models, list_pretrained
 
 # Half of MONAI's default widths: about half a million parameters, the size of our small models.
 BASELINE_FEATURES = (16, 16, 32, 64, 128, 16)
@@ -53,6 +53,15 @@ def build_network(name: str, in_channels: int, num_classes: int, **overrides: An
 def weights_folder(name: str) -> Path:
     """The folder of weights that the library brings, with the split of their training."""
     return Path(kan_mamba_layers.__file__).parent / "weights" / name
+
+
+def pretrained_settings(name: str) -> list[str]:
+    """The settings under which weights that the library brings were trained, as flags of the lab."""
+    if name not in list_pretrained():
+        raise ValueError(f"pretrained {name!r} is none of the weights: choose {', '.join(list_pretrained())}")
+    task = {"skin_lesion": "isic2017"}.get(name, name)
+    size = Segmenter.from_pretrained(name).size
+    return [f"--data.task={task}", f"--data.image_size={size}", f"--model.pretrained={name}"]
 
 
 def count_parameters(network: nn.Module) -> int:

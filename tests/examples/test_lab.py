@@ -391,7 +391,7 @@ def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
     assert "skipped: " in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="nowhere' does not exist: give an image"):
         predict(skin, tmp_path / "out", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="pixel_size_csv measures heads"):
+    with pytest.raises(ValueError, match="pixel sizes measure heads"):
         predict(skin, tmp_path / "out2", f"--pixel_size_csv={broken}", broken)
 
 
@@ -513,15 +513,11 @@ def test_weights_of_the_library_are_scored_on_other_images(tmp_path, monkeypatch
 
 
 def test_a_training_may_begin_with_weights_of_the_library(tmp_path):
-    facts = fit(
-        tmp_path / "run", "breast_lesion", "km_unet_pp_tiny", "--model.pretrained=breast_lesion", "--model.lr=0"
-    )
-    assert facts["epochs"] == 1
-    network, weights = (
-        from_pretrained(folder) for folder in (tmp_path / "run" / "model", weights_folder("breast_lesion"))
-    )
-    kept = dict(network.named_parameters())
-    assert all(torch.equal(kept[name], value) for name, value in weights.named_parameters())
+    run = tmp_path / "run"
+    assert fit(run, "fetal_head", "km_unet_pp_tiny", "--model.pretrained=fetal_head", "--model.lr=0")["epochs"] == 1
+    kept = dict(from_pretrained(run / "model").named_parameters())
+    weights = from_pretrained(weights_folder("fetal_head")).named_parameters()
+    assert all(torch.equal(kept[name], value) for name, value in weights)
 
 
 @pytest.mark.parametrize(
