@@ -64,7 +64,7 @@ class Segmenter:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; see create_model")
         if isinstance(classes, str) or not classes or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be a sequence of names, got {classes!r}; pass e.g. ['lesion']")
-        check_int("size", size, 1)
+        check_int("size", size, 2)
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (colour), got {in_channels!r}; pass one of them")
         if not set(flip_axes) <= {-2, -1}:
@@ -101,9 +101,8 @@ class Segmenter:
         """
         if not isinstance(self.model, Model):
             raise TypeError(f"model is a {type(self.model).__name__}, which is not of this library; use torch.save")
-        settings = {"classes": self.classes, "size": self.size, "in_channels": self.in_channels}
-        settings |= {"flip_axes": self.flip_axes}
         model = self.model
+        settings = {name: getattr(self, name) for name in ("classes", "size", "in_channels", "flip_axes")}
         write_model(folder, type(model).__name__, model.config, state_in(model, dtype), settings)
 
     def __call__(self, image: Any, *, flips: bool = False, windows: bool = False) -> NDArray[np.uint8]:
@@ -157,19 +156,17 @@ class Segmenter:
         flipped = [some for number in range(len(axes) + 1) for some in itertools.combinations(axes, number)]
         found = []
         for some in flipped:
-            logits = self._logits(x.flip(some), pixels.shape[:2], windows)
+            logits = self._blended(x.flip(some)) if windows else self._resized(x.flip(some), pixels.shape[:2])
             found.append((logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)).flip(some))
         return torch.stack(found).mean(dim=0)
 
-    def _logits(self, x: Tensor, own: tuple[int, ...], windows: bool) -> Tensor:  # 1 c h w -> k h w
+    def _resized(self, x: Tensor, own: tuple[int, ...]) -> Tensor:  # 1 c size size -> k h w
         """Logits at the size of the image.
 
         Logits are resized, not probabilities: they run nearly straight across an outline, so that their zero is met to
         a fraction of a pixel, whereas a saturated sigmoid is a step, whose middle is half-way between two pixels.
         """
-        if windows:
-            return self._blended(x)
-        return F.interpolate(self.model(x).float(), size=own, mode="bilinear")[0]
+        return F.interpolate(self._logits(x), size=own, mode="bilinear")[0]
 
     def _blended(self, x: Tensor) -> Tensor:  # 1 c h w -> k h w
         """Logits of windows of half overlap, with weights that fall off like a Gaussian of an eighth of the window.
@@ -185,16 +182,29 @@ class Segmenter:
         t = torch.arange(size, device=x.device) - (size - 1) / 2
         bell = torch.exp(-(t**2) / (2 * (size / 8) ** 2))  # size
         weight = torch.outer(bell, bell).clamp(min=_FAINTEST)  # size size
-        total, weights = 0 * x[0, :1], torch.zeros(height, width, device=x.device)
+        total = torch.zeros(self._count, height, width, device=x.device)
+        weights = torch.zeros(height, width, device=x.device)
         for first in range(0, len(corners), _WINDOWS_AT_ONCE):
             some = corners[first : first + _WINDOWS_AT_ONCE]
             batch = torch.cat([x[..., i : i + size, j : j + size] for i, j in some])  # n c size size
-            for (i, j), logits in zip(some, self.model(batch).float(), strict=True):
-                if len(total) != len(logits):
-                    total = total.repeat(len(logits), 1, 1)  # k h w
+            for (i, j), logits in zip(some, self._logits(batch), strict=True):
                 total[:, i : i + size, j : j + size] += weight * logits
                 weights[i : i + size, j : j + size] += weight
         return (total / weights)[:, before[0] : before[0] + own[0], before[1] : before[1] + own[1]]
+
+    def _logits(self, x: Tensor) -> Tensor:  # b c size size -> b k size size
+        logits = self.model(x).float()
+        if logits.shape[1] != self._count:
+            raise ValueError(
+                f"model returns {logits.shape[1]} logits, but {len(self.classes)} classes need {self._count}: one for "
+                "one class, else one for each and one for the background; pass other classes, or another model"
+            )
+        return logits
+
+    @property
+    def _count(self) -> int:
+        """The number of logits."""
+        return 1 if len(self.classes) == 1 else 1 + len(self.classes)
 
 
 def _pixels(image: Any) -> NDArray[Any]:  # h w c

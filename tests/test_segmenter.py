@@ -239,7 +239,7 @@ def test_what_is_no_image_is_refused(image, error, message):
         ({"model": "unet"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"classes": "head"}, TypeError, "classes must be a sequence of names, got 'head'"),
         ({"classes": []}, TypeError, "classes must be a sequence of names"),
-        ({"size": 0}, ValueError, "size must be at least 1"),
+        ({"size": 1}, ValueError, "size must be at least 2"),
         ({"in_channels": 2}, ValueError, "in_channels must be 1 .* got 2"),
         ({"flip_axes": [1]}, ValueError, "flip_axes may hold -2"),
     ],
@@ -248,6 +248,12 @@ def test_wrong_settings_are_refused(changes, error, message):
     settings: dict[str, Any] = {"model": pointwise(1, 1), "classes": ["head"], "size": 32, "in_channels": 1}
     with pytest.raises(error, match=message):
         Segmenter(**(settings | changes))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_model_of_other_classes_is_refused(windows):
+    with pytest.raises(ValueError, match="model returns 2 logits, but 1 classes need 1: one for one class"):
+        grey(pointwise(1, 2))(picture(), windows=windows)
 
 
 def test_flips_that_training_did_not_know_are_refused():
