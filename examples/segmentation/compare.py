@@ -1,12 +1,14 @@
 """Run folders, side by side: the numbers of results.json.
 
-A run's variant is the name of its folder without a final `-seedN`. For each score of a variant: `mean`, over the seeds,
-of the mean over the images; `sd_seeds`, the standard deviation of those means over the seeds (None for one seed);
-`sd_images`, the standard deviation over the images, averaged over the seeds.
+A run's variant is the name of its folder without `-foldK` and `-seedN` at its end. The folds of a cross-validation
+count as one run, whose test images are those of all folds. For each score of a variant: `mean`, over the seeds, of the
+mean over the images; `sd_seeds`, the standard deviation of those means over the seeds (None for one seed); `sd_images`,
+the standard deviation over the images, averaged over the seeds.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from segmentation.scores import COUNTS, OVERLAP, RATES, SURFACE, TOLERANCE, numb
 
 LEAST_SUBJECTS = 10  # for a verdict
 TEXT = {"id": str, "group": str, "unit": str}  # columns of images.csv that hold no numbers
-ALIKE = ("task", "image_size", "side", "options", "split_sha256")  # what the scores of all runs have in common
+ALIKE = ("task", "image_size", "side", "options")  # what the scores of all runs have in common
 # The recipe: all settings of model and data but those that a run may have of its own, and some of the trainer.
-FREE = {f"data.{name}" for name in ("folder", "split", "seed", "num_workers", "side", "inputs")}
+FREE = {f"data.{name}" for name in ("folder", "split", "seed", "fold", "num_workers", "side", "inputs")}
 TRAINER = {f"trainer.{name}" for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches")}
 TRAINER |= {f"trainer.gradient_clip_{name}" for name in ("val", "algorithm")}
 
@@ -50,6 +52,7 @@ def compare(runs: list[Path], on: str, baseline: str | None) -> tuple[Numbers, d
         **{name: first.scores[name] for name in ("task", "image_size", "side", "options", "unit")},
         "classes": classes,
         "data": {name: first.facts[name] for name in ("data", "images", "subjects", "split_sha256")},
+        "folds": sorted({run.fold for run in finished if run.fold is not None}),
         "tolerance": TOLERANCE,
         "unreadable": _distinct([image for run in finished for image in run.scores["unreadable_images"]]),
         "seeds": sorted({run.facts["seed"] for run in finished}),
@@ -87,10 +90,12 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
         elif scores["checkpoint"] == "best.ckpt" and scores["epoch"] != facts["best_epoch"]:
             missing.append(f"{folder.name} was trained on after it was scored: score it again with test")
         else:
-            variant, history = re.sub(r"-seed\d+$", "", folder.name), pd.read_csv(folder / "history.csv")
+            variant, history = re.sub(r"(-(fold|seed)\d+)+$", "", folder.name), pd.read_csv(folder / "history.csv")
             images = read_images(folder / on / "images.csv").assign(variant=variant, seed=facts["seed"])
-            recipe = {name: value for name, value in flatten(read_config(folder)).items() if in_recipe(name)}
-            finished.append(Run(folder, variant, facts, recipe, scores, history, images))
+            settings = flatten(read_config(folder))
+            recipe = {name: value for name, value in settings.items() if in_recipe(name)}
+            fold = settings.get("data.fold")
+            finished.append(Run(folder, variant, fold, facts, recipe, scores, history, images))
     if not finished:
         raise ValueError(f"no run is finished ({'; '.join(missing)}): train with fit, then score with test")
     return finished, missing
@@ -121,14 +126,17 @@ def in_recipe(setting: str) -> bool:
 
 
 def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by variant. All must be split and scored alike, and those of a variant differ in the seed alone."""
-    first, groups = runs[0], dict[str, list[Run]]()
+    """The runs by variant. All must be scored alike, those of a fold split alike, and a variant's trained alike."""
+    folds, groups = dict[int | None, Run](), dict[str, list[Run]]()
     for run in runs:
+        first = folds.setdefault(run.fold, run)
+        for other, name in (*((runs[0], name) for name in ALIKE), (first, "split_sha256")):
+            if run.scores[name] != other.scores[name]:
+                raise ValueError(
+                    f"{str(run.folder)!r} and {str(other.folder)!r} were scored with {name} {run.scores[name]!r} and "
+                    f"{other.scores[name]!r}: score them alike, or compare them apart"
+                )
         pair = f"{str(run.folder)!r} and {str(first.folder)!r}"
-        for name in ALIKE:
-            if run.scores[name] != first.scores[name]:
-                values = f"{run.scores[name]!r} and {first.scores[name]!r}"
-                raise ValueError(f"{pair} were scored with {name} {values}: score them alike, or compare them apart")
         if run.facts["split_sha256"] != first.facts["split_sha256"]:
             raise ValueError(f"{pair} followed two splits (split_sha256): train them with one --data.split")
         shown = [sorted(zip(one.images["id"], one.images["group"], strict=True)) for one in (run, first)]
@@ -136,12 +144,35 @@ def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
             raise ValueError(f"{pair} were scored on different images: score them again with test")
         for other in groups.setdefault(run.variant, []):
             both = f"{str(other.folder)!r} and {str(run.folder)!r} are both {run.variant!r}"
-            if other.facts["seed"] == run.facts["seed"]:
+            if (other.facts["seed"], other.fold) == (run.facts["seed"], run.fold):
                 raise ValueError(f"{both} with seed {run.facts['seed']}: leave one out, or rename its folder")
             if odd := next((name for name in {**other.recipe, **run.recipe} if differ(name, other, run)), None):
                 raise ValueError(f"{both}, but differ in {odd}: give their folders names of two variants")
         groups[run.variant].append(run)
+    check_folds(folds, groups)
     return groups
+
+
+def check_folds(folds: Mapping[int | None, Run], groups: Mapping[str, Sequence[Run]]) -> None:
+    """No two folds may score one image, and no variant may lack a fold that others have."""
+    owners: dict[str, Run] = {}
+    for run in folds.values():
+        for image in run.images["id"]:
+            if (other := owners.setdefault(image, run)) is not run:
+                raise ValueError(
+                    f"{str(other.folder)!r} and {str(run.folder)!r} are of folds {other.fold} and {run.fold}, but both "
+                    f"were scored on {image!r}: compare runs of one cross-validation, or of one split"
+                )
+    for variant, group in groups.items():
+        by_seed = defaultdict(set)
+        for run in group:
+            by_seed[run.facts["seed"]].add(run.fold)
+        for seed, done in by_seed.items():
+            if lacking := set(folds) - done:
+                raise ValueError(
+                    f"{variant!r} with seed {seed} lacks fold {min(lacking)}: train and score it, or leave its other "
+                    "folds out"
+                )
 
 
 def differ(setting: str, first: Run, second: Run) -> bool:
@@ -153,19 +184,19 @@ def differ(setting: str, first: Run, second: Run) -> bool:
 def describe(group: Sequence[Run], images: pd.DataFrame, class_names: Sequence[str]) -> Numbers:
     """The numbers of one variant, over its seeds."""
     facts, histories = [run.facts for run in group], [run.history["seconds"] for run in group]
-    by_seed = images.groupby("seed")
+    by_seed, seeds = images.groupby("seed"), sorted({fact["seed"] for fact in facts})
     pooled = pd.DataFrame([overlap(*row[:3]) | rates(*row) for row in by_seed[list(COUNTS)].sum().to_numpy().tolist()])
     warm = pd.concat([seconds.iloc[min(1, len(seconds) - 1) :] for seconds in histories])
     numbers: Numbers = {
         **{name: facts[0][name] for name in ("network", "model_args")},
-        "seeds": [fact["seed"] for fact in facts],
+        "seeds": seeds,
         "epochs": [fact["epochs"] for fact in facts],
         "best_epochs": [fact["best_epoch"] for fact in facts],
-        "images": len(group[0].images),
+        "images": len(images) // len(seeds),
         "per_image": {score: over_seeds(images, score) for score in OVERLAP + RATES + SURFACE},
         "pooled": {score: spread(pooled[score]) for score in OVERLAP + RATES},
         "per_subject": {"dice": spread(pd.Series([subject_dice(rows).mean() for _, rows in by_seed]))},
-        "empty_predictions": float((images["tp"] + images["fp"] == 0).sum() / len(group)),
+        "empty_predictions": float((images["tp"] + images["fp"] == 0).sum() / len(seeds)),
         "cost": {
             **{name: facts[0][name] for name in ("parameters", "multiply_adds")},
             **{"seconds_per_epoch": float(warm.median()), "minutes": float(pd.concat(histories).sum() / 60)},
@@ -180,8 +211,8 @@ def describe(group: Sequence[Run], images: pd.DataFrame, class_names: Sequence[s
     if "hc_true_mm" in images and (known := images["hc_true_mm"].notna() & (images["unit"] == "mm")).any():
         errors = images.assign(error=images["hc_error_mm"].abs())
         numbers["circumference"] = {
-            "images": int(known.sum()) // len(group),
-            "no_ellipse": float((known.sum() - images["hc_error_mm"].notna().sum()) / len(group)),
+            "images": int(known.sum()) // len(seeds),
+            "no_ellipse": float((known.sum() - images["hc_error_mm"].notna().sum()) / len(seeds)),
             "absolute_error_mm": over_seeds(errors, "error"),
             "median_absolute_error_mm": spread(errors.groupby("seed")["error"].median()),
             "error_mm": over_seeds(images, "hc_error_mm"),
@@ -204,7 +235,7 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
     """Dice of one variant minus Dice of another, image by image, averaged over the seeds that both have.
 
     `mean` is that of the subjects, each of which counts once. `low` and `high` bound it with 95 % confidence for other
-    subjects like these; how other seeds would turn out is not in them. `verdict` is "above" or "below" where zero lies
+    subjects like these, and, with several seeds, for other seeds. `verdict` is "above" or "below" where zero lies
     outside, else "none"; "too few subjects" where there are less than ten, whose spread says little of that of others.
     """
     pairs = images[images["variant"].isin([name, baseline])]
@@ -212,22 +243,42 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
     seeds = sorted(set(dice[name]) & set(dice[baseline]))
     if not seeds:
         return None
-    gains = (dice[name][seeds] - dice[baseline][seeds]).mean(axis=1)
-    subjects = gains.groupby(level="group").mean()
-    low, high = t_interval(subjects)
+    gains = dice[name][seeds] - dice[baseline][seeds]  # images x seeds
+    subjects = gains.groupby(level="group").mean()  # subjects x seeds
+    low, high = interval(subjects)
     verdict = "too few subjects"
     if low is not None and high is not None and len(subjects) >= LEAST_SUBJECTS:
         verdict = "above" if low > 0 else "below" if high < 0 else "none"
     return {
-        **{"mean": float(subjects.mean()), "low": low, "high": high, "verdict": verdict},
+        **{"mean": float(subjects.to_numpy().mean()), "low": low, "high": high, "verdict": verdict},
         **{"seeds": [int(seed) for seed in seeds], "images": len(gains), "subjects": len(subjects)},
     }
 
 
-def t_interval(values: pd.Series) -> tuple[float | None, float | None]:
-    """95 % interval of the mean of independent values by Student's t; None for a single one."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    return number(values.mean() - half), number(values.mean() + half)
+def interval(gains: pd.DataFrame) -> tuple[float | None, float | None]:
+    """95 % interval of the mean of gains, subjects x seeds, for other subjects and other seeds; None for one subject.
+
+    With one seed it is Student's t over the subjects. With R seeds of S subjects both are random effects that cross:
+    from the mean squares of a two-way analysis of variance the variance of the mean is (MS_subjects + MS_seeds -
+    MS_rest) / (S R), with Satterthwaite's degrees of freedom, and never less than that of either effect alone.
+    """
+    table = gains.to_numpy(dtype=float)
+    (subjects, seeds), mean = table.shape, table.mean()
+    if subjects < 2:
+        return None, None
+    of_subjects, of_seeds = table.mean(axis=1) - mean, table.mean(axis=0) - mean
+    rest = table - mean - of_subjects[:, None] - of_seeds
+    degrees = subjects - 1, max(seeds - 1, 1), (subjects - 1) * max(seeds - 1, 1)
+    sums = seeds * (of_subjects**2).sum(), subjects * (of_seeds**2).sum(), (rest**2).sum()
+    squares = [total / degree for total, degree in zip(sums, degrees, strict=True)]
+    both = squares[0] + squares[1] - squares[2]
+    weight = sum(square**2 / degree for square, degree in zip(squares, degrees, strict=True))
+    candidates = [(squares[0], degrees[0])]
+    if seeds > 1:
+        candidates += [(squares[1], degrees[1]), (both, both**2 / weight if weight else degrees[0])]
+    variance, degree = max(candidates)
+    half = stats.t.ppf(0.975, degree) * (variance / table.size) ** 0.5
+    return number(mean - half), number(mean + half)
 
 
 def _distinct(values: list[Any]) -> list[Any]:

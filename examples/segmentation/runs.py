@@ -27,6 +27,7 @@ class Run:
 
     folder: Path
     variant: str
+    fold: int | None  # of a cross-validation
     facts: dict[str, Any]  # metrics.json
     recipe: dict[str, Any]  # the settings that say how a network is trained, by their dotted names
     scores: dict[str, Any]  # scores.json

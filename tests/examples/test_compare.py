@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from segmentation.compare import compare, t_interval
+from segmentation.compare import compare, interval
 from segmentation.report import write_report
+from segmentation.runs import flatten
 
 SUBJECTS, IMAGES = 40, 120
 SIDES = dict.fromkeys(("train", "val", "test"), 9)
@@ -29,7 +30,13 @@ HISTORY = "epoch,train/iou,train/loss,val/iou,val/loss,seconds\n1,.4,.9,.5,.8,20
 
 
 def write_run(
-    folder: Path, dice: np.ndarray, seed: int = 0, on: str = "test", model: dict | None = None, **more
+    folder: Path,
+    dice: np.ndarray,
+    seed: int = 0,
+    on: str = "test",
+    model: dict | None = None,
+    fold: int | None = None,
+    **more,
 ) -> Path:
     """A run that scored these Dice values image by image; `more`: facts, scores, or columns of images.csv."""
     dice, names = np.asarray(dice, dtype=float), [f"{n:03d}" for n in range(len(dice))]
@@ -45,7 +52,7 @@ def write_run(
         (folder / name).write_text(json.dumps(changed), encoding="utf-8")
     config = {"seed_everything": seed, "trainer": {"max_epochs": 2, "logger": str(folder)}}
     config["model"] = {"network": "unet", "model_args": {}, "lr": 0.004} | (model or {})
-    config["data"] = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None}
+    config["data"] = {"task": "lumbar_spine", "batch_size": 8, "seed": seed, "folder": None, "fold": fold}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder
 
@@ -131,12 +138,43 @@ def test_the_interval_covers_what_it_promises():
     rng, draws, false = np.random.default_rng(0), 2000, 0
     for _ in range(draws):
         images = rng.integers(1, 18, 10)
-        low, high = t_interval(pd.Series(rng.normal(0, 0.02, 10) + rng.normal(0, 0.06 / np.sqrt(images))))
+        values = rng.normal(0, 0.02, 10) + rng.normal(0, 0.06 / np.sqrt(images))
+        low, high = interval(pd.DataFrame(values))
         false += not low <= 0 <= high
     assert stats.binomtest(false, draws, 0.05).pvalue > 0.01
     values = rng.normal(1, 2, 7)
-    assert t_interval(pd.Series(values)) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval()))
-    assert t_interval(pd.Series([0.3])) == (None, None)
+    expected = tuple(stats.ttest_1samp(values, 0).confidence_interval())
+    assert interval(pd.DataFrame(values)) == pytest.approx(expected)
+    assert interval(pd.DataFrame([0.3])) == interval(pd.DataFrame([[0.3, 0.4]])) == (None, None)
+
+
+@pytest.mark.parametrize("of_seeds", [0.0, 0.3, 1.0])
+def test_the_interval_covers_other_seeds_too(of_seeds):
+    """No difference in the mean; 30 subjects and 3 seeds, whose effects cross. Subjects alone would not do."""
+    rng, draws, false, narrow = np.random.default_rng(0), 1000, 0, 0
+    for _ in range(draws):
+        effects = rng.normal(0, 1, (30, 1)), of_seeds * rng.normal(0, 1, (1, 3)), rng.normal(0, 1, (30, 3))
+        gains = sum(effects)
+        low, high = interval(pd.DataFrame(gains))
+        false += not low <= 0 <= high
+        narrow += stats.ttest_1samp(gains.mean(axis=1), 0).pvalue < 0.05
+    assert 0.02 < false / draws < 0.08
+    assert of_seeds == 0 or narrow / draws > 0.1
+
+
+def test_the_interval_from_the_sums_of_squares():
+    """A two-way analysis of variance by explicit sums."""
+    rng = np.random.default_rng(5)
+    gains = rng.normal(0, 2, (6, 1)) + np.array([[0.9, -0.4]]) + rng.normal(0, 0.5, (6, 2))
+    total = sum((x - gains.mean()) ** 2 for x in gains.flat)
+    a = sum(2 * (row.mean() - gains.mean()) ** 2 for row in gains)
+    b = sum(6 * (column.mean() - gains.mean()) ** 2 for column in gains.T)
+    ms = a / 5, b / 1, (total - a - b) / 5
+    both = ms[0] + ms[1] - ms[2]
+    assert both > max(ms[:2])
+    degrees = both**2 / (ms[0] ** 2 / 5 + ms[1] ** 2 / 1 + ms[2] ** 2 / 5)
+    half = stats.t.ppf(0.975, degrees) * np.sqrt(both / 12)
+    assert interval(pd.DataFrame(gains)) == pytest.approx((gains.mean() - half, gains.mean() + half))
 
 
 def test_verdicts(tmp_path, base):
@@ -180,7 +218,9 @@ def test_differences_are_paired_by_image_and_seed(tmp_path, base):
     write_run(tmp_path / "alone-seed7", base, 7)
     found = compared(tmp_path)["differences"]
     assert found["ours"]["seeds"] == [0, 1]
-    assert [found["ours"][name] for name in ("mean", "low", "high")] == pytest.approx([0.2] * 3)
+    half = stats.t.ppf(0.975, 1) * 0.1  # the seeds' gains are 0.1 and 0.3 for every subject
+    limits = [found["ours"][name] for name in ("mean", "low", "high")]
+    assert limits == pytest.approx([0.2, 0.2 - half, 0.2 + half])
     assert found["alone"] is None
     assert compared(tmp_path, baseline="ours")["differences"]["unet"]["mean"] == pytest.approx(-0.2)
 
@@ -299,3 +339,54 @@ def test_the_report_holds_the_numbers_and_the_pictures(tmp_path):
     assert "This is a small budget (at most 2 epochs, images of 64x64 pixels" in page
     assert min(Image.open(out / "curves.png").size) > 400
     assert not list(out.glob(".part-*"))
+
+
+def folded(folder: Path, variant: str, dice: np.ndarray, seed: int, **more) -> None:
+    """Three folds of one seed, each of which scored a third of the images."""
+    for fold in range(3):
+        part = slice(fold, None, 3)
+        names = {
+            "id": [f"{n:03d}" for n in range(len(dice))][part],
+            "group": [f"{n // 2}" for n in range(len(dice))][part],
+        }
+        run = folder / f"{variant}-fold{fold}-seed{seed}"
+        write_run(run, dice[part], seed, fold=fold, split_sha256=str(fold) * 64, **names, **more)
+
+
+def test_the_folds_of_a_cross_validation_count_as_one_run(tmp_path, base):
+    """The same numbers as from runs that scored all images at once."""
+    apart, whole, groups = tmp_path / "folds", tmp_path / "whole", [f"{n // 2}" for n in range(IMAGES)]
+    noise = np.random.default_rng(1).normal(0, 0.02, (2, IMAGES))
+    for variant, more in (("unet", 0), ("ours", 0.05)):
+        for seed in (0, 1):
+            dice = base + more + noise[seed] * (variant == "ours")
+            folded(apart, variant, dice, seed)
+            write_run(whole / f"{variant}-seed{seed}", dice, seed, group=groups)
+    together, expected = compare([apart], "test", None), compared(whole)
+    assert together[0]["folds"] == [0, 1, 2] and expected["folds"] == []
+    assert together[0]["seeds"] == together[0]["variants"]["ours"]["seeds"] == [0, 1]
+    for name in ("per_image", "per_subject", "pooled", "images", "empty_predictions"):
+        for variant in ("unet", "ours"):
+            found, wanted = (flatten({name: r["variants"][variant][name]}) for r in (together[0], expected))
+            assert found == pytest.approx(wanted), name
+    found, wanted = (r["differences"]["ours"] for r in (together[0], expected))
+    assert {**found, "seeds": None} == pytest.approx({**wanted, "seeds": None}) and found["seeds"] == [0, 1]
+    assert "This is fold 0 of a cross-validation of 3 folds" in page_of(together, tmp_path / "out")
+
+
+def test_folds_that_do_not_fit_are_refused(tmp_path, base):
+    folded(tmp_path / "a", "unet", base, 0)
+    write_run(
+        tmp_path / "a" / "ours-fold1-seed0",
+        base[1::3],
+        fold=1,
+        split_sha256="1" * 64,
+        id=[f"{n:03d}" for n in range(IMAGES)][1::3],
+        group=[f"{n // 2}" for n in range(IMAGES)][1::3],
+    )
+    with pytest.raises(ValueError, match="'ours' with seed 0 lacks fold 0: train and score it"):
+        compared(tmp_path / "a")
+    for fold in (0, 1):
+        write_run(tmp_path / "b" / f"unet-fold{fold}", [0.5, 0.6], fold=fold)
+    with pytest.raises(ValueError, match="are of folds 0 and 1, but both were scored on '000'"):
+        compared(tmp_path / "b")
