@@ -1,10 +1,13 @@
 """The figures of docs/results.md are those of the recorded runs beside it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
+
+from kan_mamba_layers import list_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -58,6 +61,29 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
             variants = results["variants"]
             expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in rows(results, name)]
     assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
+
+
+def test_dice_of_the_means_bounds_the_mean_dice():
+    """Dice is 2J / (1 + J) of an image's IoU J, which is concave: no mean of it lies above that of the mean J."""
+    for kind in ("experiments", "recipe", "ablation"):
+        for results in recorded(RESULTS / kind):
+            for name, variant in results["variants"].items():
+                for scores in (variant["per_image"], variant["pooled"]):
+                    iou, dice = scores["iou"]["mean"], scores["dice"]["mean"]
+                    assert dice <= 2 * iou / (1 + iou) + 1e-6, (results["task"], name)
+
+
+def test_the_guide_shows_the_scores_of_the_cards():
+    lines = (ROOT / "docs" / "guide" / "pretrained.md").read_text(encoding="utf-8").splitlines()
+    for name in list_pretrained():
+        card = (ROOT / "kan_mamba_layers" / "weights" / name / "README.md").read_text(encoding="utf-8")
+        iou, dice, distance = (
+            re.search(rf"^\| {score}[^|]*\| ([\d.]+)", card, re.MULTILINE).group(1) for score in ("IoU", "Dice", "HD95")
+        )
+        unit = re.search(r"HD95 \((\w+)\)", card).group(1)
+        images, subjects = re.search(r"(\d+) images of (\d+) subjects \(test\)", card).groups()
+        assert f"| `{name}` | {images} | {subjects} | {iou} | {dice} | {distance} {unit} |" in lines
+        assert float(dice) <= 2 * float(iou) / (1 + float(iou)) + 1e-3
 
 
 def test_the_percentile_bootstrap_over_few_subjects_is_too_narrow():
