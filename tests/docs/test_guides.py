@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from kan_mamba_layers import KANLinear
+
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
 
 
@@ -37,3 +39,28 @@ def test_scans_along_walks() -> None:
     scope = run("cross_selective_scan.md")
     assert scope["y"].shape == (2, 24, 32, 16) and scope["z"].shape == (1, 6, 24, 32, 16)
     assert not scope["windows"](scope["x"], scope["mask"])[~scope["mask"]].any()
+
+
+def test_the_update_of_a_stack() -> None:
+    """The loop leaves the values of the updated stack, and the knots of each layer reach as far as its data."""
+    (block,) = re.findall(r"```python\n(stack = .*?)```", (GUIDE / "kan_linear.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"torch": torch, "KANLinear": KANLinear}
+    exec(compile(block, "kan_linear.md", "exec"), scope)
+    first, second = scope["stack"]
+    torch.manual_seed(0)
+    KANLinear(4, 16), KANLinear(16, 3)  # the same random state as in the block
+    data = torch.randn(256, 4)
+    assert torch.equal(scope["values"], scope["stack"](data))
+    for layer, x in ((first, data), (second, first(data))):
+        s, inner = layer.spline_order, layer.grid[:, layer.spline_order : -layer.spline_order]
+        assert s == 3 and (inner[:, 0] <= x.amin(0)).all() and (x.amax(0) <= inner[:, -1]).all()
+        assert (inner[:, -1] - inner[:, 0] < 1.05 * (x.amax(0) - x.amin(0)) + 0.03).all()
+
+
+def test_trained_weights() -> None:
+    scope = run("pretrained.md")
+    assert scope["labels"].shape == (320, 200) and scope["p"].shape == (6, 320, 200)
+    assert scope["segmenter"].classes == ("L1", "L2", "L3", "L4", "L5")
+    assert scope["model"].config["num_classes"] == 4
+    assert len(scope["encoder"].eval()(torch.zeros(1, 1, 64, 64))) == 5
