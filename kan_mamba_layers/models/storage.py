@@ -30,7 +30,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
         weights, config = Path(beside) / _WEIGHTS, Path(beside) / _CONFIG
-        safetensors.save_file({name: x.contiguous() for name, x in state.items()}, weights)
+        weights.write_bytes(safetensors.save({name: x.contiguous() for name, x in state.items()}))
         content: dict[str, Any] = {"model": model, "arguments": arguments}
         if settings is not None:
             content["segmenter"] = settings

@@ -46,6 +46,11 @@ class TestStorage:
             assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
             assert torch.equal(again.eval()(image(1, 48, 40)), model(image(1, 48, 40)))
 
+    def test_who_may_read_other_new_files_may_read_these(self, stored: Path, tmp_path: Path) -> None:
+        plain = tmp_path / "plain"
+        plain.write_bytes(b"")
+        assert {path.stat().st_mode for path in stored.iterdir()} == {plain.stat().st_mode}
+
     def test_loads_on_the_cpu_whatever_the_default_device(self, stored: Path) -> None:
         with torch.device("meta"):
             again = from_pretrained(stored).state_dict()
@@ -127,7 +132,7 @@ class TestStorage:
             raise OSError(28, "No space left on device")
 
         folder = self.damaged(stored, tmp_path, name, bytes)
-        writer = (Path, "write_text") if name == "config.json" else (safetensors, "save_file")
+        writer = (Path, "write_text" if name == "config.json" else "write_bytes")
         monkeypatch.setattr(*writer, no_space)
         with pytest.raises(OSError, match="No space left"):
             KMUNetPP(1, 3, widths=(8, 16)).save_pretrained(folder)
