@@ -155,9 +155,8 @@ class Lab(LightningCLI):
         data.side = data.side or ("all" if data.split is None else "test")
         words = [folders[0].name] if folders[0] and data.split != own_split else []
         chosen = [self.checkpoint.stem] if self.checkpoint and self.checkpoint.stem != "best" else []
-        self.out = out or (run if self.checkpoint else Path("runs", name)) / "-".join(
-            [*words, data.side, *chosen, *self.options()]
-        )
+        words += [data.side, *chosen, *self.options()]
+        self.out = out or (run if self.checkpoint else Path("runs", name)) / "-".join(words)
         if runs.holds_files("out", self.out) and out and runs.read_json(out / "scores.json").get("run") != name:
             raise FileExistsError(f"out {str(out)!r} holds files that are no scores of {name!r}: give another")
 
@@ -184,12 +183,9 @@ class Lab(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(run, name="tensorboard", version="")
         elif self.subcommand == "test":
             split = settings.data.split
-            facts = {
-                "run": run.resolve().name,
-                "checkpoint": self.checkpoint and self.checkpoint.name,
-                "side": settings.data.side,
-            }
-            facts |= {"options": self.options(), "split_sha256": split and split_hash(read_split(split))}
+            facts = {"run": run.resolve().name, "side": settings.data.side, "options": self.options()}
+            facts |= {"checkpoint": self.checkpoint and self.checkpoint.name}
+            facts |= {"split_sha256": split and split_hash(read_split(split))}
             self.writer = ScoreWriter(self.out, self.facts() | facts)
             callbacks.append(self.writer)
         else:
@@ -295,6 +291,8 @@ class Lab(LightningCLI):
         say(f"{len(rows)} of {len(rows) + len(unreadable)} files predicted, in {out}")
         for entry in unreadable:
             say(f"skipped: {entry['reason']}", "yellow")
+        if self.checkpoint is None and self.writer.silent:
+            say(f"taken as stored, for no header says how they lie: {', '.join(self.writer.silent)}", "yellow")
         if not rows:
             raise SystemExit(1)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats.files import VOLUMES, stem
+from segmentation.data.formats.voxels import is_silent, read_header
 from segmentation.data.item import Item, to_classes
 from segmentation.data.pixels import read_values
 from segmentation.figures import Case, draw_cases, overlay
@@ -85,6 +86,7 @@ class MaskWriter(Writer):
     def __init__(self, out: Path, sizes: dict[str, float], size: float | None = None) -> None:
         super().__init__(out)
         self.sizes, self.size = sizes, size
+        self.silent: list[str] = []  # volumes whose headers do not say how they lie
 
     def on_predict_batch_end(
         self,
@@ -101,6 +103,7 @@ class MaskWriter(Writer):
         row: Row = {"file": batch.name, "foreground": int((classes > 0).sum())}
         if outputs.image is None:
             write_volume(outputs, mask)
+            self.silent += [batch.name] * is_silent(read_header(batch))
         else:
             write_mask(classes, pl_module.task, mask)
             _save(Image.fromarray(overlay(outputs.image, classes)), overlays[0])

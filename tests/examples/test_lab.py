@@ -492,16 +492,22 @@ def test_weights_of_the_library_predict_files_of_every_kind(tmp_path, monkeypatc
     assert any(row["hc_mm"] for row in millimetres)
 
 
-def test_weights_of_the_library_keep_the_grid_of_a_volume(tmp_path, monkeypatch):
+def test_weights_of_the_library_keep_the_grid_of_a_volume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     volume = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 900, (40, 33, 5)).astype(np.int16))
     volume.SetSpacing((4.0, 0.9, 0.8))
     volume.SetDirection((0, 0, -1, 1, 0, 0, 0, -1, 0))
     SimpleITK.WriteImage(volume, "spine.mha")
     lab.main(["predict", "--pretrained=lumbar_spine", *QUIET, "spine.mha"])
+    assert "taken as stored" not in capsys.readouterr().out
     labels = SimpleITK.ReadImage("predictions/spine.mha")
     assert labels.GetSize() == volume.GetSize() and labels.GetSpacing() == pytest.approx(volume.GetSpacing())
     assert labels.GetDirection() == pytest.approx(volume.GetDirection())
+    silent = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 900, (3, 40, 36)).astype(np.int16))
+    SimpleITK.WriteImage(silent, "silent.mha")
+    lab.main(["predict", "--pretrained=lumbar_spine", *QUIET, "--overwrite", "silent.mha"])
+    assert "taken as stored, for no header says how they lie: silent.mha" in flat(capsys.readouterr().out)
+    assert SimpleITK.ReadImage("predictions/silent.mha").GetSize() == (36, 40, 3)
 
 
 def test_weights_of_the_library_are_scored_on_other_images(tmp_path, monkeypatch):

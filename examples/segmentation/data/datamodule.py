@@ -28,7 +28,7 @@ from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
 from segmentation.data.formats.files import list_files, subfolders
-from segmentation.data.formats.voxels import Cut
+from segmentation.data.formats.voxels import SAGITTAL, STORED, Cut
 from segmentation.data.item import Item
 from segmentation.data.pixels import to_target
 from segmentation.tasks import Task, get_task
@@ -156,7 +156,8 @@ class SegmentationData(lightning.LightningDataModule):
     table: splits.Table  # what `splits.write_split` writes
     first_epoch = 0  # the one that training begins with, more than 0 where it is resumed
     inputs: Sequence[Path] = ()  # images, volumes and folders of them, to predict
-    cuts: Sequence[Cut] = ()  # how the volumes of the training were cut, the most frequent way first
+    # How the volumes of the training were cut, the most frequent way first; so were those of the library's weights.
+    cuts: Sequence[Cut] = ((SAGITTAL, STORED),)
 
     def __init__(
         self,
