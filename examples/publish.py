@@ -8,6 +8,7 @@ The scores are those of the stored weights on the test side of the run's split.
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
             f"| head circumference, mean error | {error['mean_error_mm']:+.2f} mm |",
         ]
     table = "\n".join(lines)
+    notes = "\n".join(
+        textwrap.fill(note, 100, initial_indent="* ", subsequent_indent="  ", break_on_hyphens=False)
+        for note in (
+            f"Data: {source}.",
+            f"Licence of the data: {licence}.",
+            f"Split by subject: {sides}; sha256 of the split {facts['split_sha256'][:16]}.",
+            f"Training: {facts['steps']} steps of `examples/lab.py fit` at {facts['image_size']}x{facts['image_size']} "
+            f"pixels, seed {facts['seed']}; epoch {facts['best_epoch']} of {facts['epochs']}, the best by Dice on the "
+            "validation subjects.",
+            f"Limits: {limits}",
+        )
+    )
     return f"""# {name}: {facts["network"]}
 
 **For research. This is not a medical device, and no basis for a diagnosis.**
@@ -92,12 +105,7 @@ from kan_mamba_layers import Segmenter
 mask = Segmenter.from_pretrained("{name}")(image)  # h w, from a NumPy image h w, h w 3 or h w 4
 ```
 
-* Data: {source}.
-* Licence of the data: {licence}.
-* Split by subject: {sides}; sha256 of the split {facts["split_sha256"][:16]}.
-* Training: {facts["steps"]} steps of `examples/lab.py fit` at {facts["image_size"]}x{facts["image_size"]} pixels, seed
-  {facts["seed"]}; epoch {facts["best_epoch"]} of {facts["epochs"]}, the best by Dice on the validation subjects.
-* Limits: {limits}
+{notes}
 
 Scores of these weights, in half precision, on the {scores["images"]} test images, whose subjects took part in nothing
 before, at the images' own size:
