@@ -38,8 +38,8 @@ DATA = {
         "MyoSegmenTUM spine, sagittal T2-weighted MRI of healthy subjects (Burian et al., BMC Musculoskeletal "
         "Disorders 20, 2019)",
         "article CC BY 4.0; the data's own licence is not verified",
-        "Sagittal slices of 1 mm and 224x224 pixels with the five lumbar vertebrae of healthy adults. Where the field of "
-        "view differs, vertebrae are missed, or numbered one level too high or too low: on three volumes of another "
+        "Sagittal slices of 1 mm and 224x224 pixels with the five lumbar vertebrae of healthy adults. Where the field "
+        "of view differs, vertebrae are missed, or numbered one level too high or too low: on three volumes of another "
         "source, twice as tall as wide and with seven vertebrae, Dice of vertebra against rest was 0.35 to 0.49.",
     ),
     "breast_lesion": (
