@@ -81,7 +81,7 @@ def test_the_guide_shows_the_scores_of_the_cards():
             re.search(rf"^\| {score}[^|]*\| ([\d.]+)", card, re.MULTILINE).group(1) for score in ("IoU", "Dice", "HD95")
         )
         unit = re.search(r"HD95 \((\w+)\)", card).group(1)
-        images, subjects = re.search(r"(\d+) images of (\d+) subjects \(test\)", card).groups()
+        images, subjects = re.search(r"(\d+) images of (\d+) subjects \(test\)", " ".join(card.split())).groups()
         assert f"| `{name}` | {images} | {subjects} | {iou} | {dice} | {distance} {unit} |" in lines
         assert float(dice) <= 2 * float(iou) / (1 + float(iou)) + 1e-3
 
