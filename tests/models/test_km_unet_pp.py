@@ -95,7 +95,8 @@ class TestKMUNetPP:
         model, x = build("km_unet_pp_tiny", deep_supervision=True).eval(), image(1, 48, 40)
         out = model(x)
         assert isinstance(out, Tensor)
-        assert torch.equal(out, model.heads["4"](model.forward_features(x), x.shape[2:]))
+        features, skip = model.forward_features(x), model.encoder[0].conv(x)
+        assert torch.equal(out, model.heads["4"](features, x.shape[2:], skip))
         assert isinstance(build("km_unet_pp_tiny").train()(image(2, 48, 40)), Tensor)
 
     @pytest.mark.parametrize("full_resolution", [False, True])
