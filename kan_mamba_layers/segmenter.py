@@ -19,6 +19,7 @@ from kan_mamba_layers.models.storage import read_settings, state_in, write_model
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _WINDOWS_AT_ONCE = 4
+_MODES = ("L", "RGB", "RGBA", "I", "F")  # of images of Pillow
 _CONSTANT = 1e-6  # deviation of a channel between 0 and 1
 _FAINTEST = 1e-3  # weight of a window at its corners
 
@@ -209,6 +210,9 @@ class Segmenter:
 
 def _pixels(image: Any) -> NDArray[Any]:  # h w c
     """The image as an array, or an error that says what is wrong with it."""
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and mode not in _MODES and not mode.startswith("I;16"):
+        raise TypeError(f"image has Pillow's mode {mode!r}, whose values are no greys or colours; convert it to RGB")
     pixels = np.asarray(image)
     if pixels.dtype.kind not in "uif" or isinstance(image, Tensor):
         kind = "a torch.Tensor" if isinstance(image, Tensor) else f"an array of {pixels.dtype}"

@@ -226,6 +226,10 @@ def test_a_constant_image_is_all_zeros():
         (torch.zeros(4, 4), TypeError, "image must be an array .* got a torch.Tensor"),
         ("image.png", TypeError, "image must be an array"),
         (None, TypeError, "image must be an array"),
+        (Image.new("P", (4, 4)), TypeError, "image has Pillow's mode 'P', whose values are no greys or colours"),
+        (Image.new("CMYK", (4, 4)), TypeError, "image has Pillow's mode 'CMYK'"),
+        (Image.new("LAB", (4, 4)), TypeError, "image has Pillow's mode 'LAB'"),
+        (Image.new("1", (4, 4)), TypeError, "image has Pillow's mode '1'"),
     ],
 )
 def test_what_is_no_image_is_refused(image, error, message):
