@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kan_mamba_layers.models.km_unet import KMUNet
 from kan_mamba_layers.models.km_unet_pp import KMUNetPP
 from kan_mamba_layers.models.model import Model
@@ -61,7 +63,7 @@ def create_model(name: str, *, pretrained: str | None = None, **overrides: Any) 
             ``num_classes`` or ``features_only=True``.
 
     Returns:
-        The model in training mode.
+        The model in training mode, on PyTorch's default device.
 
     Raises:
         TypeError: an override is not an argument of the model.
@@ -139,7 +141,8 @@ def _pretrained(name: str, pretrained: str, overrides: dict[str, Any]) -> Model:
                 f"{key} is {value!r}, but pretrained={pretrained!r} are weights of a model with {stored[key]!r}; "
                 f"leave pretrained or {key} out, or choose another model"
             )
-    return cls._from_stored(folder, {key: overrides[key] for key in _FREE if key in overrides})
+    default_device = torch.empty(0, device=None).device
+    return cls._from_stored(folder, {key: overrides[key] for key in _FREE if key in overrides}).to(default_device)
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

@@ -44,6 +44,11 @@ def test_unknown_name_suggests_the_nearest(name, nearest):
         build_network(name, 3, 1)
 
 
+def test_baselines_have_no_pretrained_weights():
+    with pytest.raises(ValueError, match="pretrained='fetal_head' are weights of one of our networks, not of 'unet'"):
+        build_network("unet", 1, 1, pretrained="fetal_head")
+
+
 def test_every_segmentation_model_of_the_package_is_listed():
     names = set(list_networks())
     assert {"unet", "unet_pp", "km_unet", "km_unet_pp_small", "u_kan", "vmamba_unet_tiny"} <= names

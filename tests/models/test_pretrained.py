@@ -129,6 +129,11 @@ class TestStartingFromThem:
         model = create_model("km_unet_pp_tiny", pretrained="fetal_head", deep_supervision=False)
         assert model(torch.randn(2, 1, 40, 56)).shape == (2, 1, 40, 56)
 
+    def test_the_default_device(self) -> None:
+        with torch.device("meta"):
+            model = create_model("km_unet_pp_tiny", pretrained="fetal_head")
+        assert {x.device.type for x in model.state_dict().values()} == {"meta"}
+
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
