@@ -32,8 +32,8 @@ BAD_INPUT = "tests/test_bad_input.py"
 KAN, SCAN = "kan_mamba_layers/layers/kan", "kan_mamba_layers/ops/selective_scan"
 TARGETS = {
     "kan_mamba_layers/ops/bspline.py": [BAD_INPUT, "tests/ops/test_bspline.py"],
-    "kan_mamba_layers/ops/kan_linear/reference.py": ["tests/ops/kan_linear/test_kan_linear.py"],
-    "kan_mamba_layers/ops/kan_linear/chunked.py": ["tests/ops/kan_linear/test_kan_linear.py"],
+    "kan_mamba_layers/ops/kan_linear/reference.py": [BAD_INPUT, "tests/ops/kan_linear/test_kan_linear.py"],
+    "kan_mamba_layers/ops/kan_linear/chunked.py": [BAD_INPUT, "tests/ops/kan_linear/test_kan_linear.py"],
     f"{SCAN}/reference.py": ["tests/ops/selective_scan/test_selective_scan.py"],
     f"{SCAN}/chunked.py": [
         "tests/ops/selective_scan/test_selective_scan.py",
@@ -41,11 +41,11 @@ TARGETS = {
     ],
     f"{SCAN}/directions.py": ["tests/ops/selective_scan/test_cross_selective_scan.py"],
     **{
-        f"{KAN}/{name}.py": ["tests/layers/kan"]
+        f"{KAN}/{name}.py": [BAD_INPUT, "tests/layers/kan"]
         for name in ("base", "grid", "refit", "state", "activation", "edges", "linear", "conv", "block")
     },
     **{
-        f"kan_mamba_layers/walks/{name}.py": ["tests/test_walk_orders.py", "tests/ops/selective_scan/test_walks.py"]
+        f"kan_mamba_layers/walks/{name}.py": [BAD_INPUT, "tests/test_walk_orders.py", "tests/ops/selective_scan/test_walks.py"]
         for name in ("walk", "keys", "hilbert")
     },
     "kan_mamba_layers/layers/vss.py": [BAD_INPUT, "tests/layers/test_vss.py"],
@@ -58,7 +58,7 @@ TARGETS = {
     "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],
     "kan_mamba_layers/layers/ema.py": [BAD_INPUT, "tests/layers/test_ema.py"],
     "kan_mamba_layers/layers/drop_path.py": ["tests/models/test_blocks.py"],
-    "kan_mamba_layers/explain.py": ["tests/test_explain.py"],
+    "kan_mamba_layers/explain.py": [BAD_INPUT, "tests/test_explain.py"],
     "examples/segmentation/data/split.py": ["tests/examples/data"],
 }
 SWAPS: dict[type, type] = {
