@@ -45,7 +45,11 @@ TARGETS = {
         for name in ("base", "grid", "refit", "state", "activation", "edges", "linear", "conv", "block")
     },
     **{
-        f"kan_mamba_layers/walks/{name}.py": [BAD_INPUT, "tests/test_walk_orders.py", "tests/ops/selective_scan/test_walks.py"]
+        f"kan_mamba_layers/walks/{name}.py": [
+            BAD_INPUT,
+            "tests/test_walk_orders.py",
+            "tests/ops/selective_scan/test_walks.py",
+        ]
         for name in ("walk", "keys", "hilbert")
     },
     "kan_mamba_layers/layers/vss.py": [BAD_INPUT, "tests/layers/test_vss.py"],
@@ -57,7 +61,7 @@ TARGETS = {
     "kan_mamba_layers/layers/mamba.py": [BAD_INPUT, "tests/layers/test_mamba.py"],
     "kan_mamba_layers/layers/module.py": [BAD_INPUT, "tests/layers/test_layer.py"],
     "kan_mamba_layers/layers/ema.py": [BAD_INPUT, "tests/layers/test_ema.py"],
-    "kan_mamba_layers/layers/drop_path.py": ["tests/models/test_blocks.py"],
+    "kan_mamba_layers/layers/drop_path.py": ["tests/layers/test_drop_path.py"],
     "kan_mamba_layers/explain.py": [BAD_INPUT, "tests/test_explain.py"],
     "examples/segmentation/data/split.py": ["tests/examples/data"],
 }

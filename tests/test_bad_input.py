@@ -242,6 +242,7 @@ WRONG_LAYERS = [
     Bad(lambda: KANBlock(4)(z(1, 6, 4), 2, "3"), TypeError, ("W must", "integer", "'3'")),
     Bad(lambda: KANLinear(4, 4).update_grid(z(9, 4).double() + 1e300), ValueError, ("x must", "float32", r"1e\+300")),
     Bad(lambda: KANLinear(4, 4).update_grid(z(9, 4) - 3e38), ValueError, ("x must", "float32", r"3\.0+\d*e\+38")),
+    Bad(lambda: KANLinear(1, 1).update_grid(torch.tensor([[-7e37], [7e37]])), ValueError, ("x must", "float32")),
     Bad(lambda: KANLayer(0), ValueError, ("in_features must", "0", ">= 1")),
     Bad(lambda: KANLayer(4, hidden_features=0), ValueError, ("hidden_features must", "0", ">= 1")),
     Bad(lambda: KANLayer(4)(z(2, 12, 4), 3, 5), ValueError, ("x must", r"\(2, 12, 4\)", "H\\*W", "15")),

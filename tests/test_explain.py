@@ -163,6 +163,17 @@ class Sum(nn.Conv2d):
         nn.init.ones_(self.weight)
 
 
+class Last(nn.Module):
+    """A module of images b c h w, for images b h w c."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class Maps(nn.Module):
     """Several maps of an image."""
 
@@ -198,6 +209,12 @@ class TestEffectiveReceptiveField:
         expected = np.zeros((15, 13))
         expected[3:12, 2:11] = np.outer(line, line) / line.max() ** 2
         assert_close("field", found, expected, 1e-6)
+
+    def test_of_channels_last(self) -> None:
+        conv, images = nn.Conv2d(3, 4, (5, 3), padding=(2, 1)).double(), randn(2, 3, 6, 8)
+        expected = effective_receptive_field(conv, images)
+        found = effective_receptive_field(Last(conv), images.permute(0, 2, 3, 1), channels_last=True)
+        assert_close("field", found, expected, 1e-13)
 
     @pytest.mark.parametrize(("position", "rows", "columns"), [(None, (6, 9), (3, 6)), ((0, 1), (0, 3), (3, 6))])
     def test_of_a_map_that_is_smaller(self, position: tuple[int, int] | None, rows: tuple, columns: tuple) -> None:
@@ -334,6 +351,11 @@ def field(
             lambda: scan_attention(SS2D(8), torch.zeros(2, 99, 99, 8)),
             ValueError,
             ("9801 positions", "at most 106 pos"),
+        ),
+        (
+            lambda: scan_attention(Mamba(8, bidirectional=True), torch.zeros(1, 3000, 8)),
+            ValueError,
+            ("3000 positions", f"at most {2**27 // (2 * 16 * 3000)} pos"),
         ),
         (
             lambda: scan_attention(SS3D(3), torch.zeros(1, 2, 4, 4, 3), [(0, 0)]),

@@ -99,6 +99,88 @@ def test_sequences(l: int) -> None:
     assert walks.bidirectional(l).orders.tolist() == [list(range(l)), list(range(l))[::-1]]
 
 
+CURVES = {
+    (4, 4): [0, 1, 5, 4, 8, 12, 13, 9, 10, 14, 15, 11, 7, 6, 2, 3],
+    (2, 6): [0, 6, 7, 1, 2, 8, 9, 3, 4, 10, 11, 5],
+    (7, 5): [
+        0,
+        5,
+        10,
+        11,
+        6,
+        1,
+        2,
+        7,
+        8,
+        3,
+        4,
+        9,
+        14,
+        19,
+        18,
+        13,
+        12,
+        17,
+        22,
+        23,
+        24,
+        29,
+        34,
+        33,
+        28,
+        27,
+        32,
+        31,
+        26,
+        21,
+        16,
+        15,
+        20,
+        25,
+        30,
+    ],
+    (9, 4): [
+        0,
+        1,
+        5,
+        4,
+        8,
+        9,
+        13,
+        12,
+        16,
+        17,
+        21,
+        20,
+        24,
+        25,
+        29,
+        28,
+        32,
+        33,
+        34,
+        35,
+        31,
+        30,
+        26,
+        27,
+        23,
+        22,
+        18,
+        19,
+        15,
+        14,
+        10,
+        11,
+        7,
+        6,
+        2,
+        3,
+    ],
+    (13, 2): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1],
+}
+
+
 class TestHilbert:
     @given(h=st.integers(1, 40), w=st.integers(1, 40))
     @example(h=1, w=37)
@@ -137,6 +219,10 @@ def test_orders_of_ones_own() -> None:
     assert found[0].orders.tolist() == [[3, 1, 0, 2]], "a copy"
     assert walks.from_order([3, 1, 0, 2]).grid == (4,) and walks.from_order([3, 1, 0, 2]) != found[0]
 
+    def test_the_curve_itself_stays(self) -> None:
+        """Weights that were trained along it would mean little along another, though it were as good."""
+        assert {grid: walks.hilbert(*grid).orders[0].tolist() for grid in CURVES} == CURVES
+
 
 class TestObjects:
     ALL = (
@@ -150,6 +236,8 @@ class TestObjects:
         walks.volume(2, 3, 4),
         walks.snake(3, 4) + walks.hilbert(3, 4),
         walks.from_order([[0, 2, 1], [1, 0, 2]]) + walks.bidirectional(3),
+        walks.from_order([[0, 2, 1], [1, 0, 2]]),
+        walks.from_order([[0, 2, 1], [2, 1, 0]]),
     )
 
     @pytest.mark.parametrize("one", ALL, ids=repr)

@@ -121,6 +121,13 @@ def alike(pictures: list[np.ndarray], bits: int = 8) -> list[list[int]]:
     return splits.look_alikes(found, *looks, bits).tolist()
 
 
+def test_edges_have_length_one_however_faint_and_none_in_a_flat_picture():
+    picture = with_object(BACKGROUNDS["slope"], 0).astype(np.float32)
+    for contrast in (1, 1e-3, 1e-5):
+        assert np.linalg.norm(splits.edges(contrast * picture)) == pytest.approx(1, abs=1e-5)
+    assert not splits.edges(np.full((90, 120, 3), 7.0, np.float32)).any()
+
+
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_small_objects_on_one_background_do_not_look_alike(background):
     pictures = [with_object(BACKGROUNDS[background], seed) for seed in (0, 1, 2, 3, 0)]

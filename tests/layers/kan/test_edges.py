@@ -104,6 +104,13 @@ class TestEdgeSizes:
             layer.spline_weight[1] = layer.grid.unfold(1, 3, 1)[:, 1:-1].mean(-1)
         assert_close("sizes", layer.edge_sizes(), torch.tensor([[0.7], [3**-0.5]]), 1e-6)
 
+    @pytest.mark.parametrize("make", [with_large_splines, grouped_convolution])
+    def test_block_by_block(self, make, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = make()
+        whole = layer.edge_sizes()
+        monkeypatch.setattr("kan_mamba_layers.layers.kan.edges._BLOCK", 1)
+        assert_close("sizes", layer.edge_sizes(), whole, 1e-6)
+
     def test_counts_the_base(self) -> None:
         layer = KANLinear(4, 3, scale_noise=0.0)
         x = np.linspace(-1, 1, 10001)

@@ -230,6 +230,11 @@ class TestTheScaleOfTheData:
         assert (layer.grid.diff(dim=1) > 0).all()
         assert layer(x).isfinite().all() and layer(x + 1).isfinite().all()
 
+    def test_of_zero_the_range_is_fixed(self, mode: str) -> None:
+        layer = KANLinear(1, 1, grid_mode=mode, dtype=torch.float64)
+        layer.update_grid(torch.zeros(20, 1, dtype=torch.float64), margin=0.0)
+        assert_close("ends", layer.grid[0, [3, -4]], np.array([-0.005, 0.005]), 1e-12)
+
     def test_float32_resolves_the_intervals(self, mode: str) -> None:
         """Data a few steps wide get intervals of several steps, of which none vanishes."""
         layer, x = KANLinear(1, 1, grid_mode=mode, grid_eps=0.0), torch.rand(50, 1).mul(8).round() + 2**23

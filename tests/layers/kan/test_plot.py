@@ -46,6 +46,13 @@ def test_chosen_edges() -> None:
     assert titles(figure) == ["3 → 3 [2, 0]"]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_features_on_one_grid_share_the_axis(same: bool) -> None:
+    layer = with_large_splines(features=(3, 2)) if same else on_nonuniform_knots(features=(3, 2))
+    first, second = layer.plot().axes[:2]
+    assert first.get_shared_x_axes().joined(first, second) is same
+
+
 def test_into_a_given_figure() -> None:
     from matplotlib.figure import Figure
 
