@@ -38,6 +38,7 @@ TARGETS = {
     f"{SCAN}/chunked.py": [
         "tests/ops/selective_scan/test_selective_scan.py",
         "tests/ops/selective_scan/test_cross_selective_scan.py",
+        "tests/ops/selective_scan/test_fused.py",
     ],
     f"{SCAN}/directions.py": ["tests/ops/selective_scan/test_cross_selective_scan.py"],
     **{
