@@ -1,8 +1,10 @@
 """Write docs/reliability.md: each bar, and how many tests hold it up today.
 
     python -m pytest --junitxml report.xml
+    python -m pytest --hypothesis-profile=thorough --junitxml thorough.xml tests/ops tests/test_walk_orders.py
+    python -m pytest --cov kan_mamba_layers --cov-report json:coverage.json     # with pytest-cov
     python tests/mutate.py --sample 200 --out mutants.json
-    python tests/reliability.py report.xml --mutants mutants.json
+    python tests/reliability.py report.xml --thorough thorough.xml --coverage coverage.json --mutants mutants.json
 
 Several reports are read as one: those of the nightly tests, of a GPU, or of other versions may follow the first.
 """
@@ -15,9 +17,13 @@ import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+
+
+# Modules whose lines run in Numba's or Triton's machine code.
+KERNELS = ("*/simd/*", "*_kernel.py", "*/cpu/block.py", "*/triton/*")
 
 
 class Bar(NamedTuple):
@@ -126,7 +132,12 @@ def outcomes(reports: list[Path]) -> dict[str, str]:
     return found
 
 
-def render(ended: dict[str, str], mutants: dict[str, object] | None) -> str:
+def render(
+    ended: dict[str, str],
+    thorough: dict[str, str] | None = None,
+    coverage: dict[str, Any] | None = None,
+    mutants: dict[str, Any] | None = None,
+) -> str:
     """The page."""
     total = Counter(ended.values())
     lines = [
@@ -144,6 +155,10 @@ def render(ended: dict[str, str], mutants: dict[str, object] | None) -> str:
                 raise SystemExit(f"no test matches {bar.tests}: {bar.text}")
             lines.append(f"| {bar.text} | {_counts(Counter(ended[name] for name in names))} |")
         lines.append("")
+    if thorough:
+        lines += _of_thorough(thorough)
+    if coverage:
+        lines += _of_coverage(coverage["files"])
     if mutants:
         lines += _of_mutants(mutants)
     lines += PEERS
@@ -155,11 +170,38 @@ def _counts(ends: Counter[str]) -> str:
     return ", ".join(said)
 
 
-def _of_mutants(mutants: dict[str, object]) -> list[str]:
-    survivors = mutants["survivors"]
-    assert isinstance(survivors, list)
-    run = mutants["run"]
-    assert isinstance(run, int)
+def _of_thorough(ended: dict[str, str]) -> list[str]:
+    return [
+        "## Random examples",
+        "",
+        "`python -m pytest --hypothesis-profile=thorough` draws 2,000 examples for each test that takes random shapes,",
+        f"dtypes, strides and flags, instead of 50: {_counts(Counter(ended.values()))}.",
+        "",
+    ]
+
+
+def _of_coverage(files: dict[str, Any]) -> list[str]:
+    """Lines that the tests run, but for kernels, which Numba and Triton compile."""
+    counts = {
+        name: (file["summary"]["covered_lines"], file["summary"]["num_statements"])
+        for name, file in files.items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in KERNELS) and file["summary"]["num_statements"]
+    }
+    run, lines = (sum(count) for count in zip(*counts.values(), strict=True))
+    least = sorted(counts, key=lambda name: counts[name][0] / counts[name][1])[:5]
+    return [
+        "## Lines",
+        "",
+        f"The tests run {run:,} of {lines:,} lines of the package, {run / lines:.1%}, kernels apart, which Numba and",
+        "Triton compile. Least of all:",
+        "",
+        *(f"* `{name}`: {counts[name][0]} of {counts[name][1]}" for name in least),
+        "",
+    ]
+
+
+def _of_mutants(mutants: dict[str, Any]) -> list[str]:
+    survivors, run = mutants["survivors"], mutants["run"]
     return [
         "## Mutants",
         "",
@@ -176,10 +218,15 @@ def main() -> None:
     """Read the reports and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT.xml")
+    parser.add_argument("--thorough", type=Path, metavar="REPORT.xml")
+    parser.add_argument("--coverage", type=Path, metavar="FILE.json")
     parser.add_argument("--mutants", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    mutants = json.loads(args.mutants.read_text(encoding="utf-8")) if args.mutants else None
-    PAGE.write_text(render(outcomes(args.reports), mutants), encoding="utf-8")
+    thorough = outcomes([args.thorough]) if args.thorough else None
+    coverage, mutants = (
+        path and json.loads(path.read_text(encoding="utf-8")) for path in (args.coverage, args.mutants)
+    )
+    PAGE.write_text(render(outcomes(args.reports), thorough, coverage, mutants), encoding="utf-8")
 
 
 if __name__ == "__main__":
