@@ -40,7 +40,10 @@ TARGETS = {
         "tests/ops/selective_scan/test_cross_selective_scan.py",
         "tests/ops/selective_scan/test_fused.py",
     ],
-    f"{SCAN}/directions.py": ["tests/ops/selective_scan/test_cross_selective_scan.py"],
+    f"{SCAN}/directions.py": [
+        "tests/ops/selective_scan/test_cross_selective_scan.py",
+        "tests/ops/selective_scan/test_walks.py",
+    ],
     **{
         f"{KAN}/{name}.py": [BAD_INPUT, "tests/layers/kan"]
         for name in ("base", "grid", "refit", "state", "activation", "edges", "linear", "conv", "block")

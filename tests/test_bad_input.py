@@ -277,6 +277,7 @@ WRONG_LAYERS = [
     Bad(lambda: EMA(20), ValueError, ("channels", "20", "factor", "8", "use channels=24")),
     Bad(lambda: EMA(8, factor=0), ValueError, ("factor must", "0", ">= 1")),
     Bad(lambda: EMA(8)(z(2, 16, 5, 5)), ValueError, ("x must", r"\(2, 16, 5, 5\)", "8")),
+    Bad(lambda: EMA(8)(z(2, 8, 0, 5)), ValueError, ("x must", "one pixel", r"\(2, 8, 0, 5\)", "h >= 1 and w >= 1")),
     Bad(lambda: EMA(8)(z(8, 5, 5)), ValueError, ("x must", r"\(8, 5, 5\)", "b, channels, h, w")),
 ]
 

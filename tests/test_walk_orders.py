@@ -201,6 +201,10 @@ class TestHilbert:
             quarter = np.array(curve[start : start + side * side // 4])
             assert (np.ptp(quarter, axis=0) == side // 2 - 1).all()
 
+    def test_the_curve_itself_stays(self) -> None:
+        """Weights that were trained along it would mean little along another, though it were as good."""
+        assert {grid: walks.hilbert(*grid).orders[0].tolist() for grid in CURVES} == CURVES
+
 
 def test_snakes_step_to_neighbours() -> None:
     for order in visited(walks.snake(5, 6)):
@@ -218,10 +222,6 @@ def test_orders_of_ones_own() -> None:
     order[0] = 9
     assert found[0].orders.tolist() == [[3, 1, 0, 2]], "a copy"
     assert walks.from_order([3, 1, 0, 2]).grid == (4,) and walks.from_order([3, 1, 0, 2]) != found[0]
-
-    def test_the_curve_itself_stays(self) -> None:
-        """Weights that were trained along it would mean little along another, though it were as good."""
-        assert {grid: walks.hilbert(*grid).orders[0].tolist() for grid in CURVES} == CURVES
 
 
 class TestObjects:
@@ -297,6 +297,7 @@ BAD = [
     (lambda: walks.from_order(torch.zeros(1, 2, 3).int()), ValueError, ("order must have shape", "1, 2, 3")),
     (lambda: walks.from_order(np.zeros((2, 0), int)), ValueError, ("order must have shape", "2, 0")),
     (lambda: walks.from_order([0, 1, 2], (2, 2)), ValueError, ("order visits 3 positions", r"\(2, 2\) has 4")),
+    (lambda: walks.from_order([0], (1,) * 9), ValueError, ("grid must", "8")),
     (lambda: walks.from_order([0, 1, 2], 3), TypeError, ("grid must be a sequence", "3")),
 ]  # fmt: skip
 

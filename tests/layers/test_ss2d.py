@@ -139,13 +139,13 @@ class TestParameters:
         assert keys[0] - keys[1] == {"out_norm.weight", "out_norm.bias"} and keys[1] < keys[0]
 
     def test_initial_dynamics(self) -> None:
-        layer = SS2D(16, d_state=4, dt_min=0.002, dt_max=0.05)
+        layer = SS2D(16, d_state=4, dt_rank=4, dt_min=0.002, dt_max=0.05)
         step = F.softplus(layer.dt_projs_bias.detach())
         assert 0.0019 < step.min() < 0.005 and 0.02 < step.max() < 0.0501
         expected = torch.arange(1.0, 5).log().expand(4 * 32, 4)
         assert_close("A_logs", layer.A_logs, expected, 1e-6)
         assert (layer.Ds == 1).all()
-        for weight, bound in ((layer.x_proj_weight, 32**-0.5), (layer.dt_projs_weight, 1.0)):
+        for weight, bound in ((layer.x_proj_weight, 32**-0.5), (layer.dt_projs_weight, 4**-0.5)):
             assert -bound <= weight.min() < -0.9 * bound and 0.9 * bound < weight.max() <= bound
 
     def test_the_floor_bounds_the_initial_step(self) -> None:

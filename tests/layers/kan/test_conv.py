@@ -212,6 +212,7 @@ class TestGrid:
         layer = convolution(2, 3, 2)
         expected = penalty_oracle(layer, 0.7, 0.3)
         np.testing.assert_allclose(layer.regularization_loss(0.7, 0.3).item(), expected, rtol=1e-5)
+        assert layer.regularization_loss() == layer.regularization_loss(1.0, 1.0)
 
 
 class TestState:
