@@ -147,10 +147,10 @@ class Lab(LightningCLI):
         """On the data of its run, a test follows the run's split; on other data all images are scored."""
         run, data, out = self.run_folder, self.settings.data, self.settings.out
         own_split, name = run / "split.json", run.resolve().name
-        own_folder = runs.read_config(run)["data"].get("folder") if self.checkpoint else None
-        folders = [path and Path(path).resolve() for path in (data.folder, own_folder)]
-        if data.split is None and self.checkpoint and folders[0] == folders[1]:
-            data.split = own_split
+        own = runs.read_config(run)["data"] if self.checkpoint else {}
+        folders = [path and Path(path).resolve() for path in (data.folder, own.get("folder"))]
+        if self.checkpoint and folders[0] == folders[1] and str(data.split) in ("None", str(own.get("split"))):
+            data.split = own_split  # a copy of the one that the run followed
         data.limit = None
         data.side = data.side or ("all" if data.split is None else "test")
         words = [folders[0].name] if folders[0] and data.split != own_split else []

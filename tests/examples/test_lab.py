@@ -103,6 +103,12 @@ def test_fit_leaves_every_file(trained):
     assert all(torch.equal(value, weights[f"network.{name}"]) for name, value in network.state_dict().items())
 
 
+def test_a_run_that_followed_a_split_is_scored_like_the_one_that_made_it(skin, tmp_path):
+    fit(tmp_path / "run", "isic2017", "unet", f"--data.split={skin / 'split.json'}")
+    assert score(tmp_path / "run")["side"] == "test"
+    assert (tmp_path / "run" / "test" / "images.csv").is_file()
+
+
 def test_fit_test_and_the_written_masks_agree(copied, capsys):
     """The demo's images are as large as the network's, so validation sees what a test sees."""
     scores = score(copied, "--data.side=val")
