@@ -2,14 +2,20 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from kan_mamba_layers import list_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from segmentation.compare import compare, interval  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -17,6 +23,11 @@ def recorded(folder: Path) -> list[dict]:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     assert runs
     return runs
+
+
+def recorded_runs() -> list[dict]:
+    """What `lab.py compare` says today of the runs whose texts are kept."""
+    return [compare([folder], "test", None)[0] for folder in sorted((RESULTS / "long").iterdir())]
 
 
 def over_seeds(score: dict) -> str:
@@ -41,6 +52,32 @@ def experiment_rows(results: dict, name: str) -> list[list[str]]:
     return rows
 
 
+def long_rows(results: dict, name: str) -> list[list[str]]:
+    variant, gain = results["variants"][name], results["differences"].get(name)
+    shown = [over_seeds(variant["per_image"][score]) for score in ("iou", "dice", "surface_dice")]
+    hd95 = f"{variant['per_image']['hd95']['mean']:.1f} {results['unit']}"
+    seeds = ", ".join(map(str, variant["seeds"]))
+    return [[seeds, *shown, hd95, against(results, name), gain["verdict"] if gain else ""]]
+
+
+def screen_rows(task: str) -> list[str]:
+    """The rows of one task of the screen, from the scores of single images."""
+    dice = pd.read_csv(RESULTS / "screen" / f"{task}.csv", dtype={"id": str, "group": str}).set_index(["id", "group"])
+    runs = pd.read_csv(RESULTS / "screen" / f"{task}-runs.csv")
+    dice.columns = pd.MultiIndex.from_tuples([tuple(name.rsplit("-seed", 1)) for name in dice])  # variant, seed
+    rows = []
+    for name, costs in runs.groupby("variant"):
+        own, gains = dice[name].mean(), (dice[name] - dice["preset"]).dropna(axis=1)
+        low, high = interval(gains.groupby(level="group").mean())  # subjects x seeds
+        spread = f" ± {own.std():.3f}" if len(own) > 1 else ""
+        mean = gains.groupby(level="group").mean().to_numpy().mean()
+        parts = [f"{own.mean():.3f}{spread}", "" if name == "preset" else f"{mean:+.3f}, {low:+.3f} to {high:+.3f}"]
+        parts += [f"{costs['hd95'].mean():.1f}", f"{costs['surface_dice'].mean():.3f}"]
+        parts += [f"{costs['parameters'].iloc[0]:,}", f"{costs['cpu_seconds'].mean():.0f}"]
+        rows.append(f"| `{name}` | {' | '.join(parts)} |")
+    return rows
+
+
 def ablation_rows(results: dict, name: str) -> list[list[str]]:
     variant = results["variants"][name]
     scores = [variant["per_image"]["dice"], *([variant["mean_of_classes"]] if "classes" in variant else [])]
@@ -60,17 +97,22 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
             assert results["side"] == side
             variants = results["variants"]
             expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in rows(results, name)]
+    for results in recorded_runs():
+        variants = results["variants"]
+        expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in long_rows(results, name)]
+    for task in ("lumbar_spine", "isic2017"):
+        expected += screen_rows(task)
     assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
 
 
 def test_dice_of_the_means_bounds_the_mean_dice():
     """Dice is 2J / (1 + J) of an image's IoU J, which is concave: no mean of it lies above that of the mean J."""
-    for kind in ("experiments", "recipe", "ablation"):
-        for results in recorded(RESULTS / kind):
-            for name, variant in results["variants"].items():
-                for scores in (variant["per_image"], variant["pooled"]):
-                    iou, dice = scores["iou"]["mean"], scores["dice"]["mean"]
-                    assert dice <= 2 * iou / (1 + iou) + 1e-6, (results["task"], name)
+    kept = [results for kind in ("experiments", "recipe", "ablation") for results in recorded(RESULTS / kind)]
+    for results in [*kept, *recorded_runs()]:
+        for name, variant in results["variants"].items():
+            for scores in (variant["per_image"], variant["pooled"]):
+                iou, dice = scores["iou"]["mean"], scores["dice"]["mean"]
+                assert dice <= 2 * iou / (1 + iou) + 1e-6, (results["task"], name)
 
 
 def test_the_guide_shows_the_scores_of_the_cards():
