@@ -6,7 +6,9 @@
     python tests/mutate.py --sample 200 --out mutants.json
     python tests/reliability.py report.xml --thorough thorough.xml --coverage coverage.json --mutants mutants.json
 
-Several reports are read as one: those of the nightly tests, of a GPU, or of other versions may follow the first.
+Several reports are read as one: those of the nightly tests, of a GPU, or of other versions may follow the first. To
+`mutants.json` may be added by hand why a survivor was left ("reasons", a text for each), and how many mutants were
+noticed before tests were added ("first").
 """
 
 from __future__ import annotations
@@ -201,15 +203,16 @@ def _of_coverage(files: dict[str, Any]) -> list[str]:
 
 
 def _of_mutants(mutants: dict[str, Any]) -> list[str]:
-    survivors, run = mutants["survivors"], mutants["run"]
+    survivors, run, reasons = mutants["survivors"], mutants["run"], mutants.get("reasons", {})
     return [
         "## Mutants",
         "",
         "`tests/mutate.py` changes one operator, number or statement of a layer, a reference formula or the split of a",
         f"data set at a time. Of {mutants['mutants']:,} such changes {run:,} drawn at random were tried. The tests",
-        f"noticed {run - len(survivors):,} of them, {(run - len(survivors)) / run:.1%}. Unnoticed:",
+        f"notice {run - len(survivors):,} of them, {(run - len(survivors)) / run:.1%}; before tests were added for those",
+        f"that went unnoticed, {mutants.get('first', run - len(survivors)):,}. Unnoticed:",
         "",
-        *(f"* `{line}`" for line in survivors),
+        *(f"* `{line}`: {reasons[line]}" if line in reasons else f"* `{line}`" for line in survivors),
         "",
     ]
 
