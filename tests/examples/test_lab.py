@@ -116,7 +116,7 @@ def test_fit_test_and_the_written_masks_agree(copied, capsys):
     # Validation keeps images in half precision, so a pixel of this hardly trained network may change its class: one of
     # the 6144 of all images, or one of a class with few.
     for part in ("iou", "dice", "f1"):
-        assert scores["per_image"][part] == pytest.approx(facts["metrics"]["per_image"][part], abs=1e-3)
+        assert scores["per_image"][part] == pytest.approx(facts["metrics"]["per_image"][part], abs=2e-4)
     assert flatten(scores["classes"]) == pytest.approx(flatten(facts["metrics"]["classes"]), abs=0.01)
     printed = capsys.readouterr().out
     for text in ("mean per image ± sd", "pooled over pixels", "HD95 (px)", "surface Dice (2 px)", "L5 Dice"):
