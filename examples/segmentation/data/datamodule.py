@@ -135,12 +135,14 @@ class SegmentationData(lightning.LightningDataModule):
         image_size: sides of the squares that images are squashed to.
         batch_size: images in one batch.
         val_fraction: share of the subjects to validate on, where the data set does not say.
-        test_fraction: share of the subjects that training never touches, where the data set does not say.
+        test_fraction: share of the subjects that training never touches, where the data set does not say; with a fold
+            and 0, each subject is tested on in one of the folds.
         limit: at most that many images, as whole subjects.
         split: a split.json to follow, which then decides on the sides.
         split_seed: seed of the split and of the choice under `limit`.
-        fold: which part of the subjects to validate on, from 0; instead of val_fraction.
-        folds: number of parts that the subjects, without those of the test, are divided into.
+        fold: which part of the subjects to validate on, from 0; instead of val_fraction. With test_fraction 0, which
+            part to test on.
+        folds: number of parts that the subjects, without those of a test_fraction, are divided into.
         duplicate_bits: images count as the same where so few of 256 bits differ and their edges agree; 0: no check.
         mask_threshold: in masks with greys, from 0 to 254, what is brighter is the class.
         seed: seed of order and augmentation.
@@ -191,9 +193,11 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.duplicate_bits {duplicate_bits} must lie between 0 (no check) and 256")
         if not 0 <= (mask_threshold or 0) < 255:
             raise ValueError(f"data.mask_threshold {mask_threshold} must lie between 0 and 254, e.g. 127")
-        if not 0 < val_fraction < val_fraction + test_fraction < 1:
+        all_tested = fold is not None and test_fraction == 0
+        if not (0 < val_fraction < val_fraction + test_fraction < 1 or (all_tested and 0 < val_fraction < 1)):
             fractions = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
-            raise ValueError(f"{fractions} must lie above 0, and together below 1, e.g. 0.15 and 0.2")
+            hint = "a data.test_fraction of 0 needs a data.fold"
+            raise ValueError(f"{fractions} must lie above 0, and together below 1, e.g. 0.15 and 0.2; {hint}")
         self.task = replace(get_task(task), mask_threshold=mask_threshold)
         self.folder, self.image_size, self.batch_size = folder, image_size, batch_size
         self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed

@@ -53,7 +53,8 @@ def split_items(
 
     A data set that names `train` alone is divided into all three; one that names `train` and `val`, or `train` and
     `test`, gives the missing side from the training subjects; one that names all three is followed. With a `fold` those
-    subjects that are not tested on are validated on in turn, each in one of `folds`.
+    subjects that are not tested on are validated on in turn, each in one of `folds`; with a `test_fraction` of 0 all
+    are tested on in turn, and `val_fraction` of the rest are validated on.
     """
     given = {item.split for item in items if item.split}
     if odd := [item for item in items if given and item.split not in SIDES]:
@@ -61,11 +62,12 @@ def split_items(
     check_no_leak(items)
     free = ranked_groups([item for item in items if item.split in ("", "train")], seed)
     sides: dict[str, str] = {}
+    in_turn = "val" if test_fraction or "test" in given else "test"
     for side, fraction in (("test", test_fraction), ("val", val_fraction)):
         if side not in given:
             left = [group for group in free if group not in sides]
             number = max(1, round(fraction * len(free)))
-            sides |= dict.fromkeys(left[:number] if side == "test" or fold is None else left[fold::folds], side)
+            sides |= dict.fromkeys(left[:number] if fold is None or side != in_turn else left[fold::folds], side)
     done = [
         item if item.split in ("val", "test") else replace(item, split=sides.get(item.group, "train")) for item in items
     ]

@@ -105,7 +105,14 @@ def test_all_that_is_unreadable_is_named_at_once(folder):
                 {"val_fraction": val, "test_fraction": test},
                 f"data.val_fraction {val} and data.test_fraction {test} must",
             )
-            for val, test in ((0.0, 0.2), (0.2, 0.0), (0.2, 1.0), (0.5, 0.5))
+            for val, test in ((0.0, 0.2), (0.2, 0.0), (0.2, 1.0), (0.5, 0.5), (0.2, -0.1))
+        ),
+        *(
+            (
+                {"val_fraction": val, "test_fraction": test, "fold": 0},
+                f"data.val_fraction {val} and data.test_fraction {test} must",
+            )
+            for val, test in ((0.0, 0.0), (1.0, 0.0), (0.2, -0.1), (0.5, 0.5))
         ),
     ],
 )
@@ -239,6 +246,9 @@ def test_folds_of_the_data_set_or_of_its_subjects(tmp_path):
     folds = [ready("fetal_head", limit=24, fold=fold, folds=3).val_set.items for fold in range(3)]
     validated = [{item.group for item in found} for found in folds]
     assert len(set.union(*validated)) == sum(map(len, validated)) == 6
+    folds = [ready("fetal_head", limit=24, fold=fold, folds=3, test_fraction=0).test_items for fold in range(3)]
+    tested = [{item.group for item in found} for found in folds]
+    assert len(set.union(*tested)) == sum(map(len, tested)) == 8
     write_official(tmp_path / "folders", "folders")
     with pytest.raises(ValueError, match=r"data.fold 0 would move the validation images that .* itself has: leave it"):
         ready("breast_lesion", tmp_path / "folders", fold=0)

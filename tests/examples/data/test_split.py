@@ -89,6 +89,22 @@ def test_folds_validate_on_every_subject_once_and_test_on_the_same(folds):
         splits.split_items(people(4), 0.15, 0.2, 1, 8, 9)
 
 
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_without_a_side_for_tests_test_on_every_subject_once(folds):
+    found = [sides(splits.split_items(people(20), 0.15, 0, 1, fold, folds)) for fold in range(folds)]
+    tested = [group for parts in found for group in parts["test"]]
+    assert len(tested) == len(set(tested)) == 20 and {len(parts["val"]) for parts in found} == {3}
+    for parts in found:
+        assert sum(map(len, parts.values())) == len(set.union(*map(set, parts.values()))) == 20
+
+
+def test_folds_leave_the_side_that_a_data_set_tests_on():
+    given = items(*"abcdef", sides="train train train train train test")
+    found = [sides(splits.split_items(given, 0.15, 0, 1, fold, 5)) for fold in range(5)]
+    assert {frozenset(parts["test"]) for parts in found} == {frozenset("f")}
+    assert set.union(*(set(parts["val"]) for parts in found)) == set("abcde")
+
+
 def test_limit_takes_whole_subjects():
     chosen = splits.limit_items(people(20), 20, seed=0)
     assert len(chosen) == 18
