@@ -1,7 +1,8 @@
-"""Export to ONNX and of plain scans: one graph, right at every size."""
+"""Exports to ONNX, to AOTInductor and of plain scans: one graph, right at every size."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,31 @@ class TestOnnx:
     def test_bad_arguments(self, model: nn.Module, options: dict[str, Any], message: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             export_onnx(model, tmp_path / "m.onnx", **options)
+
+
+# A module, the dimensions whose size may vary, an example, and an input of another size.
+PACKAGED = {
+    "KANLinear": (lambda: KANLinear(8, 6), (0, 1), (2, 9, 8), (3, 17, 8)),
+    "SS2D": (lambda: SS2D(8, d_state=4), (0, 1, 2), (2, 9, 11, 8), (3, 17, 5, 8)),
+    "EMA": (lambda: EMA(16, factor=4), (0, 2, 3), (2, 16, 9, 11), (3, 16, 17, 5)),
+    "km_unet_tiny": (lambda: create_model("km_unet_tiny"), (0, 2, 3), (2, 3, 64, 96), (3, 3, 96, 64)),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_package_of_aot_inductor(name: str, tmp_path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    if shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    make, free, *sizes = PACKAGED[name]
+    model, (x, other) = make().eval(), (torch.randn(size) for size in sizes)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=(dict.fromkeys(free, DYNAMIC),))
+        package = aoti_load_package(aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2")))
+        for image in (x, other):
+            assert_close(f"out at {tuple(image.shape)}", package(image), model(image), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

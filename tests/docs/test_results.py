@@ -100,7 +100,7 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
     for results in recorded_runs():
         variants = results["variants"]
         expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in long_rows(results, name)]
-    for task in ("lumbar_spine", "isic2017"):
+    for task in ("lumbar_spine", "isic2017", "fetal_head"):
         expected += screen_rows(task)
     assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
 
