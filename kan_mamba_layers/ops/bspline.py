@@ -88,8 +88,9 @@ def basis(
     zero = extrapolation == "zero"
     margin = 0 if zero else spline_order
     low, high = grid[:, margin], grid[:, -margin - 1]
-    # Far away powers would overflow. At the last knot all pieces have ended, so there every basis is zero.
-    held = torch.where((x < low) | (x > high), high, x) if zero else torch.clamp(x, low, high)
+    # Far away powers would overflow. At the last knot all pieces have ended, so there every basis is zero. The slope of
+    # torch.clamp at its bounds depends on the version of PyTorch; here it is that of the inside.
+    held = torch.where(x > high, high, torch.where(x < low, high if zero else low, x))
     bases = _derivative(held, grid, _joints(grid, margin), spline_order, uniform, nu)
     if extrapolation == "linear" and nu == 0:
         below, above = end_slopes(grid, spline_order)  # i g+s
