@@ -30,7 +30,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 # The arguments of a family take precedence over those of a size.
 _FAMILIES: dict[str, tuple[type[Model], dict[str, Any]]] = {
     "km_unet": (KMUNet, {}),
-    "km_unet_pp": (KMUNetPP, {"full_resolution": True, "context_from": 1}),
+    "km_unet_pp": (KMUNetPP, {"context_from": 1}),
     "u_kan": (KMUNet, {"use_ss2d": False, "use_ema": False, "context_residual": False}),
 }
 _MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {

@@ -14,10 +14,10 @@ PARAMETERS = {
     "km_unet_base": 7008753,
     "km_unet_small": 2003025,
     "km_unet_tiny": 520161,
-    "km_unet_pp": 9284465,
-    "km_unet_pp_base": 9284465,
-    "km_unet_pp_small": 2727857,
-    "km_unet_pp_tiny": 723617,
+    "km_unet_pp": 9282129,
+    "km_unet_pp_base": 9282129,
+    "km_unet_pp_small": 2725521,
+    "km_unet_pp_tiny": 721281,
     "u_kan": 6355393,
     "u_kan_base": 6355393,
     "u_kan_small": 1892737,
@@ -61,7 +61,7 @@ class TestNames:
     def test_base_is_the_constructors_default(self) -> None:
         with torch.device("meta"):
             assert create_model("km_unet").config == KMUNet().config
-            improved = KMUNetPP(full_resolution=True, context_from=1)  # the class itself is the plain grid
+            improved = KMUNetPP(context_from=1)  # the class itself has SS2D and EMA at level 0 too
             assert create_model("km_unet_pp").config == improved.config
 
     @pytest.mark.parametrize("name", ["km_unet_small", "km_unet_pp_small", "u_kan_small", "km_unet", "u_kan"])
