@@ -67,11 +67,12 @@ def screen_rows(task: str) -> list[str]:
     dice.columns = pd.MultiIndex.from_tuples([tuple(name.rsplit("-seed", 1)) for name in dice])  # variant, seed
     rows = []
     for name, costs in runs.groupby("variant"):
-        own, gains = dice[name].mean(), (dice[name] - dice["preset"]).dropna(axis=1)
+        own, gains = dice[name].mean(), (dice[name] - dice["full_resolution"]).dropna(axis=1)
         low, high = interval(gains.groupby(level="group").mean())  # subjects x seeds
         spread = f" ± {own.std():.3f}" if len(own) > 1 else ""
         mean = gains.groupby(level="group").mean().to_numpy().mean()
-        parts = [f"{own.mean():.3f}{spread}", "" if name == "preset" else f"{mean:+.3f}, {low:+.3f} to {high:+.3f}"]
+        gain = "" if name == "full_resolution" else f"{mean:+.3f}, {low:+.3f} to {high:+.3f}"
+        parts = [f"{own.mean():.3f}{spread}", gain]
         parts += [f"{costs['hd95'].mean():.1f}", f"{costs['surface_dice'].mean():.3f}"]
         parts += [f"{costs['parameters'].iloc[0]:,}", f"{costs['cpu_seconds'].mean():.0f}"]
         rows.append(f"| `{name}` | {' | '.join(parts)} |")

@@ -193,8 +193,8 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError(f"data.duplicate_bits {duplicate_bits} must lie between 0 (no check) and 256")
         if not 0 <= (mask_threshold or 0) < 255:
             raise ValueError(f"data.mask_threshold {mask_threshold} must lie between 0 and 254, e.g. 127")
-        all_tested = fold is not None and test_fraction == 0
-        if not (0 < val_fraction < val_fraction + test_fraction < 1 or (all_tested and 0 < val_fraction < 1)):
+        untested = test_fraction == 0 and fold is None
+        if untested or test_fraction < 0 or not 0 < val_fraction < 1 - test_fraction:
             fractions = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
             hint = "a data.test_fraction of 0 needs a data.fold"
             raise ValueError(f"{fractions} must lie above 0, and together below 1, e.g. 0.15 and 0.2; {hint}")
