@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kan_mamba_layers import EMA, SS2D, KANLayer, KANLinear, Mamba, VMamba
+from kan_mamba_layers.models.blocks import ContextBlock
 
 
 class Block(nn.Module):
@@ -126,6 +127,7 @@ COMPILED = {
     "SS2D": (lambda: SS2D(16), lambda b, h, w: (torch.randn(b, h, w, 16),), True, 5),
     "KANLayer": (lambda: KANLayer(16), lambda b, h, w: (torch.randn(b, h * w, 16), h, w), False, 3),
     "Mamba": (lambda: Mamba(16), lambda b, h, w: (torch.randn(b, h, 16),), False, 3),
+    "ContextBlock": (lambda: ContextBlock(16), lambda b, h, w: (torch.randn(b, 16, h, w),), True, 3),
     "km_unet_tiny": (lambda: build("km_unet_tiny"), lambda *size: (image(*size),), False, 3),
     "km_unet_pp_tiny": (lambda: build("km_unet_pp_tiny"), lambda *size: (image(*size),), True, 3),
     "VMamba": (lambda: VMamba(depths=(1, 1, 1, 1), dims=8), lambda *size: (image(*size),), False, 3),
