@@ -7,8 +7,8 @@
     python tests/reliability.py report.xml --thorough thorough.xml --coverage coverage.json --mutants mutants.json
 
 Several reports are read as one: those of the nightly tests, of a GPU, or of other versions may follow the first. To
-`mutants.json` may be added by hand why a survivor was left ("reasons", a text for each), and how many mutants were
-noticed before tests were added ("first").
+`mutants.json` may be added by hand why a survivor was left ("reasons", a text for each), which survivors change no
+result ("equal", a list), and how many mutants were noticed before tests were added ("first").
 """
 
 from __future__ import annotations
@@ -204,15 +204,27 @@ def _of_coverage(files: dict[str, Any]) -> list[str]:
 
 def _of_mutants(mutants: dict[str, Any]) -> list[str]:
     survivors, run, reasons = mutants["survivors"], mutants["run"], mutants.get("reasons", {})
+    equal = [line for line in survivors if line in mutants.get("equal", ())]
+    left = [line for line in survivors if line not in equal]
+    noticed = run - len(survivors)
+
+    def listed(lines: list[str]) -> list[str]:
+        return [f"* `{line}`: {reasons[line]}" if line in reasons else f"* `{line}`" for line in lines]
+
     return [
         "## Mutants",
         "",
         "`tests/mutate.py` changes one operator, number or statement of a layer, a reference formula or the split of a",
         f"data set at a time. Of {mutants['mutants']:,} such changes {run:,} drawn at random were tried. The tests",
-        f"notice {run - len(survivors):,} of them, {(run - len(survivors)) / run:.1%}; before tests were added for",
-        f"others, {mutants.get('first', run - len(survivors)):,}. Unnoticed:",
+        f"notice {noticed:,} of them, {noticed / run:.1%}; before tests were added for others,",
+        f"{mutants.get('first', noticed):,}. Of the {len(survivors)} unnoticed ones {len(equal)} change no result;",
+        f"of all others {noticed / (run - len(equal)):.1%} are noticed. Unnoticed, and results differ:",
         "",
-        *(f"* `{line}`: {reasons[line]}" if line in reasons else f"* `{line}`" for line in survivors),
+        *listed(left),
+        "",
+        "Unnoticed, and results are the same:",
+        "",
+        *listed(equal),
         "",
     ]
 
