@@ -79,6 +79,22 @@ def screen_rows(task: str) -> list[str]:
     return rows
 
 
+def few_rows() -> list[str]:
+    """The rows of the trainings on few images, from the scores of single images."""
+    dice = pd.read_csv(RESULTS / "few_images" / "dice.csv", dtype={"id": str, "group": str}).set_index(["id", "group"])
+    dice.columns = pd.MultiIndex.from_tuples([tuple(name.split("-")) for name in dice])  # start, number, seed
+    dice = dice.sort_index(axis=1)
+    rows = []
+    for number in ("10", "30", "100"):
+        means = [dice[start, number].mean() for start in ("fetal_head", "nothing")]
+        gains = (dice["fetal_head", number] - dice["nothing", number]).groupby(level="group").mean()
+        low, high = interval(gains)
+        shown = [f"{mean.mean():.3f} ± {mean.std():.3f}" for mean in means]
+        gain = f"{gains.to_numpy().mean():+.3f}, {low:+.3f} to {high:+.3f}"
+        rows.append(f"| {number} | {' | '.join(shown)} | {gain} |")
+    return rows
+
+
 def ablation_rows(results: dict, name: str) -> list[list[str]]:
     variant = results["variants"][name]
     scores = [variant["per_image"]["dice"], *([variant["mean_of_classes"]] if "classes" in variant else [])]
@@ -104,6 +120,11 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
     for task in ("lumbar_spine", "isic2017", "fetal_head"):
         expected += screen_rows(task)
     assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
+
+
+def test_the_rows_of_few_images_are_those_of_the_recorded_scores():
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    assert set(few_rows()) <= set(lines)
 
 
 def test_dice_of_the_means_bounds_the_mean_dice():
