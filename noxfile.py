@@ -18,7 +18,7 @@ PACKAGE += (
     "kan_mamba_layers",
 )
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.11", "scikit-image")
-OPTIONAL = ("numba", "triton", "matplotlib", "safetensors")
+OPTIONAL = ("numba", "triton", "matplotlib")
 OLDEST = {
     "torch": "2.4.0",
     "triton": "3.0.0",

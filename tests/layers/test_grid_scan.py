@@ -275,6 +275,7 @@ class TestCopies:
 
 class TestGraphs:
     def test_one_compiled_graph_serves_every_size(self) -> None:
+        pytest.importorskip("numba", reason="plain backends make a graph of each size")
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         layer = SS2D(4, d_state=2, walks=WINDOWS)
@@ -284,6 +285,21 @@ class TestGraphs:
                 x, mask = torch.randn(b, h, w, 4), torch.rand(b, h, w) > 0.3
                 assert_close(f"out at {h}, {w}", compiled(x, mask), layer(x, mask), 1e-6)
         assert counter.frame_count <= 2, "as without walks"
+
+    def test_the_chunked_scan_makes_a_graph_of_each_size(self) -> None:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        layer = SS2D(4, d_state=2, backend="chunked")
+        compiled = torch.compile(layer, fullgraph=True, backend=counter)
+        sizes = [(2, 2, 3), (3, 4, 2), (1, 2, 2), (2, 2, 3)]
+        for size in sizes:
+            x = torch.randn(*size, 4)
+            out, expected = compiled(x), layer(x)
+            assert_close(f"out at {size}", out, expected, 1e-6)
+            grads, wanted = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (out, expected))
+            for grad, want in zip(grads, wanted, strict=True):
+                assert_close("gradient", grad, want, 1e-5)
+        assert counter.frame_count <= len(set(sizes))
 
     @pytest.mark.nightly
     @pytest.mark.skipif(not (which("c++") or which("g++") or which("clang++")), reason="no C++ compiler")

@@ -376,7 +376,7 @@ def test_triton_in_its_interpreter_runs_only_on_request() -> None:
 
 def test_a_package_that_is_installed_but_broken_is_named(tmp_path: Path) -> None:
     """Nothing falls back silently, so "auto" raises too: the next backend would be many times slower."""
-    for package in ("numba", "triton"):
+    for package in ("llvmlite", "numba", "triton"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('needs an older NumPy')")
     printed = fresh_process(
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"

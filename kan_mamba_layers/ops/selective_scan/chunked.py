@@ -38,8 +38,16 @@ def scan(
 
 def _segments(state: Tensor, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
     """Views of the same segments of all sequences."""
-    length = max(4, math.isqrt(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
+    length = max(4, _root(_SEGMENT_VALUES // max(1, state.numel()))) ** 2
     return list(zip(*(x.split(length, 2) for x in sequences), strict=True))
+
+
+def _root(number: int) -> int:
+    """The whole part of the square root.
+
+    A compiler that has a symbol for the number makes it a constant here: loops over steps are unrolled in any case.
+    """
+    return math.isqrt(len(range(number)) if torch.compiler.is_compiling() else number)
 
 
 def _scan_segments(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +121,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     length = u.shape[2]
-    steps = math.isqrt(max(length - 1, 0)) + 1
+    steps = _root(max(length - 1, 0)) + 1
     padding = -length % steps
     if padding:  # steps of size 0 leave the state as it is
         u, delta, B, C = (_lengthened(x, padding) for x in (u, delta, B, C))

@@ -297,6 +297,7 @@ class TestBackends:
         [("bnl", "bnl", "cpu"), ("bgnl", "bnl", "cpu"), ("dn", "bnl", "chunked"), ("bgnl", "dn", "chunked")],
     )
     def test_auto_is_the_cpu_backend_except_for_constant_coefficients(self, B: str, C: str, expected: str) -> None:
+        pytest.importorskip("numba")
         x = make_inputs(2, 4, 70, 3, B=B, C=C, dtype=torch.float32)
         assert resolve("selective_scan", "auto", x["u"], A=x["A"], B=x["B"], C=x["C"]) == expected
         assert torch.equal(selective_scan(**x), selective_scan(**x, backend=expected))
