@@ -87,7 +87,7 @@ def test_fit_leaves_every_file(trained):
     assert facts["subjects"] == {"train": 6, "val": 2, "test": 2}
     assert facts["split_sha256"] == split_hash(read_split(trained / "split.json"))
     assert list(facts["metrics"]["classes"]) == ["L1", "L2", "L3", "L4", "L5"]
-    assert facts["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # with what a build adds to it, or without
     rows = rows_of(trained / "history.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     for column in ("train/loss", "train/iou", "val/loss", "val/iou", "val/dice"):
