@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 
 import lab
 from segmentation import runs
+from segmentation.console import mistakes_in_one_line
 from segmentation.data.split import Table, read_split, write_split
 
 STARTS = ("fetal_head", "nothing")
@@ -43,23 +44,24 @@ def few_images(
         seeds: each draws other images, another order and other first weights.
         out: folder of the runs, `lab.py compare out/30` sets them against each other.
     """
+    table = read_split(split)
+    parts = {(seed, number): draw(table, number, seed) for seed in seeds for number in numbers}
     found: dict[str, dict[int, list[float]]] = {start: {number: [] for number in numbers} for start in STARTS}
-    for seed in seeds:
-        for number in numbers:
-            out.mkdir(parents=True, exist_ok=True)
-            part = out / f"{number}-seed{seed}.json"
-            write_split(part, draw(read_split(split), number, seed))
-            epochs = STEPS // math.ceil(number / BATCH)
-            for start in STARTS:
-                run = out / str(number) / f"{start}-seed{seed}"
-                scores = run / "test" / "scores.json"
-                if not scores.exists():
-                    fit = [f"--run={run}", "--resume", f"--data.task={task}", f"--data.folder={folder}"]
-                    fit += [f"--data.split={part}", f"--seed_everything={seed}"]
-                    fit += [f"--trainer.max_epochs={epochs}", f"--data.batch_size={BATCH}"]
-                    lab.main(["fit", *fit, *([] if start == "nothing" else [f"--model.pretrained={start}"])])
-                    lab.main(["test", f"--run={run}"])
-                found[start][number].append(runs.read_json(scores)["per_image"]["dice"]["mean"])
+    out.mkdir(parents=True, exist_ok=True)
+    for (seed, number), drawn in parts.items():
+        part = out / f"{number}-seed{seed}.json"
+        write_split(part, drawn)
+        epochs = STEPS // math.ceil(number / BATCH)
+        for start in STARTS:
+            run = out / str(number) / f"{start}-seed{seed}"
+            scores = run / "test" / "scores.json"
+            if not scores.exists():
+                fit = [f"--run={run}", "--resume", f"--data.task={task}", f"--data.folder={folder}"]
+                fit += [f"--data.split={part}", f"--seed_everything={seed}"]
+                fit += [f"--trainer.max_epochs={epochs}", f"--data.batch_size={BATCH}"]
+                lab.main(["fit", *fit, *([] if start == "nothing" else [f"--model.pretrained={start}"])])
+                lab.main(["test", f"--run={run}"])
+            found[start][number].append(runs.read_json(scores)["per_image"]["dice"]["mean"])
     draw_curve(out / "curve.png", found)
     return found
 
@@ -97,4 +99,5 @@ def draw_curve(path: Path, found: dict[str, dict[int, list[float]]]) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(few_images, as_positional=False)
+    with mistakes_in_one_line():
+        auto_cli(few_images, as_positional=False)

@@ -24,7 +24,6 @@ import lightning
 import pandas as pd
 import yaml
 from jsonargparse.typing import PositiveFloat
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
-from segmentation.console import console, quieten, say, scores_table
+from segmentation.console import console, mistakes_in_one_line, quieten, say, scores_table
 from segmentation.data.datamodule import SegmentationData
 from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import draw_cases, draw_curves
@@ -60,8 +59,6 @@ PRECISIONS = {"16-true", "bf16-true", "64-true", "64"}
 FREE_ON_RESUME = {"data.folder", "data.num_workers", "data.split", "data.side", "model.flips", "model.window"}
 # Scores and masks are made by one process.
 SINGLE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
-# What the user can mend.
-MISTAKES = (jsonargparse.ArgumentError, ImportError, MisconfigurationException, OSError, ValueError)
 STRICT = {"exit_on_error": False}  # of parsers: raise what is wrong, without the usage
 
 
@@ -390,9 +387,5 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_in_one_line():
         main()
-    except MISTAKES as error:
-        is_long = isinstance(error, jsonargparse.ArgumentError)
-        sys.stderr.write(f"error: {' '.join(str(error).split()) if is_long else error}\n")
-        raise SystemExit(2) from None

@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Table
 
-from segmentation.console import console, quieten, say
+from segmentation.console import console, mistakes_in_one_line, quieten, say
 from segmentation.data.datamodule import SegmentationData
 from segmentation.figures import draw_cases
 from segmentation.module import Segmentation
@@ -68,4 +68,5 @@ def quickstart(
 
 
 if __name__ == "__main__":
-    auto_cli(quickstart, as_positional=False)
+    with mistakes_in_one_line():
+        auto_cli(quickstart, as_positional=False)

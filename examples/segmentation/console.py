@@ -1,10 +1,14 @@
 """What the commands print: remarks and tables."""
 
 import logging
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +26,9 @@ REMARKS = (
     "LeafSpec",
 )
 
+# What the user can mend.
+MISTAKES = (ArgumentError, ImportError, MisconfigurationException, OSError, ValueError)
+
 
 def quieten() -> None:
     """Leave out Lightning's remarks on its set-up; warnings about the run itself stay."""
@@ -35,6 +42,17 @@ def quieten() -> None:
 def say(text: str, style: str | None = None) -> None:
     """Print a line as it is, of whatever length."""
     console.print(text, style=style, soft_wrap=True)
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """End with exit status 2 and one line, without a traceback, where something is wrong that the user can mend."""
+    try:
+        yield
+    except MISTAKES as error:
+        is_long = isinstance(error, ArgumentError)
+        sys.stderr.write(f"error: {' '.join(str(error).split()) if is_long else error}\n")
+        raise SystemExit(2) from None
 
 
 def scores_table(title: str, scores: Mapping[str, Any]) -> Table:

@@ -403,6 +403,7 @@ def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
         predict(skin, tmp_path / "out2", f"--pixel_size_csv={broken}", broken)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Lightning, shown in tests alone
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -442,6 +443,28 @@ def test_a_wrong_call_ends_with_one_line(tmp_path, monkeypatch, capsys, argument
     printed = capsys.readouterr()
     assert re.fullmatch(rf"error: .*{reason}.*\n", printed.err) and not printed.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "reason"),
+    [
+        ("quickstart", ["--networks", '["unett"]'], r"model 'unett' is unknown"),
+        (
+            "few_images",
+            ["--folder", "nowhere", "--split", "nothing.json"],
+            r"data\.split 'nothing\.json' cannot be read",
+        ),
+    ],
+)
+def test_other_scripts_end_with_one_line_too(tmp_path, monkeypatch, capsys, examples, script, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(examples / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"error: {reason}.*\n", printed.err) and not printed.out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_brackets_and_colons_are_printed_as_they_are(capsys):
