@@ -8,6 +8,8 @@ none, and scores both on the test images of the split. What is done already is n
 
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jsonargparse import auto_cli
 
-import lab
 from segmentation import runs
 from segmentation.console import mistakes_in_one_line
 from segmentation.data.split import Table, read_split, write_split
@@ -59,11 +60,18 @@ def few_images(
                 fit = [f"--run={run}", "--resume", f"--data.task={task}", f"--data.folder={folder}"]
                 fit += [f"--data.split={part}", f"--seed_everything={seed}"]
                 fit += [f"--trainer.max_epochs={epochs}", f"--data.batch_size={BATCH}"]
-                lab.main(["fit", *fit, *([] if start == "nothing" else [f"--model.pretrained={start}"])])
-                lab.main(["test", f"--run={run}"])
+                run_lab("fit", *fit, *([] if start == "nothing" else [f"--model.pretrained={start}"]))
+                run_lab("test", f"--run={run}")
             found[start][number].append(runs.read_json(scores)["per_image"]["dice"]["mean"])
     draw_curve(out / "curve.png", found)
     return found
+
+
+def run_lab(*arguments: str) -> None:
+    """A command of the lab, which says itself what is wrong."""
+    ended = subprocess.run([sys.executable, str(Path(__file__).with_name("lab.py")), *arguments], check=False)
+    if ended.returncode:
+        raise SystemExit(ended.returncode)
 
 
 def draw(table: Table, number: int, seed: int) -> Table:
