@@ -43,11 +43,11 @@ def _segments(state: Tensor, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _root(number: int) -> int:
-    """The whole part of the square root.
+    """The whole part of the square root, as a number.
 
-    A compiler that has a symbol for the number makes it a constant here: loops over steps are unrolled in any case.
+    A compiler may have a symbol instead, which `range` makes a constant: loops over steps are unrolled in any case.
     """
-    return math.isqrt(len(range(number)) if torch.compiler.is_compiling() else number)
+    return math.isqrt(len(range(number)))
 
 
 def _scan_segments(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
