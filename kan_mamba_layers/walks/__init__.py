@@ -95,7 +95,7 @@ def snake(h: int, w: int) -> Walks:
         [[0, 1, 2, 5, 4, 3], [0, 3, 4, 1, 2, 5], [3, 4, 5, 2, 1, 0], [5, 2, 1, 4, 3, 0]]
 
     References:
-        Yang et al., PlainMamba, arXiv 2403.17695, section 3.2 (continuous 2D scanning).
+        Yang et al., PlainMamba, arXiv 2403.17695 (continuous 2D scanning).
     """
     return named("snake", {"h": h, "w": w})
 
@@ -147,7 +147,7 @@ def windows(h: int, w: int, size: int | Sequence[int]) -> Walks:
         [[0, 1, 4, 5, 2, 3, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7]]
 
     References:
-        Huang et al., LocalMamba, arXiv 2403.09338, section 4.1 (local scan).
+        Huang et al., LocalMamba, arXiv 2403.09338 (local scan).
     """
     if isinstance(size, Sequence):
         check_sizes("size", size, 2, 2)
@@ -180,7 +180,7 @@ def strided(h: int, w: int, step: int) -> Walks:
         [[0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7]]
 
     References:
-        Pei et al., EfficientVMamba, arXiv 2403.09977, section 3.2 (efficient 2D scanning), whose directions visit one
+        Pei et al., EfficientVMamba, arXiv 2403.09977 (efficient 2D scanning), whose directions visit one
         subgrid each.
     """
     return named("strided", {"h": h, "w": w}, (whole("step", step),))
@@ -237,7 +237,7 @@ def volume(d: int, h: int, w: int) -> Walks:
         [[0, 1, 2, 3, 4, 5, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7], [0, 2, 4, 6, 1, 3, 5, 7]]
 
     References:
-        Xing et al., SegMamba, arXiv 2401.13560, section 2.2, which adds one order between slices to those along them.
+        Xing et al., SegMamba, arXiv 2401.13560, which adds one order between slices to those along them.
     """
     return named("volume", {"d": d, "h": h, "w": w})
 
