@@ -79,13 +79,14 @@ def get_task(name: str) -> Task:
     return Task(name, ", ".join(labels.values()), CHANNELS[colour], labels, _sagittal)
 
 
-def _affine(size: int, degrees: float, shift: float, zoom: float, outside: str = "zeros") -> RandAffined:
-    """Rotation, shift (in parts of the image) and zoom; the mask takes the nearest pixel, so no new labels appear."""
+def _affine(size: int, degrees: float, shift: tuple[float, float], zoom: float, outside: str = "zeros") -> RandAffined:
+    """Rotation, shift (rows and columns, in parts of the image) and zoom; the mask takes the nearest pixel, so no new
+    labels appear."""
     return RandAffined(
         keys=KEYS,
         prob=0.7,
         rotate_range=np.deg2rad(degrees),
-        translate_range=(shift * size, shift * size),
+        translate_range=(shift[0] * size, shift[1] * size),
         scale_range=(zoom, zoom),
         mode=("bilinear", "nearest"),
         padding_mode=outside,
@@ -98,7 +99,7 @@ def _skin(size: int) -> list[Transform]:
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=0),
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=1),
         RandRotate90d(keys=KEYS, prob=0.5),
-        _affine(size, degrees=15, shift=0.06, zoom=0.12, outside="reflection"),
+        _affine(size, degrees=15, shift=(0.06, 0.06), zoom=0.12, outside="reflection"),
         RandAdjustContrastd(keys="image", prob=0.3, gamma=(0.7, 1.4)),
         RandScaleIntensityd(keys="image", prob=0.3, factors=0.15, channel_wise=True),
     ]
@@ -108,18 +109,23 @@ def _ultrasound(size: int) -> list[Transform]:
     """The probe is always at the top, so only left and right may change places."""
     return [
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=1),
-        _affine(size, degrees=15, shift=0.08, zoom=0.15),
+        _affine(size, degrees=15, shift=(0.08, 0.08), zoom=0.15),
         RandAdjustContrastd(keys="image", prob=0.3, gamma=(0.7, 1.4)),
     ]
 
 
-def _sagittal(size: int) -> list[Transform]:
+def _sagittal(size: int, rows: float = 0.05, outside: str = "zeros") -> list[Transform]:
     """Front and back, head and foot are fixed in a sagittal spine: no flips; contrast and noise differ by scanner."""
     return [
-        _affine(size, degrees=8, shift=0.05, zoom=0.1),
+        _affine(size, degrees=8, shift=(rows, 0.05), zoom=0.1, outside=outside),
         RandAdjustContrastd(keys="image", prob=0.5, gamma=(0.6, 1.6)),
         RandGaussianNoised(keys="image", prob=0.3, std=0.03),
     ]
+
+
+def _numbered(size: int) -> list[Transform]:
+    """Vertebrae are counted from the sacrum: moved by a whole one up or down, their place does not tell the number."""
+    return _sagittal(size, rows=0.15, outside="border")
 
 
 TASKS = {
@@ -127,7 +133,7 @@ TASKS = {
     for task in (
         Task("isic2017", "skin lesion", 3, {255: "lesion"}, _skin),
         Task("fetal_head", "fetal head", 1, {255: "head"}, _ultrasound),
-        Task("lumbar_spine", "lumbar spine", 1, {k: f"L{k}" for k in range(1, 6)}, _sagittal),
+        Task("lumbar_spine", "lumbar spine", 1, {k: f"L{k}" for k in range(1, 6)}, _numbered),
         Task("breast_lesion", "breast lesion", 1, {255: "lesion"}, _ultrasound),
         Task("spine_vertebrae", "vertebrae", 1, {255: "vertebra"}, _sagittal),
         Task("spine_structures", "spine", 1, {1: "vertebra", 2: "canal", 3: "disc"}, _sagittal),
