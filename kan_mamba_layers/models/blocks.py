@@ -115,7 +115,7 @@ class Decode(nn.Module):
         self.conv = DConvLayer(in_channels, out_channels)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # b c h w -> b c' 2h 2w
-        return F.interpolate(self.conv(x), size=tuple(size), mode="bilinear")
+        return _enlarge(self.conv(x), size)
 
 
 class Head(nn.Module):
@@ -129,10 +129,14 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size, skip: Tensor | None = None) -> Tensor:
         # b c h/2 w/2, b c h w -> b num_classes h w
-        x = self.decode(x, size)  # b c h w
         if self.fuse is not None and skip is not None:
-            x = self.fuse(x + skip)
-        return self.logits(x)
+            return self.logits(self.fuse(self.decode(x, size) + skip))
+        # Interpolation commutes with a convolution of 1x1 pixels, and logits have fewer channels.
+        return _enlarge(self.logits(self.decode.conv(x)), size)
+
+
+def _enlarge(x: Tensor, size: Sequence[int]) -> Tensor:  # b c h w -> b c h' w'
+    return F.interpolate(x, size=tuple(size), mode="bilinear")
 
 
 def _to_tokens(x: Tensor) -> Tensor:  # b c h w -> b (h w) c
