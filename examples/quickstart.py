@@ -28,7 +28,7 @@ LEARNING_RATES = {"isic2017": 8e-3, "fetal_head": 8e-3, "lumbar_spine": 4e-3}
 def quickstart(
     out: Path = Path("runs", "quickstart"),
     networks: tuple[str, ...] = ("km_unet_pp_tiny", "km_unet_tiny", "unet"),
-    epochs: int = 8,
+    epochs: int = 12,
     size: int = 64,
     images: int = 60,
 ) -> list[dict[str, Any]]:
