@@ -127,6 +127,29 @@ def test_the_rows_of_few_images_are_those_of_the_recorded_scores():
     assert set(few_rows()) <= set(lines)
 
 
+def spines(network: str) -> pd.DataFrame:
+    """Dice, and its mean over the vertebrae, of every image in the folds (seed 0)."""
+    runs = (RESULTS / "long" / "lumbar_spine").glob(f"{network}-fold?-seed0")
+    images = pd.concat(pd.read_csv(run / "test" / "images.csv", dtype={"id": str, "group": str}) for run in runs)
+    images["vertebrae"] = images[[f"dice_L{k}" for k in range(1, 6)]].mean(axis=1)
+    return images.set_index(["id", "group"])[["dice", "vertebrae"]]
+
+
+def test_the_text_on_spines_has_the_figures_of_the_recorded_scores():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    ours, unet, small = map(spines, ("km_unet_pp_tiny", "unet", "unet-small-shifts"))
+    for score, against, words in (
+        ("vertebrae", unet, "ahead by {:.3f} ({:.3f} to {:.3f} over subjects)"),
+        ("dice", small, "the lead is {:.3f} ({:.3f} to {:+.3f})"),
+    ):
+        gains = (ours - against)[[score]].groupby(level="group").mean()
+        assert words.format(gains.to_numpy().mean(), *interval(gains)) in text
+    without = ours.drop(index="sub39", level="group").mean()
+    assert "without which the means of all images are {:.3f} and {:.3f}".format(*without) in text
+    subjects = ours["vertebrae"].groupby(level="group").mean()
+    assert subjects["sub39"] < 0.005 and f"crooked spine ({subjects['sub49']:.2f})" in text
+
+
 def test_dice_of_the_means_bounds_the_mean_dice():
     """Dice is 2J / (1 + J) of an image's IoU J, which is concave: no mean of it lies above that of the mean J."""
     kept = [results for kind in ("experiments", "recipe", "ablation") for results in recorded(RESULTS / kind)]

@@ -359,6 +359,17 @@ def test_augmented_masks_keep_their_labels_and_follow_the_image(name):
         assert 2 * (bright & truth).sum() / (bright.sum() + truth.sum()) > 0.85
 
 
+def test_numbered_vertebrae_move_up_and_down_more_than_sideways_and_repeat_the_edges():
+    images = demo_set("lumbar_spine", 64, 1, training=True)
+    images.images = torch.ones_like(images.images)
+    samples = [images[epoch, 0] for epoch in range(60)]
+    places = torch.stack([sample["mask"][0].nonzero().float().mean(0) for sample in samples])  # epochs 2
+    rows, columns = (places.amax(0) - places.amin(0)) / 64
+    assert rows > 0.2 > columns  # twice 0.15 and twice 0.05 at most, and a little by rotation and zoom
+    # No black comes in: of an image of one value nothing is left but noise, whose rows have no mean to speak of.
+    assert all(sample["image"][0].mean(1).abs().max() < 1 for sample in samples)
+
+
 @pytest.mark.parametrize("augment", [True, False])
 def test_images_are_normalised_one_by_one_and_augmented_in_training(augment):
     plain = demo_set("isic2017", 48, 2, training=False)
