@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_int, check_number, check_shape
+from kan_mamba_layers._check import check_int, check_mask, check_number, check_shape
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
 from kan_mamba_layers.layers.grid_scan import GridScan, MakeWalks
@@ -43,15 +43,17 @@ class VSSBlock(Layer):
         dtype: dtype of the parameters.
 
     Shape:
-        Input and output ``(b, h, w, dim)``, or ``(b, dim, h, w)`` with ``channels_first=True``.
+        Input and output ``(b, h, w, dim)``, or ``(b, dim, h, w)`` with ``channels_first=True``. ``mask``, if given, is
+        a boolean tensor ``(b, h, w)`` in both layouts, False where a pixel is to be left out.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the input has another shape, or another dtype than the parameters,
+        ValueError: an argument is out of range, or an input has another shape, or another dtype than the parameters,
             without autocast.
 
     Numerics:
-        The scan runs in float32 at least; see :class:`SS2D`.
+        The scan runs in float32 at least; see :class:`SS2D`. Where ``mask`` is False the output is 0, and no gradient
+        gets anything, even if the input is not finite there.
 
     Example:
         >>> import torch
@@ -101,17 +103,22 @@ class VSSBlock(Layer):
         self.norm2 = nn.LayerNorm(dim, **factory) if hidden else None
         self.mlp = _MLP(dim, hidden, **factory) if hidden else None
 
-    def forward(self, x: Tensor) -> Tensor:  # b h w c
-        """Map images of any size to the same shape: ``(b, h, w, dim)``, or ``(b, dim, h, w)``, channels first."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # b h w c
+        """Map images of any size to the same shape; where ``mask`` is False they are left out, and the output is 0."""
         if self.channels_first:
             check_shape("x", x, ("any", self.dim, "any", "any"), "b, dim, h, w")
             x = x.permute(0, 2, 3, 1)  # b h w c
         else:
             check_shape("x", x, ("any", "any", "any", self.dim), "b, h, w, dim")
         check_dtype("x", x, "norm.weight", self.norm.weight)
-        x = x + self.drop_path(self.op(self.norm(x)))
+        if mask is not None:
+            check_mask("mask", mask, x.shape[:-1], "b, h, w")
+            x = x.masked_fill(~mask[..., None], 0)
+        x = x + self.drop_path(self.op(self.norm(x), mask))
         if self.norm2 is not None and self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)
         return x.permute(0, 3, 1, 2) if self.channels_first else x
 
     def extra_repr(self) -> str:

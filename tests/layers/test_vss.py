@@ -47,6 +47,31 @@ def test_equals_its_parts_in_both_layouts(options: dict) -> None:
     assert_close("channels first", first(x.movedim(-1, 1)), expected.movedim(-1, 1), 1e-11)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["channels last", "channels first"])
+def test_a_padded_batch_gets_what_each_image_gets_alone(first: bool) -> None:
+    block = VSSBlock(6, d_state=2, channels_first=first).double()
+    block.load_state_dict({name: value + 0.1 * torch.randn_like(value) for name, value in block.state_dict().items()})
+    sizes, channels = ((5, 3), (2, 7), (6, 7)), 1 if first else -1
+    images = [torch.randn(1, h, w, 6, dtype=torch.float64).movedim(-1, channels) for h, w in sizes]
+    x, mask = torch.full((3, 6, 7, 6), torch.nan, dtype=torch.float64), torch.zeros(3, 6, 7, dtype=torch.bool)
+    for k, (h, w) in enumerate(sizes):
+        x[k, :h, :w], mask[k, :h, :w] = images[k].movedim(channels, -1)[0], True
+    out = block(x.movedim(-1, channels), mask)
+    found = torch.autograd.grad(out.square().sum(), list(block.parameters()))
+    alone = [block(image) for image in images]
+    expected = torch.autograd.grad(sum(y.square().sum() for y in alone), list(block.parameters()))
+    out = out.movedim(channels, -1)
+    assert_close("out", out[mask], torch.cat([y.movedim(channels, -1).flatten(0, -2) for y in alone]), 1e-11)
+    assert not out[~mask].any()
+    for (name, _), grad, wanted in zip(block.named_parameters(), found, expected, strict=True):
+        assert_close(name, grad, wanted, 1e-10)
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask .*2, 3, 4"):
+        VSSBlock(8, channels_first=True)(torch.randn(2, 8, 3, 4), torch.ones(2, 4, 3, dtype=torch.bool))
+
+
 def test_keys_are_the_published_ones() -> None:
     assert set(VSSBlock(4).state_dict()) == PUBLISHED
     without = {name for name in PUBLISHED if not name.startswith(("norm2", "mlp"))}
