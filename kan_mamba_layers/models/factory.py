@@ -22,7 +22,7 @@ _CLASSES: dict[str, type[Model]] = {cls.__name__: cls for cls in (KMUNet, KMUNet
 # Suffixes of the names; without one a name means base.
 _SIZES: dict[str, dict[str, Any]] = {
     "": {},
-    # KMUNet learns better with the residual connection, which KMUNetPP has at every size (docs/results.md).
+    # KMUNet learns better with the residual connection, which KMUNetPP has at every size (docs/short_trainings.md).
     "_tiny": {"widths": (16, 16, 32, 48, 64), "d_state": 4, "expand": 1, "ema_factor": 4, "context_residual": True},
     "_small": {"widths": (16, 32, 64, 96, 128), "d_state": 8, "expand": 1},
     "_base": {},

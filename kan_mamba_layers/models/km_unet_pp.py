@@ -36,7 +36,7 @@ class KMUNetPP(SegmentationModel):
         trunk_context: see :class:`KMUNet`.
         decoder_kan: whether the nodes ``j >= 1`` on levels 2 and 3 have KAN blocks.
         context_residual: whether SS2D and EMA add their result to their input, as above; the model learns worse
-            without it (docs/results.md).
+            without it (docs/short_trainings.md).
         use_kan: see :class:`KMUNet`.
         use_ss2d: see :class:`KMUNet`.
         use_ema: see :class:`KMUNet`.

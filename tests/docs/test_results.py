@@ -1,4 +1,4 @@
-"""The figures of docs/results.md are those of the recorded runs beside it."""
+"""The figures of the two pages of results are those of the recorded runs beside them."""
 
 import json
 import re
@@ -17,6 +17,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 from segmentation.compare import compare, interval  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "docs" / name for name in ("results.md", "short_trainings.md")]
+
+
+def printed() -> list[str]:
+    """The lines of both pages."""
+    return [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
 
 
 def recorded(folder: Path) -> list[dict]:
@@ -103,7 +109,6 @@ def ablation_rows(results: dict, name: str) -> list[list[str]]:
 
 
 def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
-    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     expected = []
     for kind, side, rows in (
         ("experiments", "test", experiment_rows),
@@ -119,12 +124,11 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
         expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in long_rows(results, name)]
     for task in ("lumbar_spine", "isic2017", "fetal_head"):
         expected += screen_rows(task)
-    assert sorted(line for line in lines if line.startswith("| `")) == sorted(expected)
+    assert sorted(line for line in printed() if line.startswith("| `")) == sorted(expected)
 
 
 def test_the_rows_of_few_images_are_those_of_the_recorded_scores():
-    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    assert set(few_rows()) <= set(lines)
+    assert set(few_rows()) <= set(printed())
 
 
 def spines(network: str) -> pd.DataFrame:
@@ -186,10 +190,10 @@ def test_the_percentile_bootstrap_over_few_subjects_is_too_narrow():
         assert abs(ratio - wider) < 0.005
 
 
-def test_the_readme_shows_the_dice_of_the_experiments():
-    found = {results["task"]: results["variants"] for results in recorded(RESULTS / "experiments")}
+def test_the_readme_shows_the_dice_of_the_long_trainings():
+    found = [results["variants"] for results in recorded_runs()]
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    for model in ("unet", "unet_pp", "km_unet_tiny", "km_unet_pp_tiny"):
-        rows = [found[task].get(model) for task in sorted(found)]
-        dice = ["not run" if row is None else f"{row['per_image']['dice']['mean']:.3f}" for row in rows]
+    for model in ("unet", "unet_pp", "km_unet_pp_tiny"):
+        rows = [variants.get(model) for variants in found]
+        dice = ["not run" if row is None else over_seeds(row["per_image"]["dice"]) for row in rows]
         assert f"| `{model}` | {' | '.join(dice)} |" in lines
