@@ -55,7 +55,8 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     more than 1,048,560 features or outputs of ``kan_linear``.
 
     ``"auto"`` takes ``"chunked"`` if ``B`` or ``C`` is constant in time. Where ``"chunked"`` would be compiled,
-    ``kan_linear`` gives the compiler its ``"reference"``.
+    ``kan_linear`` gives the compiler its ``"reference"``. It takes ``"reference"``, which alone has forward-mode
+    derivatives, inside ``torch.func.jvp``, ``jacfwd``, ``hessian`` and ``torch.autograd.forward_ad.dual_level``.
 
     A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
     So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``. Three kinds of calls are not
@@ -130,6 +131,8 @@ def _check_arguments(op: str, x: Tensor, arguments: dict[str, Tensor | None]) ->
 
 def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
     """The backend that ``"auto"`` takes."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return "reference"  # the others have no derivatives in forward mode
     fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
     fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))
     # A compiler fuses the formula better than tiles of PyTorch's operators do.

@@ -94,8 +94,8 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
     def refuse_vmap(*_: Any) -> None:
         raise RuntimeError(
-            f"the fused {op.name} has no vmap; put the mapped dimension into the batch, or call it with "
-            "backend='reference'"
+            f"the fused {op.name} has no vmap inside a compiler; put the mapped dimension into the batch, or call it "
+            "with backend='reference'"
         )
 
     def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
@@ -129,7 +129,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     class Gradient(torch.autograd.Function):
         """The gradient as a node of its own, whose derivative is that of the formula's gradient."""
 
-        vmap = staticmethod(refuse_vmap)
+        vmap = staticmethod(one_by_one(lambda *arguments: Gradient.apply(*arguments)))
         jvp = staticmethod(refuse_forward_mode)
 
         @staticmethod
@@ -157,7 +157,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     class Fused(torch.autograd.Function):
         """The op with its gradient."""
 
-        vmap = staticmethod(refuse_vmap)
+        vmap = staticmethod(one_by_one(lambda *arguments: differentiable(*arguments)))
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
@@ -183,7 +183,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             call = replaced(ctx.numbers, tensors, saved[: len(tensors)])
             wanted = [ctx.needs_input_grad[i] and i not in plain for i in tensors]
             # Only with a graph can it be differentiated again, which a compiled backward pass refuses by itself.
-            graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            graph = (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling()
             differentiate = Gradient.apply if graph else gradient
             found = differentiate(*call, *saved[len(tensors) :], *grads[:returned], wanted, ctx.backend)
             for i, grad in zip(tensors, found, strict=True):
@@ -196,10 +196,18 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
 
         jvp = staticmethod(refuse_forward_mode)
 
+    def differentiable(*arguments: Any) -> Any:
+        """One call of ``vmap``, whose tensors may require a gradient where the mapped ones do not."""
+        call, (save, backend) = arguments[:width], arguments[width:]
+        return Eager.apply(*call, save or differentiated(call), backend)
+
+    def differentiated(call: Sequence[Any]) -> bool:
+        return torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad for i in tensors)
+
     Fused.forward.__signature__ = signature(Fused.forward)  # type: ignore[attr-defined]  # or found at each call
 
     def run(call: Call, backend: str) -> Tensors:
-        save = torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad for i in tensors)
+        save = differentiated(call)
         if torch.compiler.is_compiling():
             # Without gradients a compiler would look for a context among the arguments of ``Fused.forward``.
             found = Fused.apply(*call, save, backend) if save else operator(*call, save, backend)
@@ -245,6 +253,23 @@ def _define(name: str, arguments: Sequence[str], results: int, run: Any, shapes:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kan_mamba_layers::{name}", shapes, lib=_LIBRARY)
     return getattr(torch.ops.kan_mamba_layers, name)
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Rule of ``torch.vmap``: call after call, each with its slice of the mapped tensors, and the results stacked."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise ValueError("torch.vmap over a dimension of size 0 has no call to run; leave out empty inputs")
+        found = []
+        for i in range(info.batch_size):
+            mapped = zip(arguments, in_dims, strict=True)
+            found.append(function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in mapped)))
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+    return rule
 
 
 def replaced(values: Sequence[Any], places: Sequence[int], by: Sequence[Any]) -> list[Any]:

@@ -52,7 +52,7 @@ def kan_linear(
         uniform: True promises equally spaced knots; see :func:`bspline_basis`. None looks at their values at every
             call, also where a compiled or exported graph runs.
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` (a few rows at a time), ``"cpu"`` or ``"triton"``, which
-            runs spline orders 1 to 5. Only ``"reference"`` has derivatives by ``grid``, forward mode and ``vmap``. See
+            runs spline orders 1 to 5. Only ``"reference"`` has derivatives by ``grid`` and in forward mode. See
             :func:`resolve`.
 
     Returns:

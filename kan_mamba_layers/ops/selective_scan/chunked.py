@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kan_mamba_layers.ops.operator import pull_back, replaced, transformed
+from kan_mamba_layers.ops.operator import one_by_one, pull_back, replaced, transformed
 
 # Values of the state, b k l n d, that one segment holds: 4 MiB of float32, so that its few temporaries stay in cache.
 _SEGMENT_VALUES = 1 << 20
@@ -65,7 +65,8 @@ def _scan_segments(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, st
 
 def _refuse(ctx: Any, *grad_inputs: Any) -> Any:
     raise RuntimeError(
-        "backend='chunked' of the scan has no vmap and no forward-mode derivatives; call it with backend='reference'"
+        "backend='chunked' of the scan has no forward-mode derivatives; differentiate in reverse mode, or call it with "
+        "backend='reference'"
     )
 
 
@@ -76,7 +77,6 @@ class _Recomputed(torch.autograd.Function):
     ones do not fit into, and the process would grow to several times what it needs.
     """
 
-    vmap = staticmethod(_refuse)
     jvp = staticmethod(_refuse)
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients may be differentiated again
+        if torch.is_grad_enabled() or transformed():  # the gradients may be differentiated again, or mapped
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             chosen = [inputs[i] for i in wanted]
             found = pull_back(lambda *x: _scan_segments(*replaced(inputs, wanted, x)), chosen, (grad_y, grad_state))
@@ -145,7 +145,7 @@ def _linear_scan(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool)
 class _LinearScan(torch.autograd.Function):
     """Its gradient is a scan of the same kind in the other direction, so it has derivatives of any order."""
 
-    vmap = staticmethod(_refuse)
+    vmap = staticmethod(one_by_one(lambda *arguments: _linear_scan(*arguments)))
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, start: Tensor, steps: int, reverse: bool) -> Tensor:

@@ -298,16 +298,6 @@ class TestGradients:
         assert torch.autograd.gradgradcheck(function, leaves)
 
     @fused
-    def test_vmap_is_refused_with_a_way_out(self, backend: str) -> None:
-        function, inputs = case(backend)
-        many = torch.randn(3, 20, 3)
-        with pytest.raises(RuntimeError, match=r"(?s)vmap.*batch.*backend='reference'"):
-            torch.vmap(lambda x: function(**{**inputs, "x": x}))(many)
-        reference, _ = case("reference")
-        mapped = torch.vmap(lambda x: reference(**{**inputs, "x": x}))(many)
-        assert_close("out", mapped, function(**{**inputs, "x": many}), 1e-5)
-
-    @fused
     def test_functional_gradient(self, backend: str) -> None:
         function, inputs = case(backend)
         grads = torch.func.grad(lambda x: function(**x).square().sum())(inputs)
