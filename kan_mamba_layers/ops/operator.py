@@ -47,8 +47,7 @@ class FusedOp(NamedTuple):
     shapes: Callable[[Call, bool, str], Tensors]  # empty tensors like those that ``forward`` returns
     flops: Callable[[Call], int]  # of a call that holds shapes instead of tensors
     gradient_flops: Callable[[Call, Sequence[bool]], int]
-    # The results in PyTorch's operators, or the backends that have higher derivatives.
-    higher: Callable[[Call], Tensors] | str
+    formula: Callable[[Call], Tensors]  # the results in PyTorch's operators, for higher derivatives
     # Gradients that need no backend, by field and from those of the results; they can be differentiated again.
     plain: Mapping[str, Callable[[Tensors], Tensor]] = {}
 
@@ -107,20 +106,13 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
     for name in (op.name, f"{op.name}_backward"):
         _LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
 
-    def formula(call: Call) -> Tensors:
-        if isinstance(op.higher, str):
-            raise RuntimeError(
-                f"the fused {op.name} can be differentiated once; for higher derivatives call it with {op.higher}"
-            )
-        return op.higher(call)
-
     def gradient_of_formula(*arguments: Any) -> Tensors:
         """The gradients that are wanted."""
         call, grads, wanted = list(arguments[:width]), arguments[width + op.saved : -2], arguments[-2]
         chosen = [i for i, want in zip(tensors, wanted, strict=True) if want]
 
         def results(*inputs: Tensor) -> Tensors:
-            found = formula(record(*replaced(call, chosen, inputs)))
+            found = op.formula(record(*replaced(call, chosen, inputs)))
             return [y for y, grad in zip(found, grads, strict=True) if grad is not None]
 
         with autocast_off(call[0]):

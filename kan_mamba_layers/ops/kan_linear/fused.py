@@ -77,7 +77,7 @@ fused_kan_linear = register(
         shapes=_shapes,
         flops=_flops,
         gradient_flops=_gradient_flops,
-        higher=_formula,
+        formula=_formula,
         plain={"bias": lambda grads: grads[0].sum(0)},
     ),
 )

@@ -12,7 +12,6 @@ with ``h = 0`` before the first step. ``reference`` and ``chunked`` implement it
 
 from collections.abc import Callable
 from math import prod
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,8 @@ from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, looped, reference
 from kan_mamba_layers.ops.selective_scan.call import Line, ScanCall
-from kan_mamba_layers.ops.selective_scan.directions import (
-    NUM_DIRECTIONS,
-    flatten_directions,
-    flatten_walks,
-    sum_directions,
-    sum_walks,
-)
+from kan_mamba_layers.ops.selective_scan.directions import NUM_DIRECTIONS
+from kan_mamba_layers.ops.selective_scan.formula import Scan, coefficients, formula
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
 from kan_mamba_layers.ops.selective_scan.orders import orders_on
 from kan_mamba_layers.ops.subclasses import accepts_subclasses
@@ -37,7 +31,6 @@ from kan_mamba_layers.walks import Walks
 
 __all__ = ["cross_selective_scan", "selective_scan"]
 
-Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _FUSED = ("cpu", "triton")
 # Without it, before PyTorch 2.7, torch.export writes one size of "chunked".
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -262,45 +255,18 @@ def cross_selective_scan(
             orders=orders,
             mask=None if mask is None else mask.flatten(1).to(dtype),
         )
-        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else _cross_scan_plain(call, _plain(chosen))  # b l d
+        y = _cross_scan_fused(call, chosen) if chosen in _FUSED else formula(call, _plain(chosen))[0]  # b l d
         y = y.to(x.dtype).unflatten(1, grid)  # b *grid d
         return y if mask is None else y.masked_fill(~mask[..., None], 0)
-
-
-def _cross_scan_plain(call: ScanCall, scan: Scan) -> Tensor:  # b l d
-    directions, _, rank, states = *call.dt_proj_weight.shape, call.A.shape[2]
-    u = call.u.to(call.A.dtype)  # b l d
-    projected = _along_directions(_coefficients(u, call), call)  # b k l r+2n
-    low, B, C = projected.split([rank, states, states], -1)
-    weight = call.dt_proj_weight.flatten().view(call.dt_proj_weight.shape)  # so that its gradient has its strides
-    delta = F.softplus(low @ weight.mT + call.dt_proj_bias[:, None])  # b k l d
-    if call.mask is not None:
-        delta = delta * _along_directions(call.mask[:, :, None, None].expand(-1, -1, directions, -1), call)
-    sequences = _along_directions(u[:, :, None].expand(-1, -1, directions, -1), call)  # b k l d
-    y, _ = scan(sequences, delta, call.A, B, C, None)  # b k l d
-    y = sum_directions(y, call.height, call.width).flatten(1, 2) if call.orders is None else sum_walks(y, call.orders)
-    return y + call.D * u
-
-
-def _along_directions(x: Tensor, call: ScanCall) -> Tensor:  # b l k c -> b k l c
-    if call.orders is None:
-        return flatten_directions(x.unflatten(1, (call.height, call.width)))
-    return flatten_walks(x, call.orders)
 
 
 def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b l d
     u = call.u.contiguous()  # or the projection, the forward and the backward pass would each make a copy
     weight, coeffs = call.x_proj_weight, None
     if backend == "triton":
-        weight, coeffs = None, _coefficients(u.to(call.A.dtype), call)  # b l k r+2n
+        weight, coeffs = None, coefficients(u.to(call.A.dtype), call)  # b l k r+2n
     y, _ = fused_scan(call._replace(u=_for_fused(u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
     return y
-
-
-def _coefficients(u: Tensor, call: ScanCall) -> Tensor:  # b l d -> b l k r+2n
-    """The low-rank step, B and C of all directions: the projection is pointwise, so one product serves them all."""
-    weight = cast(Tensor, call.x_proj_weight)
-    return F.linear(u, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
 
 def _check_cross_selective_scan(

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, explained, register
+from kan_mamba_layers.ops.selective_scan import chunked
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
+from kan_mamba_layers.ops.selective_scan.formula import formula
 
 
 @explained
@@ -45,6 +47,11 @@ def _gradient_flops(call: ScanCall, wanted: Sequence[bool]) -> int:
     return 3 * _flops(call)
 
 
+def _formula(call: ScanCall) -> Sequence[Tensor]:
+    y, last = formula(call, chunked.scan)
+    return y.to(call.u.dtype), last
+
+
 # (y: b l d, last state: b k d n), and the saved states
 fused_scan = register(
     ScanCall,
@@ -56,6 +63,6 @@ fused_scan = register(
         shapes=_shapes,
         flops=_flops,
         gradient_flops=_gradient_flops,
-        higher="backend='chunked' or backend='reference'",
+        formula=_formula,
     ),
 )

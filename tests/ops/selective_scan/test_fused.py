@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from helpers import FORWARD_MODE, assert_close, strided
-from kan_mamba_layers import selective_scan
+from kan_mamba_layers import cross_selective_scan, selective_scan, walks
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.fused import fused_scan
-from ops.selective_scan.calls import FUSED, Call, Inputs, fused_line, operator_inputs
+from ops.selective_scan.calls import (
+    FUSED,
+    Call,
+    Inputs,
+    full_line_inputs,
+    fused_line,
+    image_inputs,
+    line_inputs,
+    on_images,
+    on_lines,
+    on_lines_with_state,
+    operator_inputs,
+)
 
 pytest.importorskip("numba")
 
@@ -100,10 +113,30 @@ class TestRegistration:
 
 
 # Ways to differentiate a gradient again.
-AGAIN: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "backward": lambda y, x: y.backward(inputs=[x], retain_graph=True),
-    "grad": lambda y, x: torch.autograd.grad(y, x, retain_graph=True),
-    "allow_unused": lambda y, x: torch.autograd.grad(y, x, retain_graph=True, allow_unused=True),
+AGAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "backward": lambda y, x: (y.backward(inputs=[x]), x.grad)[1],
+    "grad": lambda y, x: torch.autograd.grad(y, x)[0],
+    "allow_unused": lambda y, x: torch.autograd.grad(y, x, allow_unused=True)[0],
+}
+
+
+def masked_walk(backend: str, **inputs: Tensor) -> Tensor:
+    mask = torch.tensor([[True, False, True, True], [False, True, True, True], [True] * 4])
+    return cross_selective_scan(**inputs, walks=walks.snake(3, 4), mask=mask.expand(2, 3, 4), backend=backend)
+
+
+# Functions of a backend and of tensors, and the tensors.
+HIGHER: dict[str, tuple[Call, Callable[[], Inputs]]] = {
+    "image": (lambda backend, **x: on_images(backend)(**x), partial(image_inputs, dtype=torch.float64)),
+    "masked walk": (masked_walk, partial(image_inputs, dtype=torch.float64)),
+    "line": (
+        lambda backend, **x: on_lines_with_state(backend)(**x),
+        partial(full_line_inputs, dtype=torch.float64),
+    ),
+    "groups": (
+        lambda backend, **x: on_lines(backend)(**x),
+        partial(line_inputs, B="bgnl", initial=True, dtype=torch.float64),
+    ),
 }
 
 
@@ -144,27 +177,28 @@ class TestGradients:
             else:
                 assert_close(name, actual, expected, 1e-12)
 
-    @pytest.mark.parametrize("op", FUSED)
-    @pytest.mark.parametrize("how", AGAIN)
-    def test_second_derivatives_are_refused(self, op: str, how: str) -> None:
-        """For every pair of inputs there is an error, never zeros or None."""
-        function, make = FUSED[op]
-        inputs = {k: v.requires_grad_() for k, v in make().items()}
-        for leaf in (v for k, v in inputs.items() if k != "z"):  # the gate's gradient is a scan, not its derivative
-            (grad,) = torch.autograd.grad(function(**inputs).square().sum(), leaf, create_graph=True)
-            for target in inputs.values():
-                with pytest.raises(RuntimeError, match="backend='chunked'"):
-                    AGAIN[how](grad.sum(), target)
-
-    def test_the_gates_gradient_can_be_differentiated(self) -> None:
-        inputs = {k: v.requires_grad_() for k, v in fused_line(dtype=torch.float64).items()}
+    @pytest.mark.parametrize("form", HIGHER)
+    def test_higher_derivatives_are_those_of_the_reference(self, form: str) -> None:
+        """By every input and every pair and triple of them."""
+        function, make = HIGHER[form]
         results = []
         for backend in ("cpu", "reference"):
-            out = selective_scan(**inputs, delta_softplus=True, backend=backend)
-            (grad,) = torch.autograd.grad(out.sum(), inputs["z"], create_graph=True)
-            results.append(torch.autograd.grad(grad.square().sum(), list(inputs.values())))
-        for name, actual, expected in zip(inputs, *results, strict=True):
-            assert_close(name, actual, expected, 1e-12)
+            inputs = {k: v.requires_grad_() for k, v in make().items()}
+            found, grads = [], [function(backend, **inputs)]
+            for _ in range(3):
+                grads = torch.autograd.grad(sum(x.square().sum() for x in grads), inputs.values(), create_graph=True)
+                found += [x.detach() for x in grads]
+            results.append(found)
+        for n, (actual, expected) in enumerate(zip(*results, strict=True)):
+            assert_close(f"gradient {n}", actual, expected, 1e-10)
+
+    @pytest.mark.parametrize("how", AGAIN)
+    def test_a_second_derivative_is_there_however_it_is_asked_for(self, how: str) -> None:
+        inputs = {k: v.requires_grad_() for k, v in image_inputs(dtype=torch.float64).items()}
+        (grad,) = torch.autograd.grad(on_images("cpu")(**inputs).square().sum(), inputs["x"], create_graph=True)
+        (slow,) = torch.autograd.grad(on_images("reference")(**inputs).square().sum(), inputs["x"], create_graph=True)
+        (expected,) = torch.autograd.grad(slow.sum(), inputs["A_log"])
+        assert_close("second derivative", AGAIN[how](grad.sum(), inputs["A_log"]), expected, 1e-11)
 
     @pytest.mark.parametrize("backend", ["cpu", "chunked"])
     @pytest.mark.parametrize("transform", FORWARD_MODE)

@@ -297,6 +297,19 @@ def test_a_gate_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
     assert relative_l2(found["A"], exact["A"]) <= 2e-6 and relative_l2(found["D"], exact["D"]) <= 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_second_derivatives(dtype: torch.dtype) -> None:
+    """The kernels' y has the dtype of u, and so must that of the formula that is differentiated."""
+    inputs, results = line_inputs(1, 3, 5, 2, positive=False, dtype=dtype), []
+    for backend, exact in (("triton", None), ("reference", torch.float64)):
+        leaves = {k: v.to(exact or v.dtype).requires_grad_() for k, v in inputs.items()}
+        y = on_lines(backend, delta_softplus=True)(**leaves)
+        slopes = torch.autograd.grad(y.square().sum(), leaves.values(), create_graph=True)
+        results.append(torch.autograd.grad(sum(x.square().sum() for x in slopes), leaves.values()))
+    for name, found, expected in zip(inputs, *results, strict=True):
+        assert relative_l2(found, expected) <= (1e-5 if dtype == torch.float32 else 0.03), name
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(h=1, w=3, tile=2, plan=Plan(32, 2, True), d=33), line(w=5, tile=2, plan=Plan(32, 4), g=2, dtype=BF16)],
