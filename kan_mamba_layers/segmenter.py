@@ -194,7 +194,7 @@ class Segmenter:
         return (total / weights)[:, before[0] : before[0] + own[0], before[1] : before[1] + own[1]]
 
     def _logits(self, x: Tensor) -> Tensor:  # b c size size -> b k size size
-        logits = self.model(x).float()
+        logits = self.model(x.to(next(self.model.parameters()).dtype)).float()
         if logits.shape[1] != self._count:
             raise ValueError(
                 f"model returns {logits.shape[1]} logits, but {len(self.classes)} classes need {self._count}: one for "
@@ -219,11 +219,13 @@ def _pixels(image: Any) -> NDArray[Any]:  # h w c
         raise TypeError(f"image must be an array of integers or floating-point numbers, got {kind}; convert it")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
         raise ValueError(
             f"image must have shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), got {np.shape(image)}; "
             "move its channels to the end"
         )
+    if not pixels.size:
+        raise ValueError(f"image has no pixels, its shape is {np.shape(image)}; leave it out")
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise ValueError("image holds values that are not finite; replace them")
     return pixels[..., :3]

@@ -219,7 +219,7 @@ def test_a_constant_image_is_all_zeros():
     [
         (np.zeros((3, 40, 50)), ValueError, r"image must have shape .* got \(3, 40, 50\); move its channels"),
         (np.zeros((2, 40, 50, 3)), ValueError, "image must have shape"),
-        (np.zeros((0, 5)), ValueError, "image must have shape"),
+        (np.zeros((0, 5)), ValueError, r"image has no pixels, its shape is \(0, 5\)"),
         (np.full((4, 4), math.nan), ValueError, "image holds values that are not finite"),
         (np.zeros((4, 4), bool), TypeError, "got an array of bool"),
         (np.zeros((4, 4), complex), TypeError, "array of complex128"),
@@ -278,6 +278,15 @@ def test_a_stored_segmenter_answers_the_same(tmp_path):
     assert abs(half.probabilities(picture()) - before.probabilities(picture())).max() < 0.01
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_dtype_answers_within_its_rounding(dtype, windows):
+    model = create_model("km_unet_pp_tiny", in_channels=1).eval()
+    expected = grey(model).probabilities(picture(), windows=windows)
+    found = grey(model.to(dtype)).probabilities(picture(), windows=windows)
+    assert found.dtype == np.float32 and abs(found - expected).max() < max(0.01, 4 * torch.finfo(dtype).eps)
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path):
