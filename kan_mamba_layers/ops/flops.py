@@ -21,8 +21,9 @@ def count_flops() -> None:
     counter = sys.modules.get(_COUNTER)
     if counter is None:
         return
+    # Not by register_flop_formula: in PyTorch 2.4 it registers overloads, which the counter does not look up.
     for operator in _formulas.keys() - counter.flop_registry.keys():
-        counter.register_flop_formula(operator)(_formulas[operator])
+        counter.flop_registry[operator] = counter.shape_wrapper(_formulas[operator])
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
         registry.update({operator: counter.flop_registry[operator] for operator in _formulas})

@@ -41,10 +41,10 @@ class Part(NamedTuple):
     parameters: tuple[int, ...] = ()
     table: Table | None = None
 
-    @property
-    def directions(self) -> int:
-        """How many orders it has."""
-        return DIRECTIONS[self.name] if self.table is None else self.table.orders.shape[0]
+
+def _directions_of(part: Part) -> int:
+    """How many orders it has; a function, since PyTorch 2.4 compiles no property of a NamedTuple."""
+    return DIRECTIONS[part.name] if part.table is None else part.table.orders.shape[0]
 
 
 class Walks:
@@ -116,7 +116,7 @@ class Walks:
         )
 
     def __len__(self) -> int:
-        return sum(part.directions for part in self._parts)
+        return sum(_directions_of(part) for part in self._parts)
 
     def __add__(self, other: object) -> "Walks":
         if not isinstance(other, Walks):

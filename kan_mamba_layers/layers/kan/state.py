@@ -36,7 +36,7 @@ def check_whole(layer: Splines, *names: str) -> None:
 
 def check_local(name: str, parameter: Tensor | None) -> None:
     """A parameter is all on this process, not a ``DTensor``."""
-    if hasattr(parameter, "full_tensor"):
+    if not torch.compiler.is_compiling() and hasattr(parameter, "full_tensor"):
         raise RuntimeError(
             f"{name} is a DTensor, which is spread over processes; do this before the layer is sharded, e.g. before "
             "fully_shard, or on a copy with its full_tensor()"

@@ -265,7 +265,8 @@ def _cross_scan_fused(call: ScanCall, backend: str) -> Tensor:  # b l d
     weight, coeffs = call.x_proj_weight, None
     if backend == "triton":
         weight, coeffs = None, coefficients(u.to(call.A.dtype), call)  # b l k r+2n
-    y, _ = fused_scan(call._replace(u=_for_fused(u, backend), coeffs=coeffs, x_proj_weight=weight), backend)
+    # PyTorch 2.4 compiles no ``_replace``.
+    y, _ = fused_scan(ScanCall(_for_fused(u, backend), coeffs, weight, *call[3:]), backend)
     return y
 
 

@@ -15,8 +15,9 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[T
 def formula(call: ScanCall, scan: Scan) -> tuple[Tensor, Tensor]:  # y: b l d, last state: b k d n
     """What the fused backends compute, with derivatives of any order."""
     directions, _, rank, states = *call.dt_proj_weight.shape, call.A.shape[2]
-    u, groups = call.u.to(call.A.dtype), call.groups  # b l d
+    u = call.u.to(call.A.dtype)  # b l d
     coeffs = coefficients(u, call) if call.coeffs is None else call.coeffs  # b l k*g r+2n
+    groups = coeffs.shape[2] // directions
     if groups > 1:
         coeffs = coeffs.unflatten(2, (directions, groups)).flatten(3)  # b l k g*(r+2n)
     low, B, C = _by_group(_along(coeffs, call), groups).split([rank, states, states], -1)  # b k*g l r|n
