@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,28 @@ def test_the_text_on_spines_has_the_figures_of_the_recorded_scores():
     assert "without which the means of all images are {:.3f} and {:.3f}".format(*without) in text
     subjects = ours["vertebrae"].groupby(level="group").mean()
     assert subjects["sub39"] < 0.005 and f"crooked spine ({subjects['sub49']:.2f})" in text
+
+
+def agreement(task: str) -> tuple[float, float]:
+    """Rank correlation of the Dice of images: the mean over pairs of trainings of one network, and of the two."""
+    dice = {}
+    for run in (RESULTS / "long" / task).glob("*-seed?"):
+        network = run.name.rsplit("-", 1)[0]
+        if network in ("unet", "km_unet_pp_tiny"):
+            dice[network, run.name] = pd.read_csv(run / "test" / "images.csv", dtype={"id": str}).set_index("id")[
+                "dice"
+            ]
+    rho = pd.DataFrame(dice).corr("spearman")
+    pairs = [(rho.loc[a, b], a[0] == b[0]) for a, b in combinations(rho.columns, 2)]
+    alike, unlike = ([value for value, same in pairs if same is wanted] for wanted in (True, False))
+    return float(np.mean(alike)), float(np.mean(unlike))
+
+
+def test_the_text_on_hard_images_has_the_correlations_of_the_recorded_scores():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    skin, heads = agreement("isic2017"), agreement("fetal_head")
+    assert f"{skin[0]:.2f} on skin and {heads[0]:.2f} on heads" in text
+    assert f"and {skin[1]:.2f} and {heads[1]:.2f} if they are of the two" in text
 
 
 def test_dice_of_the_means_bounds_the_mean_dice():
