@@ -151,6 +151,9 @@ def test_the_text_on_spines_has_the_figures_of_the_recorded_scores():
         assert words.format(gains.to_numpy().mean(), *interval(gains)) in text
     without = ours.drop(index="sub39", level="group").mean()
     assert "without which the means of all images are {:.3f} and {:.3f}".format(*without) in text
+    means = ours.drop(index=["sub39", "sub49"], level="group").mean()
+    assert "Without both the means are {:.3f} and {:.3f}".format(*means) in text
+    assert f"have a Dice of vertebra against rest of {ours['dice'].median():.3f} or more" in text
     subjects = ours["vertebrae"].groupby(level="group").mean()
     assert subjects["sub39"] < 0.005 and f"crooked spine ({subjects['sub49']:.2f})" in text
 
