@@ -72,7 +72,8 @@ def read_model(folder: str | Path, model: str) -> tuple[dict[str, Any], dict[str
             f"folder {str(folder)!r} is damaged: {_CONFIG} or {_WEIGHTS} does not match the stored sha256; copy the "
             "folder or store the model again"
         )
-    return config["arguments"], _safetensors().load_file(path)
+    with torch.device("cpu"):  # safetensors 0.4 would follow the default device
+        return config["arguments"], _safetensors().load_file(path)
 
 
 def read_class(folder: str | Path) -> str:

@@ -24,8 +24,9 @@ def sum_directions(y: Tensor, height: int, width: int) -> Tensor:  # b 4 l d -> 
 
 def flatten_walks(x: Tensor, orders: Tensor) -> Tensor:  # b l k c, k l -> b k l c
     """Order the positions of channel block k along walk k."""
-    # One walk at a time: an index without repetitions, whose gradient adds nothing up, in whatever order.
-    return torch.stack([x[:, :, k].index_select(1, order) for k, order in enumerate(orders.unbind(0))], 1)
+    # One walk at a time: an index without repetitions, whose gradient adds nothing up, in whatever order. 64 bits, or
+    # vmap in PyTorch 2.4 refuses it.
+    return torch.stack([x[:, :, k].index_select(1, order) for k, order in enumerate(orders.long().unbind(0))], 1)
 
 
 def sum_walks(y: Tensor, orders: Tensor) -> Tensor:  # b k l d, k l -> b l d
