@@ -102,6 +102,25 @@ def few_rows() -> list[str]:
     return rows
 
 
+def part_rows() -> list[str]:
+    """The rows of `km_unet_pp_tiny` and of the same without a part, over the folds of the spines."""
+    whole = "km_unet_pp_tiny"
+    folders = [RESULTS / "parts" / "lumbar_spine", *(RESULTS / "long" / "lumbar_spine").glob(f"{whole}-fold?-seed0")]
+    results, _ = compare(folders, "test", whole)
+    rows = []
+    for name, variant in results["variants"].items():
+        shown = [variant["per_image"]["dice"], variant["mean_of_classes"]]
+        gains = ["", "", ""]
+        if name != whole:
+            subjects = (spines(name, "parts") - spines(whole))[["vertebrae"]].groupby(level="group").mean()
+            low, high = interval(subjects)
+            of_numbers = f"{subjects.to_numpy().mean():+.3f}, {low:+.3f} to {high:+.3f}"
+            gains = [against(results, name), results["differences"][name]["verdict"], of_numbers]
+        cells = [*map(over_seeds, shown), *gains, f"{variant['cost']['parameters']:,}"]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
 def ablation_rows(results: dict, name: str) -> list[list[str]]:
     variant = results["variants"][name]
     scores = [variant["per_image"]["dice"], *([variant["mean_of_classes"]] if "classes" in variant else [])]
@@ -125,6 +144,7 @@ def test_the_rows_of_the_tables_are_those_of_the_recorded_results():
         expected += [f"| `{name}` | {' | '.join(row)} |" for name in variants for row in long_rows(results, name)]
     for task in ("lumbar_spine", "isic2017", "fetal_head"):
         expected += screen_rows(task)
+    expected += part_rows()
     assert sorted(line for line in printed() if line.startswith("| `")) == sorted(expected)
 
 
@@ -132,9 +152,9 @@ def test_the_rows_of_few_images_are_those_of_the_recorded_scores():
     assert set(few_rows()) <= set(printed())
 
 
-def spines(network: str) -> pd.DataFrame:
+def spines(network: str, kind: str = "long") -> pd.DataFrame:
     """Dice, and its mean over the vertebrae, of every image in the folds (seed 0)."""
-    runs = (RESULTS / "long" / "lumbar_spine").glob(f"{network}-fold?-seed0")
+    runs = (RESULTS / kind / "lumbar_spine").glob(f"{network}-fold?-seed0")
     images = pd.concat(pd.read_csv(run / "test" / "images.csv", dtype={"id": str, "group": str}) for run in runs)
     images["vertebrae"] = images[[f"dice_L{k}" for k in range(1, 6)]].mean(axis=1)
     return images.set_index(["id", "group"])[["dice", "vertebrae"]]
@@ -171,6 +191,20 @@ def agreement(task: str) -> tuple[float, float]:
     pairs = [(rho.loc[a, b], a[0] == b[0]) for a, b in combinations(rho.columns, 2)]
     alike, unlike = ([value for value, same in pairs if same is wanted] for wanted in (True, False))
     return float(np.mean(alike)), float(np.mean(unlike))
+
+
+def test_the_text_on_ss2d_has_the_figures_of_the_recorded_scores():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    losses = (spines("km_unet_pp_tiny") - spines("no-ss2d", "parts")).groupby(level="group").mean()
+    for score, words in (
+        ("dice", "Dice is {:.3f} lower ({:.3f} to {:.3f})"),
+        ("vertebrae", "five {:.3f} lower ({:.3f} to"),
+    ):
+        assert words.format(losses[score].mean(), *interval(losses[[score]])) in text
+    lost, gained = (losses["vertebrae"] > 0.02).sum(), (losses["vertebrae"] < -0.02).sum()
+    assert f"{lost} of {len(losses)} subjects lose more than 0.02 and none gains as much" in text and not gained
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"falls to {spines('no-ss2d', 'parts')['dice'].mean():.3f}" in readme
 
 
 def test_the_text_on_hard_images_has_the_correlations_of_the_recorded_scores():
