@@ -281,12 +281,12 @@ def test_a_stored_segmenter_answers_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_a_model_of_another_dtype_answers_within_its_rounding(dtype, windows):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2e-4), (torch.bfloat16, 2e-3), (torch.float64, 1e-6)])
+def test_a_model_of_another_dtype_answers_within_its_rounding(dtype, error, windows):
     model = create_model("km_unet_pp_tiny", in_channels=1).eval()
     expected = grey(model).probabilities(picture(), windows=windows)
     found = grey(model.to(dtype)).probabilities(picture(), windows=windows)
-    assert found.dtype == np.float32 and abs(found - expected).max() < max(0.01, 4 * torch.finfo(dtype).eps)
+    assert found.dtype == np.float32 and abs(found - expected).max() < error
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path):
