@@ -84,7 +84,7 @@ class Lab(LightningCLI):
             add("inputs", nargs="+", type=Path, help="images, volumes (.mha, .nii, .nii.gz), or folders of them")
             add("--out", type=Path, default=Path("predictions"), help="folder for masks, overlays and predictions.csv")
             add("--overwrite", action="store_true", help="write into --out although it holds files")
-            add("--pixel_size", type=PositiveFloat | None, help="millimetres a pixel, to measure heads")
+            add("--pixel_size", type=PositiveFloat | None, help="millimetres per pixel, to measure heads")
             add("--pixel_size_csv", type=Path | None, help="columns filename, pixel size(mm), as in HC18")
         return parser
 

@@ -36,6 +36,14 @@ def check_shape(name: str, x: Any, shape: Sequence[int | str], letters: str) -> 
         raise ValueError(f"{name} must have shape ({letters}) = ({wanted}), got {tuple(sizes)}; reshape or slice it")
 
 
+def check_same_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """All tensors are on the device of ``x``: a kernel would take an address of another device for one of its own."""
+    for other, y in others.items():
+        if y is not None and y.device != x.device:
+            fix = f"move one of them, e.g. {name}.to({str(y.device)!r})"
+            raise ValueError(f"{name} is on {x.device} and {other} on {y.device}; {fix}")
+
+
 def check_mask(name: str, mask: Any, shape: Sequence[int], letters: str) -> None:
     """``mask`` is a boolean tensor of the given shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -65,16 +73,23 @@ def check_sizes(name: str, value: Any, least: int, most: int) -> None:
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
-    """``value`` is a finite real number in ``[low, high]``, or in ``(low, high]``."""
+    """``value`` is a finite real number in ``[low, high]``, without an end that is open."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
     number = float(value)
     below = number <= low if open_low else number < low
-    if not math.isfinite(number) or below or number > high:
+    above = number >= high if open_high else number > high
+    if not math.isfinite(number) or below or above:
         left = "(" if open_low or low == -math.inf else "["
-        interval = f"{left}{low}, {high}{')' if high == math.inf else ']'}"
+        interval = f"{left}{low}, {high}{')' if open_high or high == math.inf else ']'}"
         raise ValueError(f"{name} must be a finite number in {interval}, got {value}; choose one inside")
 
 

@@ -166,15 +166,15 @@ def scan_attention(layer: GridScan | Mamba, x: Tensor, positions: Sequence[Any] 
         Ali, Zimerman and Wolf, The Hidden Attention of Mamba Models, arXiv 2403.01590, section 3.
     """
     if isinstance(layer, GridScan):
-        letters, place, directions = f"{layer.letters}, d_model", "pixel", layer.directions
+        letters, place, directions = ("b", *layer.grid_letters, "d_model"), "pixel", layer.directions
     elif isinstance(layer, Mamba):
-        letters, place, directions = "b, l, d_model", "position", 1 + layer.bidirectional
+        letters, place, directions = ("b", "l", "d_model"), "position", 1 + layer.bidirectional
     else:
         raise TypeError(
             f"layer must be an SS2D, SS3D or Mamba, got {type(layer).__name__}; pass one of model.modules() and its "
             "input"
         )
-    check_shape("x", x, ("any",) * letters.count(",") + (layer.d_model,), letters)
+    check_shape("x", x, ("any",) * (len(letters) - 1) + (layer.d_model,), ", ".join(letters))
     sizes = tuple(x.shape[1:-1])
     if 0 in sizes:
         raise ValueError(f"x must have at least one {place}, got shape {tuple(x.shape)}; pass one or more")
@@ -227,9 +227,9 @@ def _grid_scans(
     dt_proj_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    *,
     walks: Walks | None,
-    mask: None,
-    backend: str,
+    **others: Any,
 ) -> list[_Scan]:
     """The directions of a call of :func:`cross_selective_scan` without a mask, each pixel where it is in the grid."""
     dtype, (_, *grid, channels) = compute_dtype(x), x.shape
@@ -247,19 +247,15 @@ def _grid_scans(
 
 def _line_scan(
     order: Tensor,
+    *,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
-    z: Tensor,
-    *,
     delta_bias: Tensor,
-    delta_softplus: bool,
-    return_last_state: bool,
-    initial_state: None,
-    backend: str,
+    **others: Any,
 ) -> _Scan:
     """A call of :func:`selective_scan` with softplus and from no state, whose sequence is the positions in order."""
     dtype = compute_dtype(u)
@@ -288,7 +284,7 @@ def _calls(layer: nn.Module, x: Tensor) -> list[dict[str, Any]]:
 
 
 def _check_size(x: Tensor, rows: int, per_row: int) -> None:
-    """Raise if the matrices of so many rows would not fit."""
+    """The matrices of so many rows have at most ``_MOST_VALUES`` values."""
     if rows * per_row > _MOST_VALUES:
         most = _MOST_VALUES // per_row
         fix = f"at most {most} positions at a time" if most else "fewer images, or smaller ones"

@@ -1,5 +1,6 @@
 """Export to ONNX, checked against PyTorch before the file is written."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,8 @@ def export_onnx(
     Every scan becomes three ``Scan`` nodes, every spline plain arithmetic, every set of walks a table, or arithmetic
     where sizes vary (``walks.hilbert`` has none and needs fixed sizes): the file needs no operators but those of
     ONNX, whichever backend the model has. Before it is written, onnxruntime runs the graph at the size of the example,
-    with a batch of one, at a larger and at a smaller size, and the results must be those of PyTorch.
+    with a batch of one, at a larger size and, if the model takes it, at a smaller one. The results must be those of
+    PyTorch.
 
     Args:
         model: a module in evaluation mode, with float32 or float64 parameters.
@@ -61,8 +63,9 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         TypeError: an argument has the wrong type.
-        ValueError: the model is in training mode or in half precision, an argument does not fit, or the graph is not
-            the model: its results differ by more than 1e-4. Then no file is written.
+        ValueError: the model is in training mode or in half precision, an argument does not fit, the model does not
+            take a batch of one or a larger size, or the graph is not the model: its results differ by more than 1e-4,
+            or elsewhere in what is infinite or not a number. Then no file is written.
 
     Numerics:
         Errors are around 1e-6. Scans run in float32, in chunks of 64 steps side by side.
@@ -76,7 +79,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
     if model.training:
-        raise ValueError("model is in training mode, whose BatchNorm and dropout ONNX has not; call model.eval()")
+        raise ValueError("model is in training mode, which ONNX cannot express; call model.eval()")
     check_int("opset", opset, _LEAST_OPSET)
     halves = {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.itemsize < 4}
     if halves:
@@ -88,14 +91,19 @@ def export_onnx(
         model(*inputs)  # an input that does not fit is refused here, in the model's own words
         program = _program(model, inputs, names, opset)
         graph = program.model_proto.SerializeToString()
-        session = runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        session = _session(runtime, graph)
         error, shapes = 0.0, []
-        for case in _cases(inputs, names):
+        for case, optional in _cases(inputs, names):
             shape = tuple(case[0].shape)
             try:
                 wanted = pytree.tree_leaves(model(*case))
-            except ValueError:  # smaller than the model takes
-                continue
+            except (RuntimeError, ValueError) as refused:
+                if optional:
+                    continue
+                raise ValueError(
+                    f"model refuses an input of {shape} ({refused}); leave the dimensions whose size it fixes out of "
+                    "sizes"
+                ) from refused
             feeds = {given.name: x.cpu().numpy() for given, x in zip(session.get_inputs(), case, strict=True)}
             for want, got in zip(wanted, session.run(None, feeds), strict=True):
                 error = max(error, _error(want.cpu(), torch.from_numpy(got)))
@@ -109,6 +117,15 @@ def export_onnx(
     path = Path(path)
     path.write_bytes(graph)
     return OnnxReport(path, opset, len(program.model_proto.graph.node), error, tuple(shapes))
+
+
+def _session(runtime: ModuleType, graph: bytes) -> Any:
+    try:
+        return runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    except runtime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise ValueError(
+            f"onnxruntime lacks an operator of model, in float64 that of convolutions ({error}); export model.float()"
+        ) from error
 
 
 def _program(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...], opset: int) -> Any:
@@ -129,7 +146,7 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
     if example is None:
         shape = _shape(model)
         if shape is None:
-            raise ValueError(f"example is None, and {type(model).__name__} is not a module of one input; pass a tensor")
+            raise ValueError(f"example is None, and a {type(model).__name__} has no input of its own; pass a tensor")
         like = next(model.parameters())
         draw = torch.Generator().manual_seed(0)
         return (torch.randn(shape, generator=draw, device="cpu").to(like),)
@@ -201,8 +218,8 @@ def _default_names(model: nn.Module, x: Tensor) -> Sizes:
     return {dim: name for dim, name in zip(dims, ("batch", "height", "width"), strict=True) if dim < x.ndim}
 
 
-def _cases(inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...]) -> list[tuple[Tensor, ...]]:
-    """The inputs themselves, and others of other sizes made of their values."""
+def _cases(inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...]) -> list[tuple[tuple[Tensor, ...], bool]]:
+    """The inputs themselves, and others of other sizes made of their values; and whether the model may refuse them."""
     traced = {name: x.shape[dim] for x, of_input in zip(inputs, names, strict=True) for dim, name in of_input.items()}
     batch = {names[0][0]: 1} if names and 0 in names[0] else {}
     larger = {name: size + size // 2 + 1 for name, size in traced.items()}
@@ -213,14 +230,24 @@ def _cases(inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...]) -> lis
         shape = [sizes[of_input[dim]] if dim in of_input else size for dim, size in enumerate(x.shape)]
         return x.flatten()[torch.randint(x.numel(), shape, generator=draw, device="cpu").to(x.device)]
 
-    others = [traced | batch, larger, smaller]
-    return [inputs, *(tuple(resized(x, n, s) for x, n in zip(inputs, names, strict=True)) for s in others)]
+    def case(sizes: dict[str, int]) -> tuple[Tensor, ...]:
+        return tuple(resized(x, of_input, sizes) for x, of_input in zip(inputs, names, strict=True))
+
+    return [(inputs, False), (case(traced | batch), False), (case(larger), False), (case(smaller), True)]
 
 
 def _error(want: Tensor, got: Tensor) -> float:
-    """The largest difference as a part of the largest value; infinite if the shapes differ."""
+    """The largest difference as a part of the largest value; infinite if shapes or what is not finite differ."""
     if want.shape != got.shape:
-        return float("inf")
+        return math.inf
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(want, got) else math.inf
+    finite = want.isfinite() & got.isfinite()
+    if not torch.allclose(want[~finite], got[~finite], equal_nan=True):
+        return math.inf
+    want, got = want[finite], got[finite]
+    if not want.numel():
+        return 0.0
     return float((want - got).abs().max() / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int
 from kan_mamba_layers.models.factory import from_pretrained
-from kan_mamba_layers.models.model import Model
+from kan_mamba_layers.models.model import Model, stored_state
 from kan_mamba_layers.models.pretrained import folder_of
-from kan_mamba_layers.models.storage import read_settings, state_in, write_model
+from kan_mamba_layers.models.storage import read_settings, write_model
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _WINDOWS_AT_ONCE = 4
+_MOST_CLASSES = 255
 _MODES = ("L", "RGB", "RGBA", "I", "F")  # of images of Pillow
 _CONSTANT = 1e-6  # deviation of a channel between 0 and 1
 _FAINTEST = 1e-3  # weight of a window at its corners
@@ -40,7 +41,7 @@ class Segmenter:
     Args:
         model: from ``b in_channels h w`` to logits of one class, or of the background and two or more classes. It is
             put in evaluation mode, and works on its own device.
-        classes: names of the classes that are not background; pixels of the first are labelled 1.
+        classes: names of the classes that are not background, at most 255; pixels of the first are labelled 1.
         size: side of the squares.
         in_channels: 1 for grey images, 3 for colour.
         flip_axes: axes along which the model's training flipped images: -2 up and down, -1 left and right.
@@ -65,6 +66,10 @@ class Segmenter:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; see create_model")
         if isinstance(classes, str) or not classes or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be a sequence of names, got {classes!r}; pass e.g. ['lesion']")
+        if len(classes) > _MOST_CLASSES:
+            raise ValueError(
+                f"classes must be at most {_MOST_CLASSES}, for labels of 8 bits, got {len(classes)}; join some"
+            )
         check_int("size", size, 2)
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (colour), got {in_channels!r}; pass one of them")
@@ -72,9 +77,9 @@ class Segmenter:
             raise ValueError(f"flip_axes may hold -2 (up and down) and -1 (left and right), got {flip_axes!r}")
         self.model = model.eval()
         self.classes = tuple(classes)
-        self.size = size
-        self.in_channels = in_channels
-        self.flip_axes = tuple(flip_axes)
+        self.size = int(size)
+        self.in_channels = int(in_channels)
+        self.flip_axes = tuple(map(int, flip_axes))
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Segmenter":
@@ -98,13 +103,15 @@ class Segmenter:
             dtype: of the stored parameters, such as ``torch.float16``; None for their own.
 
         Raises:
-            TypeError: the model is not of this library.
+            TypeError: the model is not of this library, or ``dtype`` is not a floating-point type.
+            ValueError: a parameter is too large for ``dtype``, or the model has other parameters
+                than a new one of the same arguments.
         """
         if not isinstance(self.model, Model):
             raise TypeError(f"model is a {type(self.model).__name__}, which is not of this library; use torch.save")
         model = self.model
         settings = {name: getattr(self, name) for name in ("classes", "size", "in_channels", "flip_axes")}
-        write_model(folder, type(model).__name__, model.config, state_in(model, dtype), settings)
+        write_model(folder, type(model).__name__, model.config, stored_state(model, dtype), settings)
 
     def __call__(self, image: Any, *, flips: bool = False, windows: bool = False) -> NDArray[np.uint8]:
         """Return the label of every pixel, ``(h, w)``: 0 for background, 1 for the first class.
@@ -154,12 +161,14 @@ class Segmenter:
         x = _unit(pixels) if windows else self.to_square(pixels, self.size)
         x = _normalise(x)[None].to(next(self.model.parameters()).device)  # 1 c h w
         axes = self.flip_axes if flips else ()
-        flipped = [some for number in range(len(axes) + 1) for some in itertools.combinations(axes, number)]
-        found = []
-        for some in flipped:
-            logits = self._blended(x.flip(some)) if windows else self._resized(x.flip(some), pixels.shape[:2])
-            found.append((logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)).flip(some))
-        return torch.stack(found).mean(dim=0)
+        subsets = [subset for number in range(len(axes) + 1) for subset in itertools.combinations(axes, number)]
+        probabilities = []
+        for subset in subsets:
+            view = x.flip(subset)
+            logits = self._blended(view) if windows else self._resized(view, pixels.shape[:2])
+            p = logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
+            probabilities.append(p.flip(subset))
+        return torch.stack(probabilities).mean(dim=0)
 
     def _resized(self, x: Tensor, own: tuple[int, ...]) -> Tensor:  # 1 c size size -> k h w
         """Logits at the size of the image.
@@ -183,28 +192,27 @@ class Segmenter:
         t = torch.arange(size, device=x.device) - (size - 1) / 2
         bell = torch.exp(-(t**2) / (2 * (size / 8) ** 2))  # size
         weight = torch.outer(bell, bell).clamp(min=_FAINTEST)  # size size
-        total = torch.zeros(self._count, height, width, device=x.device)
+        total = torch.zeros(self._num_logits, height, width, device=x.device)
         weights = torch.zeros(height, width, device=x.device)
         for first in range(0, len(corners), _WINDOWS_AT_ONCE):
-            some = corners[first : first + _WINDOWS_AT_ONCE]
-            batch = torch.cat([x[..., i : i + size, j : j + size] for i, j in some])  # n c size size
-            for (i, j), logits in zip(some, self._logits(batch), strict=True):
+            together = corners[first : first + _WINDOWS_AT_ONCE]
+            batch = torch.cat([x[..., i : i + size, j : j + size] for i, j in together])  # n c size size
+            for (i, j), logits in zip(together, self._logits(batch), strict=True):
                 total[:, i : i + size, j : j + size] += weight * logits
                 weights[i : i + size, j : j + size] += weight
         return (total / weights)[:, before[0] : before[0] + own[0], before[1] : before[1] + own[1]]
 
     def _logits(self, x: Tensor) -> Tensor:  # b c size size -> b k size size
         logits = self.model(x.to(next(self.model.parameters()).dtype)).float()
-        if logits.shape[1] != self._count:
+        if logits.shape[1] != self._num_logits:
             raise ValueError(
-                f"model returns {logits.shape[1]} logits, but {len(self.classes)} classes need {self._count}: one for "
-                "one class, else one for each and one for the background; pass other classes, or another model"
+                f"model returns {logits.shape[1]} logits, but {len(self.classes)} classes need {self._num_logits}: one "
+                "for one class, else one for each and one for the background; pass other classes, or another model"
             )
         return logits
 
     @property
-    def _count(self) -> int:
-        """The number of logits."""
+    def _num_logits(self) -> int:
         return 1 if len(self.classes) == 1 else 1 + len(self.classes)
 
 
@@ -212,7 +220,9 @@ def _pixels(image: Any) -> NDArray[Any]:  # h w c
     """The image as an array, or an error that says what is wrong with it."""
     mode = getattr(image, "mode", None)
     if isinstance(mode, str) and mode not in _MODES and not mode.startswith("I;16"):
-        raise TypeError(f"image has Pillow's mode {mode!r}, whose values are no greys or colours; convert it to RGB")
+        raise TypeError(
+            f"image has Pillow's mode {mode!r}, whose values are neither grey levels nor colours; convert it to RGB"
+        )
     pixels = np.asarray(image)
     if pixels.dtype.kind not in "uif" or isinstance(image, Tensor):
         kind = "a torch.Tensor" if isinstance(image, Tensor) else f"an array of {pixels.dtype}"

@@ -89,6 +89,40 @@ class TestOnnx:
             export_onnx(Frozen().eval(), tmp_path / "m.onnx", torch.randn(2, 3, 4, 5))
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("other", [float("nan"), float("inf"), 2.0])
+    def test_a_graph_of_other_values_is_refused(self, other: float, tmp_path: Path) -> None:
+        class Two(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x * (other if torch.compiler.is_exporting() else 1.0)
+
+        with pytest.raises(ValueError, match="differs from PyTorch"):
+            export_onnx(Two().eval(), tmp_path / "m.onnx", torch.randn(2, 3), sizes={0: "batch"})
+        assert not list(tmp_path.iterdir())
+
+    def test_results_that_are_not_finite_or_whole_numbers(self, tmp_path: Path) -> None:
+        class Odd(nn.Module):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return x.sqrt(), 1 / x.relu(), x.argmax(1)
+
+        report = export_onnx(Odd().eval(), tmp_path / "m.onnx", torch.randn(2, 3), sizes={0: "batch"})
+        assert report.error <= 1e-6
+
+    def test_sizes_that_the_model_fixes_are_named(self, tmp_path: Path) -> None:
+        class Fixed(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if x.shape[2] % 32:
+                    raise RuntimeError("height must be a multiple of 32")
+                return 2 * x
+
+        path, x = tmp_path / "m.onnx", torch.randn(2, 1, 32, 8)
+        with pytest.raises(ValueError, match=r"model refuses an input of .*multiple of 32.*leave .* out of sizes"):
+            export_onnx(Fixed().eval(), path, x, sizes={0: "batch", 2: "height"})
+        assert {shape[2] for shape in export_onnx(Fixed().eval(), path, x, sizes={0: "batch", 3: "w"}).shapes} == {32}
+
+    def test_an_operator_that_onnxruntime_lacks_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"float64.*model\.float\(\)"):
+            export_onnx(SS2D(4, d_state=2).double().eval(), tmp_path / "m.onnx")
+
     def test_a_trace_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="export_onnx"):
             torch.onnx.export(SS2D(4, d_state=2).eval(), (torch.randn(1, 3, 4, 4),), tmp_path / "m.onnx", dynamo=False)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from helpers import says
 from kan_mamba_layers import walks
 from kan_mamba_layers.walks import walk
+from kan_mamba_layers.walks.cache import TableCache
 
 Pixels = list[tuple[int, ...]]
 SIZES = st.integers(1, 13)
@@ -197,6 +198,16 @@ class TestObjects:
         for h in range(1, 60):
             walks.snake(h, 1)
         assert walk._kept.cache_info().currsize <= walk._KEPT
+
+    def test_tables_are_kept_up_to_a_number_of_bytes(self) -> None:
+        cache = TableCache(most_bytes=100)
+        made = [cache.get(name, lambda: torch.zeros(10, dtype=torch.int32)) for name in "abab"]
+        assert made[0] is made[2] and made[1] is made[3] and cache.nbytes == 80
+        cache.get("a", torch.Tensor)  # used last
+        cache.get("c", lambda: torch.zeros(10, dtype=torch.int32))
+        assert [name in cache for name in "abc"] == [True, False, True] and cache.nbytes == 80
+        large = cache.get("large", lambda: torch.zeros(1000, dtype=torch.int32))
+        assert cache.get("large", torch.Tensor) is large and cache.nbytes == 4000, "alone, but kept"
 
     def test_they_cannot_be_changed(self) -> None:
         one = walks.snake(3, 4)

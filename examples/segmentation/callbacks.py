@@ -30,7 +30,7 @@ class EpochSeed(Callback):
 
 
 class History(Callback):
-    """One row of metrics an epoch, kept in the checkpoint and written to `path` after every epoch."""
+    """One row of metrics per epoch, kept in the checkpoint and written to `path` after every epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class Checkpoints(ModelCheckpoint):
 
 
 class Patience(EarlyStopping):
-    """Stops after so many epochs without a better validation Dice; where it stopped, a resumed run stops at once."""
+    """Stops after some epochs without a better validation Dice; where it stopped, a resumed run stops at once."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__("val/dice", mode="max", patience=epochs)
@@ -80,7 +80,7 @@ class Patience(EarlyStopping):
 
 
 class WholeEpochs(Callback):
-    """Trains for the fewest whole epochs that have so many optimiser steps, so that the last step is validated."""
+    """Trains for the fewest whole epochs that contain the optimiser steps, so that the last step is validated."""
 
     def __init__(self, steps: int) -> None:
         if steps < 1:

@@ -103,10 +103,8 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
 
 def read_images(path: Path) -> pd.DataFrame:
     """The scores of all images; refused where a column is missing, or a Dice is not that of its IoU J, 2J / (1 + J)."""
-    images, again = (
-        pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""]),
-        "score the run again with test",
-    )
+    images = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
+    again = "score the run again with test"
     overlaps = {name: name.replace("dice", "iou", 1) for name in images if name.startswith("dice")}
     for name in (*TEXT, *OVERLAP, *RATES, *SURFACE, *COUNTS, *overlaps.values()):
         if name not in images:

@@ -121,7 +121,7 @@ def overlay(image: NDArray[Any], classes: Classes) -> Shades:
 
 
 def picture(image: NDArray[Any], size: tuple[int, int]) -> Shades:
-    """Three bytes a pixel (h w 3) of an image (h w c) of any depth; deeper ones from their least to greatest value."""
+    """Three bytes per pixel (h w 3) of an image (h w c); more than 8 bits from their least to greatest value."""
     values = image.astype(np.float32)
     if image.dtype != np.uint8:
         values -= values.min()

@@ -59,7 +59,7 @@ def write_volume(found: Prediction, path: Path) -> None:
 
 
 def read_pixel_sizes(table: Path) -> dict[str, float]:
-    """Millimetres a pixel by the stems of file names, from a table as HC18 has them."""
+    """Millimetres per pixel by the stems of file names, from a table as HC18 has them."""
     if not table.is_file():
         raise FileNotFoundError(f"pixel_size_csv {str(table)!r} does not exist")
     rows = read_table(table, ("filename", "pixel size"))

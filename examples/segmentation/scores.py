@@ -167,7 +167,7 @@ def mean_sd(values: pd.Series) -> dict[str, float | None]:
 
 
 def number(value: float) -> float | None:
-    """None for NaN, which JSON has not."""
+    """None for NaN, which JSON cannot hold."""
     return None if np.isnan(value) else float(value)
 
 

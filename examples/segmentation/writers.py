@@ -79,8 +79,8 @@ class ScoreWriter(Writer):
 class MaskWriter(Writer):
     """Of a prediction: the mask and overlay of each image, the labels of each volume, and predictions.csv.
 
-    Heads are measured: in millimetres with `sizes`, millimetres a pixel by the stems of file names, or `size`, that of
-    all others; in pixels without both.
+    Heads are measured: in millimetres with `sizes`, millimetres per pixel by the stems of file names, or `size`, that
+    of all others; in pixels without both.
     """
 
     def __init__(self, out: Path, sizes: dict[str, float], size: float | None = None) -> None:

@@ -106,11 +106,12 @@ class Mamba(Layer):
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # b l c
         if inference_params is not None:
-            out = self._continue(hidden_states, inference_params)
-        elif self.bimamba_type == "v1":
-            out = self._both_ways(hidden_states)
-        else:
-            out = super().forward(hidden_states)
+            return self._continue(hidden_states, inference_params)
+        if self.bimamba_type == "v1":
+            return self._scaled(self._both_ways(hidden_states))
+        return self._scaled(super().forward(hidden_states))
+
+    def _scaled(self, out: Tensor) -> Tensor:  # b l c
         return out if self.gamma is None else out * self.gamma
 
     def _both_ways(self, x: Tensor) -> Tensor:  # b l c
@@ -153,7 +154,7 @@ class Mamba(Layer):
         with torch.no_grad():
             conv_state.copy_(state.conv)
             ssm_state.copy_(state.scan)
-        return out, conv_state, ssm_state
+        return self._scaled(out), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any

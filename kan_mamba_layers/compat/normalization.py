@@ -50,8 +50,8 @@ def layer_norm_fn(
         if weight1 is not None:
             results.append(_normalize(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
     if prenorm:
-        narrow = torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
-        results.append(total.to(narrow if residual is None else residual.dtype))
+        own = dtype if residual_in_fp32 else x.dtype
+        results.append(total.to(own if residual is None else residual.dtype))
     if return_dropout_mask:
         results += [kept, kept1]
     return tuple(results) if len(results) > 1 else results[0]  # type: ignore[return-value]

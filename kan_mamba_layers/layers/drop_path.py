@@ -18,7 +18,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        check_number("drop_path", rate, 0.0, 0.999)
+        check_number("drop_path", rate, 0.0, 1.0, open_high=True)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:  # b ...

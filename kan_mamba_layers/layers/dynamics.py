@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_choice, check_int, check_number
 
 
-def check_sizes(d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str) -> tuple[int, int]:
-    """Return the channels of the scan and the rank of the step projection, or raise if an argument does not fit."""
+def inner_sizes(d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str) -> tuple[int, int]:
+    """The channels of the scan and the rank of the step projection, from arguments that are checked."""
     check_int("d_model", d_model, 1)
     check_int("d_state", d_state, 1)
     check_int("d_conv", d_conv, 1)
     check_number("expand", expand, 1 / d_model)
     if isinstance(dt_rank, str):
         check_choice("dt_rank", dt_rank, ("auto",))
-        return int(expand * d_model), math.ceil(d_model / 16)
+        dt_rank = math.ceil(d_model / 16)
     check_int("dt_rank", dt_rank, 1)
     return int(expand * d_model), dt_rank
 

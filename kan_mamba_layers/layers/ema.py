@@ -77,7 +77,10 @@ class EMA(Layer):
         means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
         gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1
         row_gates, column_gates = gates.split([height, width], 2)
-        local = self.gn(groups * row_gates * column_gates.mT)  # b*f c h w
+        # Not by calling the layer, which refuses a single pixel in evaluation too.
+        gn = self.gn
+        gated = groups * row_gates * column_gates.mT  # b*f c h w
+        local = torch.group_norm(gated, gn.num_groups, gn.weight, gn.bias, gn.eps)  # b*f c h w
         spatial = self.conv3x3(groups)  # b*f c h w
         agreement = _channel_weights(local) * spatial + _channel_weights(spatial) * local  # b*f c h w
         gate = agreement.sum(1, keepdim=True).sigmoid()  # b*f 1 h w

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_mask, check_number, check_pixels, check_shape
 from kan_mamba_layers.layers.depthwise import depthwise_conv
-from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
+from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
@@ -30,7 +30,7 @@ class GridScan(Layer):
     """The base class of :class:`SS2D` and :class:`SS3D`, which say what their grid is."""
 
     undecayed = ("A_logs", "Ds", "dt_projs_bias")
-    letters: ClassVar[str]  # of the batch and the grid, such as "b, h, w"
+    grid_letters: ClassVar[tuple[str, ...]]  # such as ("h", "w")
     _conv_name: ClassVar[str]
     _default_walks: ClassVar[MakeWalks | None] = None  # None: the four directions of an image, without a table
 
@@ -56,18 +56,18 @@ class GridScan(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner, rank = check_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        d_inner, rank = inner_sizes(d_model, d_state, d_conv, expand, dt_rank)
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd to keep the size of the image, got {d_conv}; use {d_conv + 1}")
         check_steps(dt_min, dt_max, dt_init_floor)
-        check_number("dropout", dropout, 0.0, 0.999)
+        check_number("dropout", dropout, 0.0, 1.0, open_high=True)
         check_backend("cross_selective_scan", backend)
         self.d_model = d_model
         self.d_state = d_state
         self.d_inner = d_inner
         self.dt_rank = rank
         self.walks = type(self)._default_walks if walks is None else walks
-        self.directions = NUM_DIRECTIONS if self.walks is None else _directions(self.walks, self.letters)
+        self.directions = NUM_DIRECTIONS if self.walks is None else _directions(self.walks, self.grid_letters)
         self.gate = gate
         self.dt_min = dt_min
         self.dt_max = dt_max
@@ -80,7 +80,8 @@ class GridScan(Layer):
 
         d, n, r, k = self.d_inner, d_state, rank, self.directions
         self.in_proj = nn.Linear(d_model, 2 * d if gate else d, bias=bias, **factory)
-        self.add_module(self._conv_name, depthwise_conv(d, d_conv, self.letters.count(","), bias=conv_bias, **factory))
+        conv = depthwise_conv(d, d_conv, len(self.grid_letters), bias=conv_bias, **factory)
+        self.add_module(self._conv_name, conv)
         self.x_proj_weight = parameter(k, r + 2 * n, d)
         self.dt_projs_weight = parameter(k, d, r)
         self.dt_projs_bias = parameter(k, d)
@@ -134,13 +135,13 @@ class GridScan(Layer):
 
     def _checked(self, x: Tensor, mask: Tensor | None) -> tuple[Walks | None, Tensor | None]:  # hidden: b *grid 1
         """The walks through the grid of ``x``, and where the mask leaves positions out."""
-        letters, conv = self.letters, self._conv_name
-        check_shape("x", x, ("any",) * (1 + letters.count(",")) + (self.d_model,), letters + ", d_model")
+        letters, conv = ("b", *self.grid_letters), self._conv_name
+        check_shape("x", x, ("any",) * len(letters) + (self.d_model,), ", ".join((*letters, "d_model")))
         grid = tuple(x.shape[1:-1])
         check_pixels("x", x, *grid)
         check_dtype("x", x, conv + ".weight", getattr(self, conv).weight)
         if mask is not None:
-            check_mask("mask", mask, x.shape[:-1], letters)
+            check_mask("mask", mask, x.shape[:-1], ", ".join(letters))
         made = None if self.walks is None else _made(self.walks, grid)
         if made is not None and len(made) != self.directions:
             raise ValueError(
@@ -168,10 +169,9 @@ def _named(walks: Any) -> str:
     return f"walks.{name}" if walks.__module__ == volume.__module__ else str(name)
 
 
-def _directions(walks: Any, letters: str) -> int:
+def _directions(walks: Any, letters: tuple[str, ...]) -> int:
     """How many directions a function of the sizes makes, or raise if it is not one."""
-    sizes = letters.removeprefix("b, ")
-    image, grid = sizes == "h, w", (2, 4, 8)[: letters.count(",")]
+    sizes, image, grid = ", ".join(letters), len(letters) == 2, (2, 4, 8)[: len(letters)]
     fix = f"pass a function of {sizes}, such as walks.{'snake' if image else 'volume'}"
     if not callable(walks):
         raise TypeError(f"walks must be a function of {sizes}, got {walks!r}; {fix}")
@@ -192,7 +192,7 @@ def _made(walks: MakeWalks, grid: tuple[int, ...]) -> Walks:
     made = walks(*grid)
     if not isinstance(made, Walks):
         raise TypeError(
-            f"walks must return walks, got {made!r} from {_named(walks)}; make them by kan_mamba_layers.walks"
+            f"walks must return a Walks, got {made!r} from {_named(walks)}; make them by kan_mamba_layers.walks"
         )
     if made.grid != grid:
         raise ValueError(

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_choice, check_int, check_mask, check_number, check_shape
-from kan_mamba_layers.layers.dynamics import check_sizes, check_steps, reset_dynamics
+from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_dynamics
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
-from kan_mamba_layers.ops.precision import compute_dtype
+from kan_mamba_layers.ops.precision import check_dtype, compute_dtype
 
 
 class MambaState(NamedTuple):
@@ -28,6 +28,11 @@ class StepProjection(Layer, nn.Linear):
 
     def forward(self, low: Tensor) -> Tensor:  # ... r -> ... d
         return F.linear(low, self.weight)
+
+    def _mark(self) -> None:
+        super()._mark()
+        if (bias := self._parameters.get("bias")) is not None:
+            bias._no_reinit = True  # type: ignore[attr-defined]
 
 
 class Mamba(Layer):
@@ -129,7 +134,7 @@ class Mamba(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_inner, rank = check_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        d_inner, rank = inner_sizes(d_model, d_state, d_conv, expand, dt_rank)
         check_steps(dt_min, dt_max, dt_init_floor)
         check_choice("dt_init", dt_init, ("random", "constant"))
         check_number("dt_scale", dt_scale, 0.0)
@@ -164,7 +169,6 @@ class Mamba(Layer):
         dt_proj = StepProjection(self.dt_rank, d, **factory)
         A_log, D = (nn.Parameter(torch.empty(*shape, **factory)) for shape in ((d, self.d_state), (d,)))
         self.undecayed += (f"A{suffix}_log", f"D{suffix}")
-        dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
         self.add_module(f"conv1d{suffix}", nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias, **factory))
         self.add_module(f"x_proj{suffix}", nn.Linear(d, self.dt_rank + 2 * self.d_state, bias=False, **factory))
         self.add_module(f"dt_proj{suffix}", dt_proj)
@@ -229,7 +233,8 @@ class Mamba(Layer):
         low, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], -1)  # b l r, b l n, b l n
         delta, bias, dtype = dt_proj(low).mT, dt_proj.bias, compute_dtype(u)  # b d l
         if hidden is not None:
-            delta = F.softplus(delta.to(dtype) + bias.to(dtype)[:, None]).masked_fill(hidden[:, None], 0)
+            # The mask is laid out as the linear layer's result: PyTorch 2.13 cannot compile the gradient otherwise.
+            delta = F.softplus(delta.mT.to(dtype) + bias.to(dtype)).masked_fill(hidden[..., None], 0).mT
         y, last = selective_scan(
             u,
             delta,
@@ -290,6 +295,7 @@ class Mamba(Layer):
         check_shape("x", x, ("any", "any", self.d_model), "b, l, d_model")
         if x.shape[1] < 1:
             raise ValueError(f"x must have at least one position, got shape {tuple(x.shape)}; pass l >= 1")
+        check_dtype("x", x, "conv1d.weight", self.conv1d.weight)
 
     def extra_repr(self) -> str:
         return (

@@ -19,7 +19,7 @@ class Layer(nn.Module):
     undecayed: tuple[str, ...] = ()
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the matrices without weight decay, as timm's optimisers ask for them.
+        """Return the names of the parameters of scans without weight decay, as timm's optimisers ask for them.
 
         These are the dynamics of every :class:`SS2D`, :class:`SS3D` and :class:`Mamba`, such as ``A_logs``. See
         :func:`param_groups`.
@@ -65,7 +65,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     As in timm, biases and all parameters with fewer than two dimensions, such as the weights of norms, do not decay,
     nor do those that a module of the model names in ``no_weight_decay()`` or that carry ``_no_weight_decay``:
-    ``A_logs``, ``Ds`` and ``dt_projs_bias`` of every :class:`SS2D` and :class:`SS3D`.
+    ``A_logs``, ``Ds`` and ``dt_projs_bias`` of every :class:`SS2D` and :class:`SS3D`, and ``A_log``, ``D`` and
+    ``dt_proj.bias`` of every :class:`Mamba`.
 
     Args:
         model: any module, also one that merely contains layers of this library.

@@ -75,6 +75,6 @@ class SS2D(GridScan):
         published VMamba v2 (``v05_noz``) is ``gate=False, conv_bias=False``; see :class:`VSSBlock`.
     """
 
-    letters = "b, h, w"
+    grid_letters = ("h", "w")
     _conv_name = "conv2d"
     conv2d: nn.Conv2d

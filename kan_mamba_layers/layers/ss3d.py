@@ -60,7 +60,7 @@ class SS3D(GridScan):
         :func:`~kan_mamba_layers.walks.volume`.
     """
 
-    letters = "b, d, h, w"
+    grid_letters = ("d", "h", "w")
     _conv_name = "conv3d"
     _default_walks = staticmethod(volume)
     conv3d: nn.Conv3d

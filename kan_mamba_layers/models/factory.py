@@ -12,11 +12,12 @@ import torch
 
 from kan_mamba_layers.models.km_unet import KMUNet
 from kan_mamba_layers.models.km_unet_pp import KMUNetPP
-from kan_mamba_layers.models.model import Model
+from kan_mamba_layers.models.model import Model, json_value
 from kan_mamba_layers.models.pretrained import folder_of, list_pretrained
 from kan_mamba_layers.models.storage import read_arguments, read_class
 from kan_mamba_layers.models.vmamba import PUBLISHED, VMamba
 from kan_mamba_layers.models.vmamba_unet import VMambaUNet
+from kan_mamba_layers.ops.backend import Backend
 
 _CLASSES: dict[str, type[Model]] = {cls.__name__: cls for cls in (KMUNet, KMUNetPP, VMamba, VMambaUNet)}
 # Suffixes of the names; without one a name means base.
@@ -44,7 +45,7 @@ _MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {
 }
 
 
-# What a pretrained model may have otherwise than its weights were trained with.
+# Arguments that may differ from those of the stored weights.
 _FREE = ("in_channels", "num_classes", "drop_path", "features_only", "out_indices", "backend", "deep_supervision")
 
 
@@ -103,13 +104,20 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def from_pretrained(folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None) -> Model:
+def from_pretrained(
+    folder: str | Path,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    backend: Backend | None = None,
+) -> Model:
     """Load a model of any class from a folder that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
 
     Args:
         folder: the local folder.
         num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
         in_channels: another number of channels than the stored one; the first convolution is drawn anew.
+        backend: another backend than the stored one.
 
     Raises:
         FileNotFoundError: the folder or one of its files does not exist.
@@ -122,7 +130,7 @@ def from_pretrained(folder: str | Path, *, num_classes: int | None = None, in_ch
         raise ValueError(
             f"folder {str(folder)!r} holds a {name!r}, which is not one of {', '.join(_CLASSES)}; check the folder"
         )
-    return _CLASSES[name].from_pretrained(folder, num_classes=num_classes, in_channels=in_channels)
+    return _CLASSES[name].from_pretrained(folder, num_classes=num_classes, in_channels=in_channels, backend=backend)
 
 
 def _pretrained(name: str, pretrained: str, overrides: dict[str, Any]) -> Model:
@@ -132,7 +140,7 @@ def _pretrained(name: str, pretrained: str, overrides: dict[str, Any]) -> Model:
     folder = folder_of(pretrained)
     stored = read_arguments(folder)
     usual = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
-    wanted = json.loads(json.dumps({**usual, **arguments, **overrides}))  # with lists for tuples, as stored
+    wanted = json.loads(json.dumps(json_value({**usual, **arguments, **overrides})))  # with lists for tuples, as stored
     if read_class(folder) != cls.__name__:
         raise ValueError(f"pretrained={pretrained!r} are weights of a {read_class(folder)}, not of {name!r}")
     for key, value in wanted.items():

@@ -11,12 +11,12 @@ from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.models.blocks import ContextBlock, DownLayer, KANStage, PatchEmbed
 from kan_mamba_layers.models.features import FeatureInfo
 from kan_mamba_layers.models.model import Model
+from kan_mamba_layers.ops.precision import check_dtype
 
 # The first levels of the encoder are convolutional; the deeper ones are small enough for tokens and a KAN block.
 CONV_LEVELS = 3
 # The levels at which a decoder has KAN blocks.
 KAN_DECODER_LEVELS = (2, 3)
-_MIN_SIZE = 32
 
 
 class SegmentationModel(Model):
@@ -73,7 +73,8 @@ class SegmentationModel(Model):
 
         ``context`` holds the context blocks of the first levels.
         """
-        self._check_image(x, _MIN_SIZE)
+        self._check_image(x)
+        check_dtype("x", x, "encoder.0.conv.0.0.weight", self.encoder[0].get_parameter("conv.0.0.weight"))
         self._check_batch(x, (self._deepest(x.shape[2]), self._deepest(x.shape[3])))
         full, maps = x, []
         for level, encode in enumerate(self.encoder):

@@ -1,9 +1,10 @@
 """The base class of the models: their arguments, feature maps, recomputation in backward, and storage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +13,9 @@ from kan_mamba_layers._check import check_int, check_shape
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.models.features import FeatureInfo
 from kan_mamba_layers.models.storage import read_model, state_in, write_model
-from kan_mamba_layers.ops.backend import check_backend
+from kan_mamba_layers.ops.backend import Backend, check_backend
+
+_MIN_SIZE = 32  # of images of the models with five levels
 
 AnyModel = TypeVar("AnyModel", bound="Model")
 
@@ -33,12 +36,10 @@ class Model(Layer):
         check_int("in_channels", arguments["in_channels"], 1)
         check_int("num_classes", arguments["num_classes"], self.fewest_classes)
         check_backend("cross_selective_scan", arguments["backend"])
-        self.config: dict[str, Any] = _plain(arguments)
+        self.config: dict[str, Any] = json_value(arguments)
         self.features_only: bool = arguments.get("features_only", False)
         if not self.features_only and arguments.get("out_indices") is not None:
-            raise ValueError(
-                f"out_indices={arguments['out_indices']!r} chooses among the maps of features_only=True; pass that too"
-            )
+            raise ValueError(f"out_indices={arguments['out_indices']!r} needs features_only=True; pass both")
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -58,13 +59,19 @@ class Model(Layer):
         Raises:
             ImportError: safetensors is not installed.
             TypeError: ``dtype`` is not a floating-point type.
-            ValueError: a parameter is too large for ``dtype``.
+            ValueError: a parameter is too large for ``dtype``, or the model has other parameters
+                than a new one of the same arguments.
         """
-        write_model(folder, type(self).__name__, self.config, state_in(self, dtype))
+        write_model(folder, type(self).__name__, self.config, stored_state(self, dtype))
 
     @classmethod
     def from_pretrained(
-        cls: type[AnyModel], folder: str | Path, *, num_classes: int | None = None, in_channels: int | None = None
+        cls: type[AnyModel],
+        folder: str | Path,
+        *,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        backend: Backend | None = None,
     ) -> AnyModel:
         """Load a model that :meth:`save_pretrained` stored, in evaluation mode, on the CPU.
 
@@ -72,6 +79,7 @@ class Model(Layer):
             folder: the local folder.
             num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
             in_channels: another number of channels than the stored one; the first convolution is drawn anew.
+            backend: another backend than the stored one.
 
         Raises:
             FileNotFoundError: the folder or one of its files does not exist.
@@ -79,7 +87,7 @@ class Model(Layer):
             ValueError: the folder holds another model, its files are damaged, or an argument is less than 1.
             ImportError: safetensors is not installed.
         """
-        wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        wanted = {"num_classes": num_classes, "in_channels": in_channels, "backend": backend}
         return cls._from_stored(folder, {name: value for name, value in wanted.items() if value is not None}).eval()
 
     @classmethod
@@ -111,12 +119,12 @@ class Model(Layer):
         if self.features_only:
             raise ValueError(f"{method} needs more than features_only=True builds; call the model for its maps")
 
-    def _check_image(self, x: Tensor, smallest: int) -> None:
+    def _check_image(self, x: Tensor) -> None:
         check_shape("x", x, ("any", self.config["in_channels"], "any", "any"), "b, in_channels, h, w")
         for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-            if size < smallest:
+            if size < _MIN_SIZE:
                 raise ValueError(
-                    f"image {name} must be at least {smallest}, got {size}, which is too small to halve at every "
+                    f"image {name} must be at least {_MIN_SIZE}, got {size}, which is too small to halve at every "
                     "level; pad or resize the image"
                 )
 
@@ -130,8 +138,23 @@ class Model(Layer):
             )
 
 
-def _plain(x: Any) -> Any:
-    """Dictionaries and tuples alone, also of the lists that JSON made of tuples."""
+def json_value(x: Any) -> Any:
+    """Dictionaries, tuples and Python's own numbers alone, also of what JSON or NumPy made of them."""
     if isinstance(x, Mapping):
-        return {name: _plain(value) for name, value in x.items()}
-    return tuple(map(_plain, x)) if isinstance(x, (list, tuple)) else x
+        return {name: json_value(value) for name, value in x.items()}
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return tuple(map(json_value, x))
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def stored_state(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state with its parameters in another type, which a new model of the same arguments can load."""
+    state = state_in(model, dtype)
+    with torch.device("meta"):
+        fresh = type(model)(**model.config).state_dict()
+    if odd := sorted(fresh.keys() ^ state.keys()):
+        raise ValueError(
+            f"{odd[0]} is in {'this' if odd[0] in state else 'a new'} {type(model).__name__} alone, so that the folder "
+            "could not be loaded; undo what changed it, such as torch.nn.utils.prune or parametrize, or use torch.save"
+        )
+    return state

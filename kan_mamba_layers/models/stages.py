@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         self.reset(num_classes)
 
     def reset(self, num_classes: int) -> None:
-        """Make a linear layer for so many classes, where the norm is."""
+        """Replace the linear layer by one for ``num_classes``, on the norm's device and in its dtype."""
         head = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
         self.head = head.to(self.norm.weight.device, self.norm.weight.dtype)
         self.head.apply(draw_linear)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_BLOCK = 2**20  # bytes of a file that are read at a time
 
 
 def write_model(
@@ -30,7 +31,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
         weights, config = Path(beside) / _WEIGHTS, Path(beside) / _CONFIG
-        weights.write_bytes(safetensors.save({name: x.contiguous() for name, x in state.items()}))
+        weights.write_bytes(safetensors.save(_separate(state)))
         content: dict[str, Any] = {"model": model, "arguments": arguments}
         if settings is not None:
             content["segmenter"] = settings
@@ -38,6 +39,16 @@ def write_model(
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in (weights, config):
             file.replace(folder / file.name)
+
+
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own memory, as safetensors asks for: weights that layers share are stored once for each."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, x in state.items():
+        separate[name] = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in seen else x.contiguous()
+        seen.add(x.data_ptr())
+    return separate
 
 
 def state_in(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -115,8 +126,11 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
 def _checksum(config: Mapping[str, Any], weights: Path) -> str:
     """The sha256 of everything that defines a stored model: its class, its arguments, its use and its weights."""
     parts = [config[name] for name in ("model", "arguments", "segmenter") if name in config]
-    identity = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(identity.encode() + weights.read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    with weights.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _safetensors() -> ModuleType:

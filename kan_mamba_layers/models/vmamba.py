@@ -99,7 +99,7 @@ class VMamba(Model):
     ) -> None:
         super().__init__(own_arguments(locals()))
         check_sizes("depths", depths, _STAGES, _STAGES)
-        check_number("drop_path", drop_path, 0.0, 0.999)
+        check_number("drop_path", drop_path, 0.0, 1.0, open_high=True)
         widths = _widths(dims)
         info = [
             {"num_chs": width, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks.{depths[i] - 1}"}
@@ -147,7 +147,7 @@ class VMamba(Model):
         self._check_whole("reset_classifier")
         check_int("num_classes", num_classes, 0)
         self.classifier.reset(num_classes)
-        self.config["num_classes"] = num_classes
+        self.config["num_classes"] = int(num_classes)
 
     def load_published(self, checkpoint: str | Path | Mapping[str, Any]) -> None:
         """Load the weights of a published VMamba v2, in either form of its keys.

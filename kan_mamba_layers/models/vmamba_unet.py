@@ -15,8 +15,6 @@ from kan_mamba_layers.models.model import Model
 from kan_mamba_layers.models.vmamba import PUBLISHED, VMamba
 from kan_mamba_layers.ops import Backend
 
-_MIN_SIZE = 32
-
 
 class VMambaUNet(Model):
     r"""Segment an image of any size with a :class:`VMamba` as encoder and a convolutional decoder.
@@ -88,7 +86,7 @@ class VMambaUNet(Model):
 
     def forward_features(self, x: Tensor) -> Tensor:  # b in_channels h w -> b dims[0]/2 h/2 w/2
         """Return the decoded map at half size that the head reads."""
-        self._check_image(x, _MIN_SIZE)
+        self._check_image(x)
         height, width = x.shape[2:]
         self._check_batch(x, ((height + 31) // 32, (width + 31) // 32))
         maps = self.encoder(x)

@@ -12,14 +12,10 @@ from kan_mamba_layers.ops import limits
 
 Backend = Literal["auto", "reference", "chunked", "cpu", "triton"]
 
-# For each op the backends that implement it; "auto" takes the first one that serves the call.
-_BACKENDS: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("triton", "cpu", "chunked", "reference"),
-    "cross_selective_scan": ("triton", "cpu", "chunked", "reference"),
-    "kan_linear": ("triton", "cpu", "chunked", "reference"),
-}
-# Pure-PyTorch backends, for export to ONNX and for calls with a size of zero.
-_PLAIN = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
+# Every op has all of them; "auto" takes the first one that serves the call.
+_BACKENDS = ("triton", "cpu", "chunked", "reference")
+# For export to ONNX and for calls with a size of zero.
+_PURE_PYTORCH = {"selective_scan": "chunked", "cross_selective_scan": "chunked", "kan_linear": "reference"}
 # Tensors of each op besides its first argument.
 _TENSORS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
@@ -97,7 +93,7 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
 def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> str:
     """What ``resolve`` returns, for an op that has checked the name of the backend and its arguments."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no operator for a fused backend
-        chosen = _PLAIN[op]
+        chosen = _PURE_PYTORCH[op]
     elif backend == "auto":
         chosen = _choose(op, x, arguments)
     else:
@@ -108,13 +104,13 @@ def select(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) -> 
     if traced or chosen == "reference":
         return "reference"
     weights = (arguments.get(name) for name in _WEIGHTS[op])
-    return _PLAIN[op] if any(x is not None and 0 in x.shape for x in weights) else chosen
+    return _PURE_PYTORCH[op] if any(x is not None and 0 in x.shape for x in weights) else chosen
 
 
 def check_backend(op: str, backend: str) -> None:
     """``op`` has a backend of that name; modules ask when they are built."""
-    check_choice("op", op, _BACKENDS)
-    available = ("auto", *_BACKENDS[op])
+    check_choice("op", op, _PURE_PYTORCH)
+    available = ("auto", *_BACKENDS)
     if backend not in available:
         raise ValueError(f"backend={backend!r} cannot run {op}; choose one of {', '.join(map(repr, available))}")
 
@@ -133,7 +129,7 @@ def _choose(op: str, x: Tensor, arguments: dict[str, Tensor | None]) -> str:
     """The backend that ``"auto"`` takes."""
     if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         return "reference"  # the others have no derivatives in forward mode
-    fast = (b for b in _BACKENDS[op] if not _is_slow(b, x, arguments))
+    fast = (b for b in _BACKENDS if not _is_slow(b, x, arguments))
     fastest = next(b for b in fast if not _reason_against(op, b, x, arguments))
     # A compiler fuses the formula better than tiles of PyTorch's operators do.
     fuses = op == "kan_linear" and fastest == "chunked" and torch.compiler.is_compiling()

@@ -5,8 +5,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kan_mamba_layers._check import check_choice, check_int, check_shape, check_tensor
+from kan_mamba_layers._check import check_choice, check_int, check_same_device, check_shape, check_tensor
 from kan_mamba_layers.ops.precision import compute_dtype
 from kan_mamba_layers.ops.subclasses import accepts_subclasses
 
@@ -45,7 +46,8 @@ def bspline_basis(
             on either side.
         spline_order: degree ``s >= 1``; 3 for cubics.
         extrapolation: the bases outside :math:`[t_s, t_{g+s}]`; see :func:`kan_linear`.
-        uniform: promises that the knots of each row are equally spaced, which allows the faster closed form.
+        uniform: promises that the knots of each row are equally spaced, which allows the faster closed form. It is not
+            used where derivatives by ``grid`` are wanted.
         nu: order of the derivative with respect to ``x``, of the extrapolated bases: 0 for the bases themselves. Above
             ``spline_order`` it is zero.
 
@@ -54,8 +56,8 @@ def bspline_basis(
 
     Raises:
         TypeError: ``x`` or ``grid`` is not a floating-point tensor, or ``spline_order`` or ``nu`` not an integer.
-        ValueError: a shape does not fit, ``spline_order`` is less than 1, ``nu`` is negative, or ``extrapolation`` is
-            unknown.
+        ValueError: a shape does not fit, ``grid`` is on another device, ``spline_order`` is less than 1, ``nu`` is
+            negative, or ``extrapolation`` is unknown.
 
     Numerics:
         Computed in float32 (float64 for float64 input) and rounded once at the end. Against exact values the recursion
@@ -77,6 +79,7 @@ def bspline_basis(
     check_choice("extrapolation", extrapolation, EXTRAPOLATIONS)
     check_tensor("x", x)
     check_features("x", x, _check_grid(grid, spline_order))
+    check_same_device("x", x, grid=grid)
     wide = x.to(compute_dtype(x))
     return basis(wide, grid.to(wide.dtype), spline_order, uniform, extrapolation, nu).to(x.dtype)
 
@@ -91,7 +94,8 @@ def basis(
     # Far away powers would overflow. At the last knot all pieces have ended, so there every basis is zero. The slope of
     # torch.clamp at its bounds depends on the version of PyTorch; here it is that of the inside.
     held = torch.where(x > high, high, torch.where(x < low, high if zero else low, x))
-    bases = _derivative(held, grid, _joints(grid, margin), spline_order, uniform, nu)
+    even = uniform and not _is_differentiated(grid)
+    bases = _derivative(held, grid, _breakpoints(grid, margin), spline_order, even, nu)
     if extrapolation == "linear" and nu == 0:
         below, above = end_slopes(grid, spline_order)  # i g+s
         bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
@@ -106,18 +110,18 @@ def basis(
 def end_slopes(grid: Tensor, spline_order: int) -> Tensor:  # i m -> 2 i g+s
     """Derivatives of the bases at both ends of the interval of the grid, from inside."""
     ends = torch.stack([grid[:, spline_order], grid[:, -spline_order - 1]])  # 2 i
-    return _derivative(ends, grid, _joints(grid, spline_order), spline_order, False, 1)
+    return _derivative(ends, grid, _breakpoints(grid, spline_order), spline_order, False, 1)
 
 
 def _derivative(
-    x: Tensor, grid: Tensor, joints: Tensor, spline_order: int, uniform: bool, nu: int
+    x: Tensor, grid: Tensor, breakpoints: Tensor, spline_order: int, uniform: bool, nu: int
 ) -> Tensor:  # ... i g+s
     """Derivatives of order ``nu``: each step up in degree from ``s - nu`` takes one derivative.
 
     ``B_j' = s B_{j,s-1} / (t_{j+s} - t_j) - s B_{j+1,s-1} / (t_{j+s+1} - t_{j+1})``.
     """
     degree = max(spline_order - nu, 0)
-    bases = (closed_form if uniform else cox_de_boor)(x, grid, joints, degree)  # ... i m-1-degree
+    bases = (closed_form if uniform else cox_de_boor)(x, grid, breakpoints, degree)  # ... i m-1-degree
     for p in range(degree + 1, spline_order + 1):
         rate = 1 / _spacing(grid)[:, None] if uniform else p * reciprocal(grid[:, p:] - grid[:, :-p])  # i 1 | i m-p
         bases = bases * rate
@@ -125,7 +129,13 @@ def _derivative(
     return bases if nu <= spline_order else torch.zeros_like(bases)
 
 
-def _joints(grid: Tensor, margin: int) -> Tensor:  # i m
+def _is_differentiated(grid: Tensor) -> bool:
+    """Whether derivatives by the knots are wanted: the closed form has none by inner knots, which it never reads."""
+    in_forward_mode = forward_ad._current_level >= 0
+    return grid.requires_grad or (in_forward_mode and forward_ad.unpack_dual(grid).tangent is not None)
+
+
+def _breakpoints(grid: Tensor, margin: int) -> Tensor:  # i m
     """Where a piece ends and the next begins: a knot belongs to the piece on its right.
 
     With a margin, the splines are only evaluated inside it, and its end belongs to the last piece there.
@@ -135,10 +145,10 @@ def _joints(grid: Tensor, margin: int) -> Tensor:  # i m
     return torch.cat([grid[:, : -margin - 1], torch.full_like(grid[:, -margin - 1 :], math.inf)], 1)
 
 
-def cox_de_boor(x: Tensor, grid: Tensor, joints: Tensor, degree: int) -> Tensor:  # ... i, i m -> ... i m-1-degree
+def cox_de_boor(x: Tensor, grid: Tensor, breakpoints: Tensor, degree: int) -> Tensor:  # ... i, i m -> ... i m-1-degree
     """Bases of a degree on the knots ``grid`` by the Cox-de Boor recursion; 0/0 counts as 0."""
     x = x[..., None]
-    bases = ((x >= joints[:, :-1]) & (x < joints[:, 1:])).to(x.dtype)  # ... i m-1
+    bases = ((x >= breakpoints[:, :-1]) & (x < breakpoints[:, 1:])).to(x.dtype)  # ... i m-1
     for p in range(1, degree + 1):
         rising = (x - grid[:, : -p - 1]) * reciprocal(grid[:, p:-1] - grid[:, : -p - 1])
         falling = (grid[:, p + 1 :] - x) * reciprocal(grid[:, p + 1 :] - grid[:, 1:-p])
@@ -146,7 +156,7 @@ def cox_de_boor(x: Tensor, grid: Tensor, joints: Tensor, degree: int) -> Tensor:
     return bases
 
 
-def closed_form(x: Tensor, grid: Tensor, joints: Tensor, degree: int) -> Tensor:  # ... i, i m -> ... i m-1-degree
+def closed_form(x: Tensor, grid: Tensor, breakpoints: Tensor, degree: int) -> Tensor:  # ... i, i m -> ... i m-1-degree
     """The same bases for equally spaced knots, as a sum of truncated powers that are symmetric about each centre.
 
     With ``a`` the distance from the centre of the basis in units of the knot spacing and ``s`` the degree,
@@ -154,11 +164,11 @@ def closed_form(x: Tensor, grid: Tensor, joints: Tensor, degree: int) -> Tensor:
         B(a) = 1/s! sum_j (-1)^j binomial(s+1, j) relu((s+1)/2 - j - a)^s,    0 <= j < (s+1)/2.
 
     The one-sided sum over all knots is shorter to write, but its terms cancel: it loses three digits for cubics.
-    The joints decide which powers count and on which side of the centre x lies. PyTorch's relu and abs would do so too,
-    but have the derivative 0 at their kinks, and no second one.
+    The breakpoints decide which powers count and on which side of the centre x lies. PyTorch's relu and abs would do
+    so too, but have the derivative 0 at their kinks, and no second one.
     """
     s, count = degree, grid.shape[-1] - 1 - degree
-    before, behind = x[..., None] < joints, x[..., None] >= joints  # ... i m; both false for NaN
+    before, behind = x[..., None] < breakpoints, x[..., None] >= breakpoints  # ... i m; both false for NaN
     position = (x - grid[:, 0]) / _spacing(grid)  # ... i
     signed = position[..., None] - (torch.arange(count, dtype=x.dtype, device=x.device) + (s + 1) / 2)  # ... i count
     distance = torch.where(_from(behind, s // 2 + 1, count), signed, -signed)

@@ -221,8 +221,8 @@ def explained(load: Callable[[str], FusedBackend]) -> Callable[[str], FusedBacke
         except (ImportError, OSError) as error:
             package = {"cpu": "numba", "triton": "triton"}[backend]
             raise ImportError(
-                f"backend {backend!r} needs {package}, which is installed but cannot be imported ({error}); mend the "
-                f"installation, uninstall {package}, or call with another backend"
+                f"backend {backend!r} needs {package}, which is installed but cannot be imported ({error}); repair or "
+                f"uninstall {package}, or choose another backend"
             ) from error
 
     return loaded

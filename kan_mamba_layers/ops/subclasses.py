@@ -27,12 +27,15 @@ def accepts_subclasses(*, jagged: bool = False) -> Callable[[Callable[P, Result]
     """
 
     def decorate(op: Callable[P, Result]) -> Callable[P, Result]:
+        first = next(iter(signature(op).parameters))
+
         @wraps(op)
         def call(*arguments: Any, **options: Any) -> Any:
             for x in (*arguments, *options.values()):
                 if type(x) not in _PLAIN and isinstance(x, Tensor):
-                    if jagged and _is_jagged(arguments):
-                        return _on_jagged(op, *arguments, **options)
+                    rows = arguments[0] if arguments else options.get(first)
+                    if jagged and _is_jagged(rows):
+                        return _on_jagged(op, rows, *arguments[1:], **{k: v for k, v in options.items() if k != first})
                     return _dispatch(call, op, arguments, options)
             return op(*arguments, **options)
 
@@ -58,8 +61,13 @@ def _dispatch(call: Any, op: Any, arguments: Sequence[Any], options: Mapping[str
     return op(*map(_plain, arguments), **{name: _plain(x) for name, x in options.items()})
 
 
-def _is_jagged(arguments: Sequence[Any]) -> bool:
-    return bool(arguments) and getattr(arguments[0], "_ragged_idx", None) == 1
+def rows_of(x: Any) -> Any:
+    """The rows of a jagged tensor, and any other tensor as it is."""
+    return x.values() if _is_jagged(x) else x
+
+
+def _is_jagged(x: Any) -> bool:
+    return getattr(x, "_ragged_idx", None) == 1
 
 
 def _on_jagged(op: Any, x: Any, *arguments: Any, **options: Any) -> Any:  # b j i -> b j o

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kan_mamba_layers._check import check_sizes
-from kan_mamba_layers.walks.walk import Walks, given, named, whole
+from kan_mamba_layers.walks.walk import Walks, checked_size, library_walks, walks_along
 
 __all__ = [
     "Walks",
@@ -48,7 +48,7 @@ def cross(h: int, w: int) -> Walks:
     References:
         Liu et al., VMamba, arXiv 2401.10166, section 4.2.
     """
-    return named("cross", {"h": h, "w": w})
+    return library_walks("cross", {"h": h, "w": w})
 
 
 def bidirectional(l: int) -> Walks:
@@ -71,7 +71,7 @@ def bidirectional(l: int) -> Walks:
     References:
         Zhu et al., Vision Mamba, arXiv 2401.09417, section 3.3.
     """
-    return named("bidirectional", {"l": l})
+    return library_walks("bidirectional", {"l": l})
 
 
 def snake(h: int, w: int) -> Walks:
@@ -97,7 +97,7 @@ def snake(h: int, w: int) -> Walks:
     References:
         Yang et al., PlainMamba, arXiv 2403.17695 (continuous 2D scanning).
     """
-    return named("snake", {"h": h, "w": w})
+    return library_walks("snake", {"h": h, "w": w})
 
 
 def diagonal(h: int, w: int) -> Walks:
@@ -122,7 +122,7 @@ def diagonal(h: int, w: int) -> Walks:
     References:
         Zhao et al., RS-Mamba, arXiv 2404.02668 (omnidirectional selective scan).
     """
-    return named("diagonal", {"h": h, "w": w})
+    return library_walks("diagonal", {"h": h, "w": w})
 
 
 def windows(h: int, w: int, size: int | Sequence[int]) -> Walks:
@@ -154,7 +154,7 @@ def windows(h: int, w: int, size: int | Sequence[int]) -> Walks:
         rows, columns = size
     else:
         rows = columns = size
-    return named("windows", {"h": h, "w": w}, (whole("size", rows), whole("size", columns)))
+    return library_walks("windows", {"h": h, "w": w}, (checked_size("size", rows), checked_size("size", columns)))
 
 
 def strided(h: int, w: int, step: int) -> Walks:
@@ -183,7 +183,7 @@ def strided(h: int, w: int, step: int) -> Walks:
         Pei et al., EfficientVMamba, arXiv 2403.09977 (efficient 2D scanning), whose directions visit one
         subgrid each.
     """
-    return named("strided", {"h": h, "w": w}, (whole("step", step),))
+    return library_walks("strided", {"h": h, "w": w}, (checked_size("step", step),))
 
 
 def hilbert(h: int, w: int) -> Walks:
@@ -211,7 +211,7 @@ def hilbert(h: int, w: int) -> Walks:
         Červený, gilbert (github.com/jakubcerveny/gilbert), for the generalised curve; Tang et al., FractalMamba, arXiv
         2405.14480, for scans along it.
     """
-    return named("hilbert", {"h": h, "w": w})
+    return library_walks("hilbert", {"h": h, "w": w})
 
 
 def volume(d: int, h: int, w: int) -> Walks:
@@ -239,7 +239,7 @@ def volume(d: int, h: int, w: int) -> Walks:
     References:
         Xing et al., SegMamba, arXiv 2401.13560, which adds one order between slices to those along them.
     """
-    return named("volume", {"d": d, "h": h, "w": w})
+    return library_walks("volume", {"d": d, "h": h, "w": w})
 
 
 def from_order(order: Any, grid: Sequence[int] | None = None) -> Walks:
@@ -262,4 +262,4 @@ def from_order(order: Any, grid: Sequence[int] | None = None) -> Walks:
         >>> from_order([[0, 1, 3, 2], [2, 3, 1, 0]], grid=(2, 2))
         walks.from_order(<2 x 4>, grid=(2, 2))
     """
-    return given(order, grid)
+    return walks_along(order, grid)

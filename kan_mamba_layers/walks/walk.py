@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kan_mamba_layers._check import check_int, check_sizes
+from kan_mamba_layers.walks.cache import TableCache
 from kan_mamba_layers.walks.keys import DIRECTIONS, table_of
 
-_KEPT = 32  # sets of walks, with their tables
+_KEPT = 32  # sets of walks
+_TABLES = TableCache(most_bytes=2**30)  # by walks and device
 
 
 class Table:
     """Orders of a user, checked to be permutations; equal if they are the same."""
 
     def __init__(self, orders: NDArray[np.int32]) -> None:  # k l
-        self.orders = torch.from_numpy(orders)
+        with torch.inference_mode(False):  # or a later call could not save it for its gradient
+            self.orders = torch.from_numpy(orders)
         self.digest = hashlib.blake2b(repr(orders.shape).encode() + orders.tobytes(), digest_size=16).digest()
 
     def __eq__(self, other: object) -> bool:
@@ -52,7 +55,7 @@ class Walks:
 
     The functions of :mod:`kan_mamba_layers.walks` make them. They cannot be changed; two are equal if they were made
     the same way, or from the same orders. ``a + b`` has the directions of both. Tables are made when they are first
-    needed, once for each device.
+    needed, and kept for the next call, 1 GiB of them at most.
 
     Attributes:
         grid: the sizes of the grid.
@@ -71,7 +74,6 @@ class Walks:
     def __init__(self, grid: tuple[int, ...], parts: tuple[Part, ...]) -> None:
         self._grid = grid
         self._parts = parts
-        self._tables: dict[torch.device, Tensor] = {}
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -94,17 +96,16 @@ class Walks:
     def on(self, device: torch.device) -> Tensor:  # k l
         """The table on a device, int32: one tensor for all calls, not to be written to."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return self._made_on(device)  # so that a second trace, which checks the first, makes it too
-        table = self._tables.get(device)
-        if table is None:
-            table = self._tables[device] = self._made_on(device)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # other streams will read it too
-        return table
+            return self.made_on(device)  # so that a second trace, which checks the first, makes it too
+        return _TABLES.get((self, device), lambda: self.made_on(device))
 
-    def _made_on(self, device: torch.device) -> Tensor:  # k l
+    def made_on(self, device: torch.device) -> Tensor:  # k l
+        """A table of its own on a device, int32."""
         with torch.inference_mode(False):  # or a later call could not save it for its gradient
-            return torch.from_numpy(self._table()).to(device)
+            table = torch.from_numpy(self._table()).to(device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it too
+        return table
 
     def _table(self) -> NDArray[np.int32]:  # k l
         grid = self._grid
@@ -166,12 +167,12 @@ def _kept(grid: tuple[int, ...], parts: tuple[Part, ...]) -> Walks:
     return Walks(grid, parts)
 
 
-def named(name: str, sizes: dict[str, int], parameters: tuple[int, ...] = ()) -> Walks:
+def library_walks(name: str, sizes: dict[str, int], parameters: tuple[int, ...] = ()) -> Walks:
     """A walk of this library through a grid of the given sizes."""
-    return make(tuple(whole(letter, size) for letter, size in sizes.items()), (Part(name, parameters),))
+    return make(tuple(checked_size(letter, size) for letter, size in sizes.items()), (Part(name, parameters),))
 
 
-def whole(name: str, value: Any) -> int:
+def checked_size(name: str, value: Any) -> int:
     """A positive integer, or one of a compiler's symbols for it."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
@@ -181,7 +182,7 @@ def whole(name: str, value: Any) -> int:
     return value if torch.compiler.is_compiling() else int(value)  # int() would ask a compiler for the number
 
 
-def given(order: Any, grid: Sequence[int] | None) -> Walks:
+def walks_along(order: Any, grid: Sequence[int] | None) -> Walks:
     """Walks along orders of a user."""
     if torch.compiler.is_compiling():
         raise RuntimeError(

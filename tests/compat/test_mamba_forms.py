@@ -156,6 +156,14 @@ class TestMamba:
         out, *states = layer.step(x[:, :1], conv_state, ssm_state)
         assert out.shape == (2, 1, 6) and states[0] is conv_state and states[1] is ssm_state
 
+    def test_steps_are_scaled_as_the_whole_is(self) -> None:
+        layer, x = mamba(d_model=8, init_layer_scale=0.5), torch.randn(2, 3, 8)
+        states, outs = layer.allocate_inference_cache(2, 3), []
+        for t in range(3):
+            out, *states = layer.step(x[:, t : t + 1], *states)
+            outs.append(out)
+        assert_close("out", torch.cat(outs, 1), layer(x), 1e-6)
+
     def test_reset_and_copies(self) -> None:
         layer = mamba(d_model=4, bimamba_type="v1", init_layer_scale=0.5, device="meta").to_empty(device="cpu")
         layer.reset_parameters()

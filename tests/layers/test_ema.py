@@ -37,6 +37,10 @@ class TestForward:
         x = torch.randn(2, channels, height, width, dtype=torch.float64)
         assert_close("out", layer(x), published(layer, x, factor), 1e-12)
 
+    def test_a_single_pixel(self) -> None:
+        layer, x = EMA(4, 1).eval(), torch.randn(2, 4, 1, 1)
+        assert torch.equal(layer(x[:1]), layer(x)[:1])
+
     def test_mean_equals_adaptive_pooling_in_float32(self) -> None:
         layer, x = EMA(16), torch.randn(2, 16, 40, 30)
         assert_close("out", layer(x), published(layer, x, 8), 2e-6)

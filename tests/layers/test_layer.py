@@ -82,6 +82,11 @@ class TestWeightDecay:
         found = COPIES[way](model)
         assert marked(found) == marked(model) == {f"1.{name}" for name in DYNAMICS}
 
+    @pytest.mark.parametrize("way", COPIES)
+    def test_the_step_bias_keeps_its_mark_for_initialisers(self, way: str) -> None:
+        model = COPIES[way](nn.Sequential(nn.Linear(2, 4), Mamba(4)))
+        assert [name for name, p in model.named_parameters() if hasattr(p, "_no_reinit")] == ["1.dt_proj.bias"]
+
     def test_names(self) -> None:
         assert SS2D(4).no_weight_decay() == DYNAMICS
         for layer in (KANLinear(2, 2), KANConv2d(2, 2, 1), KANLayer(2), KANBlock(2), EMA(8)):

@@ -268,6 +268,17 @@ class TestParameters:
         assert_close("out", quantised(x), layer(x), 0.05)
         assert_close("out", quantised.step(x, quantised.allocate_state(2))[0], layer(x), 0.05)
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_a_mask_trains_under_a_compiler(self, bidirectional: bool) -> None:
+        layer, x = Mamba(4, d_state=2, bidirectional=bidirectional), torch.randn(3, 5, 4)
+        mask = torch.tensor([[True] * 5, [True, True, True, False, False], [False, True, True, True, True]])
+        found = []
+        for call in (layer, torch.compile(layer, backend="aot_eager")):
+            given = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(call(given, mask).square().sum(), [given, *layer.parameters()]))
+        for n, (eager, compiled) in enumerate(zip(*found, strict=True)):
+            assert_close(f"gradient {n}", compiled, eager, 1e-5)
+
     def test_is_traced_whole(self) -> None:
         layer, x = Mamba(4, bidirectional=True), torch.randn(2, 6, 4)
         mask = torch.rand(2, 6) > 0.3

@@ -8,11 +8,15 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import TINY, image
+from torch.nn.utils import prune
 
-from kan_mamba_layers import KANLinear, KMUNet, KMUNetPP, create_model, from_pretrained
+from helpers import says
+from kan_mamba_layers import KANLinear, KMUNet, KMUNetPP, VMamba, create_model, from_pretrained
+from kan_mamba_layers.models.model import Model
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -23,6 +27,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored") / "model"
     KMUNetPP(1, 2, widths=(8, 16)).save_pretrained(folder)
     return folder
+
+
+def classified(classes: int) -> Model:
+    model = VMamba(num_classes=3, depths=(1, 1, 1, 1), dims=8)
+    model.reset_classifier(classes)
+    return model
 
 
 def meaning(data: bytes) -> object:
@@ -45,6 +55,46 @@ class TestStorage:
             assert list(state) == list(model.state_dict())
             assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
             assert torch.equal(again.eval()(image(1, 48, 40)), model(image(1, 48, 40)))
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            lambda: KMUNet(num_classes=np.int64(3), widths=(8,) * 5, d_state=np.int32(1), use_kan=np.True_),
+            lambda: KMUNet(features_only=True, out_indices=range(3), widths=[8] * 5, d_state=1),
+            lambda: classified(np.int64(5)),
+        ],
+        ids=["numbers", "range", "reset"],
+    )
+    def test_arguments_from_numpy(self, made: Callable[[], Model], tmp_path: Path) -> None:
+        model = made().eval()
+        model.save_pretrained(tmp_path / "model")
+        again = from_pretrained(tmp_path / "model")
+        assert again.config == model.config and type(next(iter(again.config.values()))) is int
+
+    def test_pretrained_with_arguments_from_numpy(self) -> None:
+        options = {"features_only": True, "out_indices": range(2), "in_channels": np.int64(1)}
+        assert len(create_model("km_unet_pp_tiny", pretrained="fetal_head", **options)(image(1, 32, 32)[:, :1])) == 2
+
+    def test_shared_weights_are_stored_for_each(self, tmp_path: Path) -> None:
+        model = KMUNet(widths=(8,) * 5, d_state=1).eval()
+        model.decoder_context[0] = model.encoder_context[0]
+        model.save_pretrained(tmp_path / "model")
+        again = from_pretrained(tmp_path / "model")
+        assert torch.equal(again(image(1, 32, 32)), model(image(1, 32, 32)))
+
+    def test_a_model_that_could_not_be_loaded_is_refused(self, tmp_path: Path) -> None:
+        model = KMUNet(widths=(8,) * 5, d_state=1)
+        prune.random_unstructured(model.encoder[0].conv[0][0], "weight", 0.5)
+        with pytest.raises(ValueError, match=says("weight", "KMUNet", "prune", "torch.save")):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        prune.remove(model.encoder[0].conv[0][0], "weight")
+        model.save_pretrained(tmp_path / "model")
+
+    def test_another_backend(self, tmp_path: Path) -> None:
+        KMUNet(widths=(8,) * 5, d_state=1, backend="triton").save_pretrained(tmp_path / "model")
+        again = from_pretrained(tmp_path / "model", backend="chunked")
+        assert again.config["backend"] == "chunked" and again(image(1, 32, 32)).isfinite().all()
 
     def test_who_may_read_other_new_files_may_read_these(self, stored: Path, tmp_path: Path) -> None:
         plain = tmp_path / "plain"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import fresh_process
-from kan_mamba_layers import cross_selective_scan, kan_linear, selective_scan
+from kan_mamba_layers import KANLinear, cross_selective_scan, kan_linear, selective_scan
 from ops.kan_linear.calls import FUSED, kan_inputs
 from ops.selective_scan.calls import fused_line, image_inputs
 
@@ -62,3 +63,13 @@ def test_either_may_be_imported_first(first: str) -> None:
 def test_importing_brings_neither_backend_nor_counter() -> None:
     names = ("triton", "numba", "llvmlite", "torch.utils.flop_counter")
     assert fresh_process(f"import sys, kan_mamba_layers\nprint([n for n in {names} if n in sys.modules])") == "[]"
+
+
+def test_a_formula_of_the_user_stays() -> None:
+    layer, x = KANLinear(3, 2, backend="chunked"), torch.randn(4, 3)
+    layer(x)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.kan_mamba_layers.kan_linear: lambda *_, **__: 7}
+    ) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 7

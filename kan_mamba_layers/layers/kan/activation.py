@@ -26,6 +26,8 @@ def make_activation(
         try:
             made = given()
         except TypeError as error:
+            if _takes_anything(given):
+                return given
             raise TypeError(
                 f"base_activation={given!r} cannot be called without arguments ({error}); bind them, e.g. "
                 "functools.partial(nn.Threshold, 0.1, 0.0)"
@@ -33,6 +35,11 @@ def make_activation(
     if not callable(made):
         raise TypeError(f"base_activation={given!r} made {made!r}; pass a class or a function that makes a module")
     return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
+
+
+def _takes_anything(given: Callable[..., Any]) -> bool:
+    """Whether a signature with ``*args`` hides what a callable needs, as that of a decorated function may."""
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(given).parameters.values())
 
 
 def _is_elementwise(given: Callable[..., Any]) -> bool:

@@ -18,16 +18,17 @@ from kan_mamba_layers.layers.kan.edges import (
     map_edges,
     mean_quadrature,
 )
-from kan_mamba_layers.layers.kan.grid import inner_knots, uniform_knots
+from kan_mamba_layers.layers.kan.grid import inner_knots, new_knots, uniform_knots
 from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_points
 from kan_mamba_layers.layers.kan.refit import fit, refine
-from kan_mamba_layers.layers.kan.state import change_size, check_local, check_whole
+from kan_mamba_layers.layers.kan.state import check_local, check_whole, take_size
 from kan_mamba_layers.layers.kan.weight import EdgeWeight, edge_weight
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
 from kan_mamba_layers.ops.kan_linear.call import activate
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
-from kan_mamba_layers.ops.spacing import look
+from kan_mamba_layers.ops.spacing import uniform_if_known
+from kan_mamba_layers.ops.subclasses import rows_of
 
 if TYPE_CHECKING:
     from kan_mamba_layers.layers.kan.plot import AnyFigure
@@ -94,7 +95,7 @@ class SplineLayer(Layer):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self._parameters["weight"] = None  # torch.nn.utils look for it here and in the property
+        self._parameters["weight"] = None  # where torch.nn.utils expects the name
         self.base_weight = parameter(*edges)
         self.spline_weight = parameter(*edges, grid_size + spline_order)
         self.spline_scaler = parameter(*edges) if enable_standalone_scale_spline else None
@@ -108,7 +109,7 @@ class SplineLayer(Layer):
     def reset_parameters(self) -> None:
         """Draw new weights: uniform base weights and scalers, and splines through small noise at uniform knots."""
         check_local("base_weight", self.base_weight)
-        self.grid.copy_(uniform_knots(*self.grid_range, self.grid_size, self.spline_order))
+        self.grid.copy_(new_knots(self.grid_range, self.grid_size, self.spline_order, self.grid.dtype))
         bound = 1 / math.sqrt(self.base_weight[0].numel())
         self.base_weight.uniform_(-bound, bound).mul_(self.scale_base)
         if self.bias is not None:
@@ -133,7 +134,7 @@ class SplineLayer(Layer):
     @property
     def has_uniform_grid(self) -> bool:
         """Whether the present knots are equally spaced, which selects a faster formula; False while they are hidden."""
-        return bool(look(self.grid))
+        return bool(uniform_if_known(self.grid))
 
     @property
     def weight(self) -> EdgeWeight:
@@ -156,7 +157,8 @@ class SplineLayer(Layer):
 
         Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes
         with replicas, as under DistributedDataParallel, update one and broadcast:
-        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``.
+        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``, then ``layer.grid.add_(0)``, since
+        a collective does not count as a write.
 
         Args:
             x: samples of the layer's input, in any shape that ``forward`` takes.
@@ -177,7 +179,7 @@ class SplineLayer(Layer):
             wide; a constant feature gets a range of 0.5 % of its value on either side if ``margin`` is 0.
         """
         check_number("margin", margin, 0.0)
-        fit(self, self._features_last(x).detach().as_subclass(Tensor).reshape(-1, len(self.grid)), margin)
+        fit(self, self._features_last(rows_of(x)).detach().as_subclass(Tensor).reshape(-1, len(self.grid)), margin)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -382,19 +384,17 @@ class SplineLayer(Layer):
         return torch.cat([self.base_weight[..., None], splines], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplineLayer":
-        exact = self.grid
+        exact = self.grid.detach()
         super()._apply(fn, recurse)
         if self.grid.dtype.itemsize < torch.float32.itemsize:  # rounded knots would change the function
-            self.grid = exact.to(self.grid.device)
+            self.grid.data = exact.to(self.grid.device)
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         missing, unexpected, errors = lists
-        grid, weight = (state_dict.get(f"{prefix}{name}") for name in ("grid", "spline_weight"))
-        if isinstance(grid, Tensor) and isinstance(weight, Tensor):
-            change_size(self, grid.shape, weight.shape, prefix, errors)
+        take_size(self, state_dict, prefix, errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.grid.dtype.itemsize < torch.float32.itemsize:  # assigned
             self.grid = self.grid.float()

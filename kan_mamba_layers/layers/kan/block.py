@@ -92,7 +92,7 @@ class KANLayer(Layer):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c -> b (h w) o
         """Map the tokens of images of ``H`` rows and ``W`` columns: ``(b, H*W, in_features)``, row by row."""
-        _check_sizes(H, W)
+        _check_height_width(H, W)
         check_shape("x", x, ("any", H * W, self.in_features), "b, H*W, in_features")
         check_pixels("x", x, H, W)
         x = self.dwconv_1(self.fc1(x), H, W)
@@ -155,12 +155,12 @@ class KANBlock(Layer):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:  # b (h w) c
         """Map the tokens of images of ``H`` rows and ``W`` columns: ``(b, H*W, dim)``, row by row."""
-        _check_sizes(H, W)
+        _check_height_width(H, W)
         check_shape("x", x, ("any", H * W, self.dim), "b, H*W, dim")
         return x + self.drop_path(self.layer(self.norm2(x), H, W))
 
 
-def _check_sizes(H: Any, W: Any) -> None:
+def _check_height_width(H: Any, W: Any) -> None:
     """Both are integers, or what stands for one while PyTorch traces."""
     for name, size in (("H", H), ("W", W)):
         if not isinstance(size, (Integral, torch.SymInt, Tensor)):

@@ -11,7 +11,7 @@ from kan_mamba_layers._check import check_divisible, check_int, check_tensor
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
 from kan_mamba_layers.ops.bspline import Extrapolation
-from kan_mamba_layers.ops.precision import autocast_is_on
+from kan_mamba_layers.ops.precision import check_dtype
 
 
 class KANConv2d(SplineLayer):
@@ -39,7 +39,7 @@ class KANConv2d(SplineLayer):
         spline_order: degree ``s >= 1`` of the splines.
         grid_range: interval on which the splines are complete.
         base_activation: class of the elementwise module :math:`\sigma`, or the function.
-        scale_noise: range of the noise in the initial splines.
+        scale_noise: ``grid_size`` times the range of the noise that the initial splines pass through at the knots.
         scale_base: multiplies the initial base weights, uniform in :math:`\pm 1/\sqrt{n}` for ``n`` edges per output.
         scale_spline: multiplies the initial splines.
         enable_standalone_scale_spline: whether each edge has its own factor ``spline_scaler``.
@@ -127,6 +127,13 @@ class KANConv2d(SplineLayer):
         """Return the B-spline bases of ``x`` on this layer's grid, extrapolated as the layer does."""
         return super().b_splines(x).movedim(-2, -4)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KANConv2d":
+        def on_rows(x: Tensor) -> Tensor:  # five dimensions have no channels-last format
+            return fn(x.flatten(1)).view(x.shape) if x.ndim == 5 else fn(x)
+
+        super()._apply(on_rows, recurse)
+        return self
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
@@ -144,10 +151,8 @@ class KANConv2d(SplineLayer):
         return x.movedim(-3, -1)
 
     def _check_image(self, x: Tensor) -> None:
-        if x.dtype != self.base_weight.dtype and not autocast_is_on(x):
-            raise ValueError(
-                f"x is {x.dtype} but base_weight is {self.base_weight.dtype}; convert one, or use torch.autocast"
-            )
+        for name in ("base_weight", "spline_weight", "spline_scaler", "bias"):
+            check_dtype("x", x, name, getattr(self, name))
         if isinstance(self.padding, str):
             return
         for n, name in enumerate(("height", "width")):

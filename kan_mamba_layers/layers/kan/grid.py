@@ -1,5 +1,6 @@
 """The knots of KAN layers: make them, fit them to data, and refine them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,23 @@ def uniform_knots(low: float, high: float, grid_size: int, spline_order: int) ->
     # On the CPU also where another device is the default one.
     steps = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64, device="cpu")
     return low + steps * ((high - low) / grid_size)
+
+
+def new_knots(
+    grid_range: tuple[float, float], grid_size: int, spline_order: int, dtype: torch.dtype
+) -> Tensor:  # -> g+2s+1
+    """The knots of a new layer, which must be finite and differ in ``dtype``."""
+    low, high = grid_range
+    # Checked in NumPy, since tensors may have no values where a layer is made.
+    steps = np.arange(-spline_order, grid_size + spline_order + 1)
+    with np.errstate(over="ignore"):
+        knots = (low + steps * ((high - low) / grid_size)).astype(np.float64 if dtype == torch.float64 else np.float32)
+    if not (np.isfinite(knots).all() and (np.diff(knots) > 0).all()):
+        raise ValueError(
+            f"grid_range={grid_range} has knots that {dtype} cannot hold or tell apart with {grid_size} intervals; "
+            "normalise the input and take a range of its size, such as (-1.0, 1.0)"
+        )
+    return uniform_knots(low, high, grid_size, spline_order)
 
 
 def inner_knots(grid: Tensor, spline_order: int) -> Tensor:  # i g+2s+1 -> i g+1

@@ -11,7 +11,7 @@ from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.kan.base import GridMode, SplineLayer
 from kan_mamba_layers.ops import kan_linear
 from kan_mamba_layers.ops.backend import Backend, check_backend
-from kan_mamba_layers.ops.bspline import Extrapolation
+from kan_mamba_layers.ops.bspline import Extrapolation, check_features
 
 
 class KANLinear(SplineLayer):
@@ -30,7 +30,8 @@ class KANLinear(SplineLayer):
         base_activation: the elementwise function :math:`\sigma`: the class of a module, or anything else that makes one
             when called without arguments, or a function such as ``torch.tanh``. A module's weights get ``device`` and
             ``dtype`` and are trained.
-        scale_noise: range of the noise in the initial splines, before ``scale_spline`` and the scaler.
+        scale_noise: ``grid_size`` times the range of the noise that the initial splines pass through at the knots,
+            before ``scale_spline`` and the scaler.
         scale_base: multiplies the initial base weights, which are uniform in :math:`\pm 1/\sqrt{i}`.
         scale_spline: multiplies the initial splines.
         enable_standalone_scale_spline: whether each edge has its own factor ``spline_scaler``.
@@ -109,10 +110,7 @@ class KANLinear(SplineLayer):
 
     def _features_last(self, x: Tensor) -> Tensor:  # ... i
         check_tensor("x", x)
-        if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}; reshape it"
-            )
+        check_features("x", x, self.in_features)
         return x
 
     def extra_repr(self) -> str:

@@ -52,6 +52,11 @@ def fit(layer: Splines, samples: Tensor, margin: float) -> None:  # m i
 def refine(layer: Splines, grid_size: int) -> None:
     """Divide the range of every feature into more intervals."""
     grid = refine_knots(layer.grid.double(), layer.spline_order, grid_size)  # i g+2s+1
+    if not (grid.to(layer.grid.dtype).diff(dim=1) > 0).all():
+        raise ValueError(
+            f"new_grid_size={grid_size} needs knots closer to each other than {layer.grid.dtype} can tell apart; take "
+            "fewer intervals, or normalise the input"
+        )
     inside = inner_knots(grid, layer.spline_order)  # i g+1
     shares = torch.arange(8, dtype=grid.dtype, device=grid.device) / 8
     points = inside[:, :-1, None] + shares * inside.diff(dim=1)[..., None]  # i g 8

@@ -1,11 +1,13 @@
 """Replace what a KAN layer holds: its knots and coefficients, of the same size or of another one."""
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kan_mamba_layers.ops.bspline import Extrapolation
+from kan_mamba_layers.ops.spacing import forget
 
 
 class Splines(Protocol):
@@ -51,13 +53,17 @@ def write(layer: Splines, grid: Tensor, spline_weight: Tensor) -> None:  # i g+2
     else:
         _copy(old, spline_weight)
     if layer.grid.shape != grid.shape or not layer.grid.is_contiguous():
-        layer.grid = grid.to(layer.grid.dtype).contiguous()
+        _replace_grid(layer, grid.to(layer.grid.dtype).contiguous())
     else:
         _copy(layer.grid, grid)
 
 
-def change_size(layer: Splines, grid: torch.Size, spline_weight: torch.Size, prefix: str, errors: list[str]) -> None:
-    """Take over the number of intervals of a checkpoint with these shapes; its values are yet to be loaded."""
+def take_size(layer: Splines, state_dict: Mapping[str, Any], prefix: str, errors: list[str]) -> None:
+    """Take over the number of intervals of a checkpoint, whose values are yet to be loaded."""
+    forget(layer.grid)
+    grid, spline_weight = (
+        getattr(state_dict.get(f"{prefix}{name}"), "shape", torch.Size()) for name in ("grid", "spline_weight")
+    )
     own = layer._parameters.get("spline_weight")
     if own is None or len(grid) != 2 or len(spline_weight) != own.ndim:
         return  # PyTorch reports it
@@ -70,7 +76,14 @@ def change_size(layer: Splines, grid: torch.Size, spline_weight: torch.Size, pre
         )
     elif bases != own.shape[-1] and grid[0] == len(layer.grid) and spline_weight[:-1] == own.shape[:-1]:
         layer.spline_weight = _successor(own, own.detach().new_empty(spline_weight))
-        layer.grid = layer.grid.new_empty(grid)
+        _replace_grid(layer, layer.grid.detach().new_empty(grid))
+
+
+def _replace_grid(layer: Splines, grid: Tensor) -> None:
+    """Take knots of another shape, which are trained if the old ones are."""
+    old = layer.grid
+    is_parameter = isinstance(old, nn.Parameter)
+    layer.grid = _successor(old, grid) if is_parameter else grid.requires_grad_(old.requires_grad)
 
 
 def _successor(old: Tensor, value: Tensor) -> nn.Parameter:

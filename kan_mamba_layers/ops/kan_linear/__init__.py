@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers._check import check_choice, check_shape, check_tensor
+from kan_mamba_layers._check import check_choice, check_same_device, check_shape, check_tensor
 from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.bspline import EXTRAPOLATIONS, Extrapolation, check_features
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, activate, is_silu
 from kan_mamba_layers.ops.kan_linear.fused import fused_kan_linear
 from kan_mamba_layers.ops.precision import autocast_is_on, check_dtype, compute_dtype
-from kan_mamba_layers.ops.spacing import look
+from kan_mamba_layers.ops.spacing import uniform_if_known
 from kan_mamba_layers.ops.subclasses import accepts_subclasses
 
 __all__ = ["kan_linear"]
@@ -49,8 +49,9 @@ def kan_linear(
         extrapolation: the spline outside the interval :math:`[t_s, t_{g+s}]` of the grid. ``"zero"``: its bases run out
             within ``s`` knots, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``: it goes on
             along its end tangent.
-        uniform: True promises equally spaced knots; see :func:`bspline_basis`. None looks at their values at every
-            call, also where a compiled or exported graph runs.
+        uniform: True promises equally spaced knots; see :func:`bspline_basis`. None decides by their values, also where
+            a compiled or exported graph runs: on a CPU at every call, on an accelerator whenever ``grid`` is another
+            tensor or PyTorch has counted a write to it.
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` (a few rows at a time), ``"cpu"`` or ``"triton"``, which
             runs spline orders 1 to 5. Only ``"reference"`` has derivatives by ``grid`` and in forward mode. See
             :func:`resolve`.
@@ -60,7 +61,8 @@ def kan_linear(
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: a shape does not fit, or an option is unknown.
+        ValueError: a shape does not fit, a weight has another dtype than ``x`` without autocast, tensors are on several
+            devices, or an option is unknown.
 
     Numerics:
         Bases and activation are computed in float32 (float64 for float64 input) and rounded at most once, for the
@@ -92,27 +94,32 @@ def kan_linear(
         check_shape("spline_scaler", spline_scaler, (out_features, in_features), "o, i")
     if bias is not None:
         check_shape("bias", bias, (out_features,), "o")
+    weights = {"base_weight": base_weight, "spline_weight": spline_weight, "spline_scaler": spline_scaler, "bias": bias}
     check_backend("kan_linear", backend)
     check_choice("extrapolation", extrapolation, EXTRAPOLATIONS)
     check_tensor("x", x)
     check_features("x", x, in_features)
-    check_dtype("x", x, "base_weight", base_weight)
+    check_same_device("x", x, **weights, grid=grid)
+    for name, weight in weights.items():
+        check_dtype("x", x, name, weight)
     chosen = select("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
-    uniform = look(grid) if uniform is None else uniform
+    uniform = uniform_if_known(grid) if uniform is None else uniform
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler.unsqueeze(-1)
-    if chosen == "reference":
-        return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, bool(uniform))
     casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    base_weight, scaled = base_weight.to(dtype), scaled.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if chosen == "reference":
+        return reference.kan_linear(x, base_weight, scaled, grid, bias, base_activation, extrapolation, bool(uniform))
     wide = compute_dtype(x)
     rows = x.reshape(-1, in_features)  # rows i
     call = KANCall(
         x=rows,
         activated=None if is_silu(base_activation) else activate(rows.to(wide), base_activation).to(rows.dtype),
-        base_weight=base_weight.to(dtype),
-        spline_weight=scaled.to(dtype),
+        base_weight=base_weight,
+        spline_weight=scaled,
         grid=grid.to(wide),
-        bias=None if bias is None else bias.to(dtype),
+        bias=bias,
         extrapolation=extrapolation,
         uniform=uniform,
     )

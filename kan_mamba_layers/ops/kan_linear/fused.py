@@ -9,7 +9,7 @@ from torch import Tensor
 from kan_mamba_layers.ops.kan_linear import reference
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.operator import FusedBackend, FusedOp, Grads, Tensors, explained, register
-from kan_mamba_layers.ops.spacing import look_now
+from kan_mamba_layers.ops.spacing import is_uniform_cached
 
 
 class Decided(NamedTuple):
@@ -25,7 +25,7 @@ class Decided(NamedTuple):
 
 
 def _decided(call: KANCall) -> KANCall:
-    return call if call.uniform is not None else call._replace(uniform=look_now(call.grid))
+    return call if call.uniform is not None else call._replace(uniform=is_uniform_cached(call.grid))
 
 
 @explained

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kan_mamba_layers._check import check_mask, check_pixels, check_shape, check_tensor
+from kan_mamba_layers._check import check_mask, check_pixels, check_same_device, check_shape, check_tensor
 from kan_mamba_layers.ops.backend import Backend, check_backend, select
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 from kan_mamba_layers.ops.selective_scan import chunked, looped, reference
@@ -84,7 +84,7 @@ def selective_scan(
 
     Raises:
         TypeError: an argument is not a real floating-point tensor (complex ``A`` is not supported).
-        ValueError: a shape does not fit, or the backend cannot run the call.
+        ValueError: a shape does not fit, tensors are on several devices, or the backend cannot run the call.
 
     Numerics:
         Everything is computed in float32 (float64 if ``u`` is float64), also for half precision and under autocast.
@@ -104,6 +104,7 @@ def selective_scan(
     given.check()
     if z is not None:
         check_shape("z", z, tuple(u.shape), "b, d, l")
+        check_same_device("u", u, z=z)
     check_backend("selective_scan", backend)
     chosen = select("selective_scan", backend, u, A=A, B=B, C=C)
     dtype = compute_dtype(u)
@@ -211,7 +212,7 @@ def cross_selective_scan(
 
     Raises:
         TypeError: an argument is not a real floating-point tensor, ``mask`` not a bool tensor or ``walks`` no walks.
-        ValueError: a shape does not fit, or the backend cannot run the call.
+        ValueError: a shape does not fit, tensors are on several devices, or the backend cannot run the call.
 
     Numerics:
         Everything is computed in float32 (float64 if ``x`` is float64), also for half precision and under autocast.
@@ -287,7 +288,7 @@ def _check_cross_selective_scan(
     else:
         check_tensor("x", x)
         if not isinstance(walks, Walks):
-            raise TypeError(f"walks must be walks, got {walks!r}; pass e.g. kan_mamba_layers.walks.snake(h, w)")
+            raise TypeError(f"walks must be a Walks, got {walks!r}; pass e.g. kan_mamba_layers.walks.snake(h, w)")
         if tuple(x.shape[1:-1]) != walks.grid:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} has the positions {tuple(x.shape[1:-1])}, and walks={walks!r} visits "
@@ -303,3 +304,5 @@ def _check_cross_selective_scan(
     check_shape("D", D, (k * channels,), f"{wanted}*d")
     if mask is not None:
         check_mask("mask", mask, x.shape[:-1], "b, *grid")
+    weights = {"x_proj_weight": x_proj_weight, "dt_proj_weight": dt_proj_weight, "dt_proj_bias": dt_proj_bias}
+    check_same_device("x", x, **weights, A_log=A_log, D=D, mask=mask)

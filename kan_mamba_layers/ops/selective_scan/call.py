@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kan_mamba_layers._check import check_shape, check_tensor
+from kan_mamba_layers._check import check_same_device, check_shape, check_tensor
 from kan_mamba_layers.ops.limits import count_groups
 from kan_mamba_layers.ops.precision import compute_dtype
 
@@ -58,6 +58,8 @@ class Line(NamedTuple):
                 check_shape(name, vector, (channels,), "d")
         if self.initial_state is not None:
             check_shape("initial_state", self.initial_state, (batch, channels, states), "b, d, n")
+        others = {"D": self.D, "delta_bias": self.delta_bias, "initial_state": self.initial_state}
+        check_same_device("u", self.u, delta=self.delta, A=self.A, B=self.B, C=self.C, **others)
 
     def prepared(self, rounds: bool) -> "Line":
         """The same with ``B`` and ``C`` by groups, in the compute dtype; ``u`` stays as it is if y is to be rounded."""

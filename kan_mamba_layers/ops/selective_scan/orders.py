@@ -55,7 +55,7 @@ torch.library.register_fake("kan_mamba_layers::walk_orders", _shape, lib=_LIBRAR
 
 def _for_onnx(walks: Walks, device: torch.device) -> Tensor:  # k l
     """A constant, or the sorted keys where sizes vary: ONNX has no operator of ours."""
-    return walks.on(device) if all(type(size) is int for size in walks.grid) else by_keys(walks, device)
+    return walks.made_on(device) if all(type(size) is int for size in walks.grid) else by_keys(walks, device)
 
 
 def by_keys(walks: Walks, device: torch.device) -> Tensor:  # k l

@@ -18,11 +18,11 @@ def scan(
     if state is None:
         state = u.new_zeros(batch, groups, channels, A.shape[-1])
     # One view for each step: the gradient of slices would take a time that is quadratic in the length.
-    inputs, steps, entries, exits = u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2)  # b k d, b k d, b k n, b k n
+    us, deltas, Bs, Cs = u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2)  # b k d, b k d, b k n, b k n
     outputs = []
     for t in range(length):
-        decay = torch.exp(steps[t][..., None] * A)  # b k d n
-        state = decay * state + (steps[t] * inputs[t])[..., None] * entries[t][:, :, None]
-        outputs.append((state * exits[t][:, :, None]).sum(-1))  # b k d
+        decay = torch.exp(deltas[t][..., None] * A)  # b k d n
+        state = decay * state + (deltas[t] * us[t])[..., None] * Bs[t][:, :, None]
+        outputs.append((state * Cs[t][:, :, None]).sum(-1))  # b k d
     y = torch.stack(outputs, 2) if outputs else torch.zeros_like(u)
     return y, state

@@ -105,7 +105,7 @@ def integers(lanes: Lanes, source: ir.Value) -> ir.Value:
 
 
 @_instruction(lambda source: types.int64)
-def given(lanes: Lanes, source: ir.Value) -> ir.Value:
+def is_present(lanes: Lanes, source: ir.Value) -> ir.Value:
     """Whether an address is not 0."""
     return lanes.builder.ptrtoint(source, INT64)
 

@@ -21,8 +21,9 @@ from kan_layers import (
 )
 from torch import Tensor
 
-from helpers import assert_close, basis_oracle, largest, relative_l2, to_array
-from kan_mamba_layers import KANLinear
+from helpers import assert_close, basis_oracle, largest, relative_l2, says, to_array
+from kan_mamba_layers import KANConv2d, KANLinear, bspline_basis, kan_linear
+from kan_mamba_layers.layers.kan import SplineLayer
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -192,3 +193,155 @@ def test_gradients_equal_finite_differences(knots: str, extrapolation: str, back
     x = grid[:, 0] + share * (grid[:, -1] - grid[:, 0])
     x = torch.where(((x[..., None] - grid).abs() < 1e-4).any(-1), x + 2e-4, x).requires_grad_()
     assert gradcheck(layer, x)
+
+
+class TestKnots:
+    """Knots whose gradient is wanted, that are far from zero, or too close for their dtype."""
+
+    @pytest.mark.parametrize("cls", [KANLinear, KANConv2d])
+    def test_gradient_of_equally_spaced_knots(self, cls: type[SplineLayer]) -> None:
+        """The formula for equal spacing reads the outer knots alone: elsewhere inner ones would get no gradient."""
+        layer = cls(2, 3, *([2] if cls is KANConv2d else []), dtype=torch.float64)
+        torch.nn.init.normal_(layer.spline_weight)
+        shape = (7, 2) if cls is KANLinear else (1, 2, 4, 5)
+        x = torch.rand(shape, dtype=torch.float64) * 1.8 - 0.9
+
+        def total(grid: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, {"grid": grid}, (x,)).square().sum()
+
+        assert layer.has_uniform_grid
+        grid = layer.grid.clone().requires_grad_()
+        (found,) = torch.autograd.grad(total(grid), grid)
+        # Steps of 5e-4 of the spacing: after less than 1e-4 the knots still count as equally spaced.
+        step = 2e-4 * torch.eye(grid.numel(), dtype=torch.float64).view(-1, *grid.shape)
+        with torch.no_grad():
+            wanted = torch.stack([(total(grid + d) - total(grid - d)) / 4e-4 for d in step]).view(grid.shape)
+        assert_close("gradient", found, wanted, 1e-5)
+        assert_close("torch.func", torch.func.grad(total)(layer.grid), wanted, 1e-5)
+        tangent = torch.rand_like(grid)
+        (_, derivative) = torch.func.jvp(total, (layer.grid,), (tangent,))
+        assert_close("jvp", derivative, (wanted * tangent).sum(), 1e-5)
+
+    @pytest.mark.parametrize("nu", [0, 1])
+    def test_gradient_where_equal_spacing_is_promised(self, nu: int) -> None:
+        grid = torch.linspace(-2.2, 2.2, 12, dtype=torch.float64).expand(2, -1).clone()
+        x = torch.rand(5, 2, dtype=torch.float64)
+        bases = [
+            lambda knots, uniform=uniform: bspline_basis(x, knots, 3, uniform=uniform, nu=nu).square().sum()
+            for uniform in (True, False)
+        ]
+        assert_close("gradient", *(torch.func.grad(basis)(grid) for basis in bases), 1e-13)
+
+    @pytest.mark.parametrize(("place", "width"), [(300.0, 0.01), (1e5, 2.0), (2000.0, 1.0)])
+    def test_far_from_zero(self, place: float, width: float) -> None:
+        """Knots round to steps of their dtype there; whether they are even is not to be asked in that dtype."""
+        for seed in range(5):
+            torch.manual_seed(seed)
+            layer = KANLinear(1, 1, scale_base=0.0, extrapolation="clamp")
+            x = place + width * torch.rand(500, 1)
+            layer.update_grid(x, margin=0.0)
+            torch.nn.init.normal_(layer.spline_weight)
+            torch.nn.init.ones_(layer.spline_scaler)
+            bases = basis_oracle(to_array(x), to_array(layer.grid), 3)[:, 0]
+            wanted = torch.from_numpy(bases @ to_array(layer.spline_weight)[0, 0])
+            inside = (x >= layer.grid[0, 3]) & (x < layer.grid[0, -4])
+            assert (layer(x)[:, 0].double() - wanted)[inside[:, 0]].abs().max() <= 5e-6
+
+    def test_that_their_dtype_cannot_tell_apart(self) -> None:
+        layer = KANLinear(1, 1)
+        layer.update_grid(1e5 + torch.rand(200, 1), margin=0.0)
+        before = copy.deepcopy(layer.state_dict())
+        for count in (200, 1000):
+            with pytest.raises(ValueError, match=says(f"new_grid_size={count}", "float32", "fewer intervals")):
+                layer.extend_grid(count)
+        assert all(torch.equal(layer.state_dict()[name], x) for name, x in before.items())
+        for grid_range in ((1e6, 1e6 + 0.1), (-3e38, 3e38)):
+            with pytest.raises(ValueError, match=says("grid_range=", "float32", "normalise")):
+                KANLinear(1, 1, grid_range=grid_range)
+        assert KANLinear(1, 1, grid_range=(1e6, 1e6 + 0.1), dtype=torch.float64).has_uniform_grid
+
+    @pytest.mark.parametrize("learned", ["buffer", "parameter"])
+    def test_that_are_learned(self, learned: str) -> None:
+        layer = KANLinear(2, 3)
+        if learned == "buffer":
+            layer.grid.requires_grad_()
+        else:
+            knots = torch.nn.Parameter(layer.grid)
+            del layer.grid
+            layer.grid = knots
+        x = torch.rand(9, 2) - 0.5
+        before = layer(x)
+        layer.extend_grid(10)
+        assert layer.grid.requires_grad and isinstance(layer.grid, torch.nn.Parameter) == (learned == "parameter")
+        assert_close("function", layer(x), before, 1e-6)
+        other = KANLinear(2, 3)
+        other.load_state_dict(layer.state_dict())
+        layer.load_state_dict(KANLinear(2, 3).state_dict())
+        assert layer.grid_size == 5 and layer.grid.requires_grad
+        assert layer.half().grid.dtype == torch.float32 and layer(x.half()).isfinite().all()
+
+
+class TestPlacesWhereLinearLayersWork:
+    def test_channels_last(self) -> None:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), KANConv2d(8, 4, 3), torch.nn.Conv2d(4, 4, 3))
+        x = torch.randn(2, 3, 12, 9)
+        before = model(x)
+        model.to(memory_format=torch.channels_last)
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+        assert_close("out", model(x.to(memory_format=torch.channels_last)), before, 1e-6)
+        assert {p.dtype for p in model.double().parameters()} == {torch.float64}
+        assert {p.device.type for p in model.to("meta").parameters()} == {"meta"}
+
+    def test_swapping_tensors(self) -> None:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            layer, other = KANLinear(3, 2), KANLinear(3, 2)
+            x = torch.randn(4, 3)
+            layer(x)
+            layer.load_state_dict(other.state_dict())
+            assert torch.equal(layer(x), other(x))
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    def test_jagged_samples(self) -> None:
+        parts = [1 + torch.rand(20, 1), 1 + torch.rand(50, 1)]
+        layers = [KANLinear(1, 1) for _ in range(2)]
+        for layer, x in zip(
+            layers, (torch.nested.nested_tensor(parts, layout=torch.jagged), torch.cat(parts)), strict=True
+        ):
+            layer.update_grid(x)
+        assert torch.equal(layers[0].grid, layers[1].grid)
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        weights = (layers[0].base_weight, layers[0].spline_weight, None, layers[0].grid)
+        names = ("base_weight", "spline_weight", "spline_scaler", "grid")
+        by_name = kan_linear(x=nested, **dict(zip(names, weights, strict=True)))
+        assert torch.equal(by_name.values(), kan_linear(nested, *weights).values())
+
+    def test_an_activation_with_a_hidden_signature(self) -> None:
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.square()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad
+
+        x = torch.randn(4, 3)
+        hidden, plain = KANLinear(3, 2, base_activation=Square.apply), KANLinear(3, 2, base_activation=torch.square)
+        plain.load_state_dict(hidden.state_dict())
+        assert_close("out", hidden(x), plain(x), 1e-6)
+        assert isinstance(KANLinear(3, 2, base_activation=lambda *_: torch.nn.SiLU()).base_activation, torch.nn.SiLU)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_takes_the_same_dtypes(backend: str) -> None:
+    layer, x = KANLinear(3, 2, bias=True, backend=backend), torch.randn(4, 3)
+    for name in ("spline_weight", "spline_scaler", "bias"):
+        wrong = {name: getattr(layer, name).double()}
+        with pytest.raises(ValueError, match=says("float32", f"{name} is torch.float64", "autocast")):
+            torch.func.functional_call(layer, wrong, (x,))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.func.functional_call(layer, wrong, (x,)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.double()).dtype == torch.float64

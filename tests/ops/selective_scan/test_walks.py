@@ -17,7 +17,7 @@ from helpers import assert_close, gradients, relative_l2, says
 from kan_mamba_layers import cross_selective_scan, export_onnx, resolve, selective_scan, walks
 from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.orders import by_keys
-from kan_mamba_layers.walks import Walks
+from kan_mamba_layers.walks import Walks, walk
 from ops.selective_scan.calls import Inputs, image_inputs, normal, operator_inputs
 
 pytest.importorskip("numba")
@@ -412,7 +412,7 @@ def resolved(**arguments: Tensor) -> str:
 
 
 BAD = [
-    (lambda: call(walks="snake"), TypeError, ("walks must be walks", "'snake'", r"walks.snake\(h, w\)")),
+    (lambda: call(walks="snake"), TypeError, ("walks must be a Walks", "'snake'", r"walks.snake\(h, w\)")),
     (lambda: call(walks=walks.snake(4, 3)), ValueError, (r"\(3, 4\)", r"walks.snake\(4, 3\)", "sizes of x")),
     (lambda: call(walks=walks.bidirectional(12)), ValueError, (r"\(2, 3, 4, 3\)", r"\(12,\)")),
     (lambda: call(walks=walks.snake(3, 4) + walks.hilbert(3, 4)), ValueError, ("A_log must have shape", "24")),
@@ -445,4 +445,13 @@ def test_flops_count_every_direction() -> None:
 def test_cross_makes_no_table() -> None:
     of = walks.cross(6, 11)
     on(of, None, "cpu")(**grid_inputs(of))
-    assert not of._tables
+    assert (of, torch.device("cpu")) not in walk._TABLES
+
+
+def test_walks_made_in_inference_mode_train_under_a_compiler() -> None:
+    with torch.inference_mode():
+        of = walks.from_order([[0, 2, 1, 3], [3, 1, 0, 2]])
+    given = grid_inputs(of)
+    given["x"].requires_grad_()
+    torch.compile(lambda: cross_selective_scan(**given, walks=of), backend="aot_eager")().sum().backward()
+    assert given["x"].grad.isfinite().all()

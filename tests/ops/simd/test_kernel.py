@@ -21,7 +21,7 @@ def scaled(digest):
             task = kernel.next_task(call)
             while task < call.tasks:
                 for i in range(task, call.count, call.tasks):
-                    known = 0.0 if vector.given(call.missing) else 1.0
+                    known = 0.0 if vector.is_present(call.missing) else 1.0
                     vector.write(call.total, i, vector.read(call.source, i) * call.scale + known)
                 task = kernel.next_task(call)
 

@@ -1,1 +1,1 @@
-"""Data sets as people download them, one module a format."""
+"""Data sets as people download them, one module per format."""

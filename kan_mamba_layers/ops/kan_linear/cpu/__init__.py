@@ -15,6 +15,7 @@ from kan_mamba_layers.ops.kan_linear.cpu import backward_kernel, block, forward_
 from kan_mamba_layers.ops.operator import contiguous
 from kan_mamba_layers.ops.simd.kernel import Entry, Fields, c_function, run_kernel
 from kan_mamba_layers.ops.simd.vector import LANES, vector_registers
+from kan_mamba_layers.ops.tiling import ceil_div, padded
 
 _KERNELS = (block, forward_kernel, backward_kernel, weight_kernel)
 _MODES = {"zero": block.ZERO, "clamp": block.CLAMP, "linear": block.LINEAR}
@@ -73,11 +74,11 @@ class _Launch:
         self.outputs, _, self.bases = call.spline_weight.shape
         self.degree = call.spline_order
         self.intervals = self.bases - self.degree
-        self.padded_features, self.padded_outputs = (-(-n // LANES) * LANES for n in (self.features, self.outputs))
+        self.padded_features, self.padded_outputs = (padded(n, LANES) for n in (self.features, self.outputs))
         slots = 1 + self.bases + 2 * self.degree
         self.packed_size = slots * self.padded_features * self.padded_outputs
         self.row_block = _ROW_BLOCK
-        self.row_blocks = -(-self.rows // self.row_block)
+        self.row_blocks = ceil_div(self.rows, self.row_block)
         pad = self.padded_features
         self.inputs: Fields = {
             "x": self.pad(call.x, pad),
@@ -144,9 +145,9 @@ class _Launch:
 
     def shares(self, output_blocks: int) -> tuple[int, int]:
         """Number of groups of outputs and of splits of the rows, to give every thread work."""
-        wanted = -(-torch.get_num_threads() * LANES // self.padded_features)
+        wanted = ceil_div(torch.get_num_threads() * LANES, self.padded_features)
         groups = min(output_blocks, wanted)
-        return groups, max(1, min(-(-wanted // groups), self.row_blocks))
+        return groups, max(1, min(ceil_div(wanted, groups), self.row_blocks))
 
     def run(self, entry: Entry, tasks: int, bounds: Tensor, fields: Fields, *constants: int) -> None:
         """Let a kernel do its tasks."""

@@ -13,8 +13,8 @@ from kan_mamba_layers.ops.simd.vector import (
     broadcast,
     floor,
     fma,
-    given,
     integers,
+    is_present,
     load,
     read,
     read_integer,
@@ -104,7 +104,7 @@ def write_factors(call, first_row, rows, first_feature, scratch, slopes):
     row_block = call.row_block
     groups = (rows + LANES - 1) // LANES
     _copy(call, call.x, first_row, rows, first_feature, scratch, 0)
-    if given(call.activated):
+    if is_present(call.activated):
         _copy(call, call.activated, first_row, rows, first_feature, scratch, LANES * row_block)
     for feature in range(LANES):
         for group in range(groups):
@@ -132,7 +132,7 @@ def _copy(call, source, first_row, rows, first_feature, scratch, into):
 @compiled
 def _write_activation(call, at, scratch, into, slopes):
     """The factor of the base weights: ``silu(x)``, or the activation given; its slope is silu's, or 0."""
-    if given(call.activated):
+    if is_present(call.activated):
         activated = load(scratch, LANES * call.row_block + at)
         store(scratch, into, splat(0.0, scratch) if slopes else activated)
     else:

@@ -18,6 +18,7 @@ from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.kan_linear.triton import backward_kernel, forward_kernel
 from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import unit
 from kan_mamba_layers.ops.operator import contiguous
+from kan_mamba_layers.ops.tiling import ceil_div, power_of_two
 
 _INTERPRETED = not isinstance(forward_kernel.kan_forward, triton.JITFunction)
 
@@ -74,7 +75,7 @@ def forward_tiles(job: Job, gpu: Gpu) -> Tiles:
     outs = _width(job.o, 128)
 
     def fills(rows: int) -> bool:
-        return _blocks(job.rows, rows) * _blocks(job.o, outs) >= 0.9 * gpu.multiprocessors
+        return ceil_div(job.rows, rows) * ceil_div(job.o, outs) >= 0.9 * gpu.multiprocessors
 
     slots, stages = 1 + job.bases, 3 if job.half else 2
     fitting = int(0.9 * gpu.shared) // (slots * 16 * outs * (2 if job.half else 4))  # stages of the whole weight
@@ -115,8 +116,8 @@ def grad_weights_tiles(job: Job, gpu: Gpu) -> Tiles:
         wide = job.half and job.o > 64
         tiles = Tiles(32, 64, _width(job.o, 128 if wide else 64), warps=4, stages=3, slots=2 if wide else 3)
     tiles = tiles._replace(slots=tiles.slots if job.uniform else 1)
-    programs = _blocks(job.i, tiles.ins) * _blocks(job.o, tiles.outs) * _blocks(1 + job.bases, tiles.slots)
-    splits = min(2 * gpu.multiprocessors // programs, _blocks(job.rows, 8 * tiles.rows))
+    programs = ceil_div(job.i, tiles.ins) * ceil_div(job.o, tiles.outs) * ceil_div(1 + job.bases, tiles.slots)
+    splits = min(2 * gpu.multiprocessors // programs, ceil_div(job.rows, 8 * tiles.rows))
     return tiles._replace(splits=max(1, splits))
 
 
@@ -131,7 +132,7 @@ def forward(call: KANCall, save: bool, *, tiles: Tiles | None = None) -> tuple[T
     with torch.cuda.device_of(x):
         launch(
             forward_kernel.kan_forward,
-            (_blocks(job.rows, t.rows), _blocks(job.o, t.outs)),
+            (ceil_div(job.rows, t.rows), ceil_div(job.o, t.outs)),
             t,
             (*inputs, y, job.rows, job.i, job.o),
             UNIT=launch.unit,
@@ -163,7 +164,7 @@ def backward(
             t = tiles[0] or grad_input_tiles(job, _gpu(x.device))
             launch(
                 backward_kernel.grad_input,
-                (_blocks(job.rows, t.rows), _blocks(job.i, t.ins)),
+                (ceil_div(job.rows, t.rows), ceil_div(job.i, t.ins)),
                 t,
                 (grad_y, x, launch.packed(), *knots, grad_x, grad_activated, job.rows, job.i, job.o),
                 LOWER_UNIT=unit(job.s - 1),
@@ -171,12 +172,12 @@ def backward(
             )
         if want.weights:
             t = tiles[1] or grad_weights_tiles(job, _gpu(x.device))
-            groups = _blocks(1 + job.bases, t.slots)
-            rows_per_split = _blocks(max(1, _blocks(job.rows, t.splits)), t.rows) * t.rows
-            partials = _empty(x, _blocks(job.rows, rows_per_split), job.o, 1 + job.bases, job.i)
+            groups = ceil_div(1 + job.bases, t.slots)
+            rows_per_split = ceil_div(max(1, ceil_div(job.rows, t.splits)), t.rows) * t.rows
+            partials = _empty(x, ceil_div(job.rows, rows_per_split), job.o, 1 + job.bases, job.i)
             launch(
                 backward_kernel.grad_weights,
-                (_blocks(job.i, t.ins) * groups, _blocks(job.o, t.outs), len(partials)),
+                (ceil_div(job.i, t.ins) * groups, ceil_div(job.o, t.outs), len(partials)),
                 t,
                 (grad_y, x, launch.activated, *knots, partials, job.rows, rows_per_split, job.i, job.o),
                 UNIT=launch.unit,
@@ -243,14 +244,9 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
     return like.new_empty(shape, dtype=dtype)
 
 
-def _blocks(size: int, block: int) -> int:
-    """``ceil(size / block)``. Triton's own function takes microseconds."""
-    return -(-size // block)
-
-
 def _width(size: int, most: int) -> int:
     """The next power of two, at least 16, which products need."""
-    return max(16, min(most, 1 << (size - 1).bit_length()))
+    return max(16, min(most, power_of_two(size)))
 
 
 def _precision(dtype: torch.dtype) -> str:

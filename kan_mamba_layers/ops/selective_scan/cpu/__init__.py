@@ -18,6 +18,7 @@ from kan_mamba_layers.ops.selective_scan.call import ScanCall
 from kan_mamba_layers.ops.selective_scan.cpu import backward_kernel, block, forward_kernel
 from kan_mamba_layers.ops.simd.kernel import Entry, Fields, c_function, run_kernel
 from kan_mamba_layers.ops.simd.vector import LANES
+from kan_mamba_layers.ops.tiling import ceil_div, padded
 
 _KERNELS = (block, forward_kernel, backward_kernel)
 
@@ -28,7 +29,7 @@ _COEFFS_BYTES = 1 << 24  # made at a time: memory that the allocator keeps, and 
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
     """The shape of the states that forward saves for backward."""
-    return b, k, -(-l // block.CHUNK), n, g * _padded(d // g)
+    return b, k, ceil_div(l, block.CHUNK), n, g * padded(d // g, LANES)
 
 
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # b l d, b k d n, saved states
@@ -120,7 +121,7 @@ class _Launch:
         self.directions, _, self.states = call.A.shape
         self.rank = call.dt_proj_weight.shape[2]
         self.groups = call.groups
-        self.padded = self.groups * _padded(self.channels // self.groups)
+        self.padded = self.groups * padded(self.channels // self.groups, LANES)
         self.tiles = self.padded // LANES
         row = self.directions * self.groups * (self.rank + 2 * self.states)
         self.row_bytes = self.length * row * call.u.element_size()
@@ -184,13 +185,9 @@ class _Launch:
         fields |= {"direction_groups": direction_groups, "tile_groups": tile_groups, "batch": batch}
         fields |= {"channels": self.padded, "states": self.states, "rank": self.rank}
         fields |= {"directions": self.directions, "groups": self.groups}
-        scratch = block.scratch_elements(-(-self.tiles // tile_groups), self.states, self.rank)
+        scratch = block.scratch_elements(ceil_div(self.tiles, tile_groups), self.states, self.rank)
         kernel = c_function(entry, block.LAYOUT, self.dtype, _KERNELS)
         run_kernel(kernel, block.LAYOUT, fields, batch * tile_groups * direction_groups, scratch, self.dtype)
-
-
-def _padded(channels: int) -> int:
-    return -(-channels // LANES) * LANES
 
 
 def _direction_groups(wanted: float, directions: int) -> int:

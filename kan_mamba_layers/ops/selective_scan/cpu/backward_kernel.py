@@ -10,8 +10,8 @@ from kan_mamba_layers.ops.simd.vector import (
     broadcast,
     exp2_product,
     fma,
-    given,
     integers,
+    is_present,
     load,
     pointer,
     prefetch,
@@ -138,13 +138,13 @@ def _backward_tile(
             dt, dt_slope = softplus_and_slope(load(work, step + t * LANES))
             store(work, step + t * LANES, dt)
             store(work, slope + t * LANES, dt_slope)
-    if given(call.mask):
+    if is_present(call.mask):
         if softplus == 0:
             for t in range(steps):
                 store(work, slope + t * LANES, splat(1.0, call))
         block.mask_steps(call, image, steps, positions, work, step)
         block.mask_steps(call, image, steps, positions, work, slope)
-    has_slope = softplus != 0 or given(call.mask) != 0
+    has_slope = softplus != 0 or is_present(call.mask) != 0
     for t in range(steps):
         position = read(positions, t)
         store(work, entry + t * LANES, load(work, step + t * LANES) * load(u, pixel + position * channels))

@@ -14,7 +14,7 @@ from kan_mamba_layers.ops.simd.vector import (
     LANES,
     broadcast,
     fma,
-    given,
+    is_present,
     load,
     prefetch,
     read,
@@ -73,7 +73,7 @@ def fill_positions(call, k, start, steps, positions):
     From the table, or by rows or columns, from the first or the last.
     """
     height, width = call.height, call.width
-    if given(call.orders):
+    if is_present(call.orders):
         first = k * height * width + start
         for t in range(steps):
             write(positions, t, read_integer(call.orders, first + t))

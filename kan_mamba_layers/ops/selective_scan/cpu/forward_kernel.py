@@ -9,8 +9,8 @@ from kan_mamba_layers.ops.simd.vector import (
     broadcast,
     exp2_product,
     fma,
-    given,
     integers,
+    is_present,
     load,
     pointer,
     prefetch,
@@ -59,7 +59,7 @@ def _scan_direction(call, image, tile_group, direction_group, k, overwrite, scra
     for tile in range(first, end):
         for n in range(states):
             h = splat(0.0, call)
-            if given(call.initial_state):
+            if is_present(call.initial_state):
                 h = load(call.initial_state, (sequence * states + n) * channels + tile * LANES)
             store(work, carried + ((tile - first) * states + n) * LANES, h)
     steps = min(block.CHUNK, length)
@@ -103,7 +103,7 @@ def _forward_tile(
     prefetches_early = states < block.FEW_STATES
 
     block.steps_before_softplus(call, image, k, tile, steps, positions, work, rows, step)
-    softplus, mask, masked = call.softplus, call.mask, given(call.mask)
+    softplus, mask, masked = call.softplus, call.mask, is_present(call.mask)
     for t in range(steps):
         if prefetches_early:
             behind = read(next_positions, t)

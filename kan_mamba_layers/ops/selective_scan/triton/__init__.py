@@ -17,6 +17,7 @@ from kan_mamba_layers.ops.limits import against_addresses
 from kan_mamba_layers.ops.operator import contiguous
 from kan_mamba_layers.ops.selective_scan.call import LOG2E, ScanCall
 from kan_mamba_layers.ops.selective_scan.triton import backward_kernel, forward_kernel, steps_kernel
+from kan_mamba_layers.ops.tiling import ceil_div, power_of_two
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -63,7 +64,7 @@ class Sizes(NamedTuple):
 
 def saved_shape(b: int, l: int, d: int, k: int, g: int, n: int) -> tuple[int, ...]:
     """Shape of ``saved``: the state that enters every tile of ``TILE`` steps of every direction."""
-    return b, k, _blocks(l, TILE), n, d
+    return b, k, ceil_div(l, TILE), n, d
 
 
 @cache
@@ -80,13 +81,13 @@ def choose_plan(
     rule = rule or (BACKWARD if back else FORWARD)
     full = rule.enough * multiprocessors
     narrowest = 16 if back else 32
-    widest = max(narrowest, min(128, rule.values // _power_of_two(s.n)))
-    block = min(widest, max(narrowest, _power_of_two(s.d // s.g)))
-    programs = s.b * s.k * s.g * _blocks(s.d // s.g, block)
+    widest = max(narrowest, min(128, rule.values // power_of_two(s.n)))
+    block = min(widest, max(narrowest, power_of_two(s.d // s.g)))
+    programs = s.b * s.k * s.g * ceil_div(s.d // s.g, block)
 
     def chunk(programs: int) -> int:
-        count = 1 if programs >= full else _blocks(rule.wanted * multiprocessors, programs)
-        return min(_blocks(s.l, TILE), max(2, _blocks(s.l, count * TILE))) * TILE
+        count = 1 if programs >= full else ceil_div(rule.wanted * multiprocessors, programs)
+        return min(ceil_div(s.l, TILE), max(2, ceil_div(s.l, count * TILE))) * TILE
 
     half = programs // 2
     paired = s.k == 4 and not (back or table)
@@ -163,7 +164,7 @@ def backward(
 
         if parts > 1:
             torch.sum(grad_bc, 0, out=grad_coeffs[..., s.r :])
-        ranges = _blocks(s.b * s.l, PIXELS)
+        ranges = ceil_div(s.b * s.l, PIXELS)
         grad_weight = _empty(u, ranges, s.k, launch.rank, s.d)
         grad_bias = _empty(u, ranges, s.k, s.d)
         launch.over_pixels(steps_kernel.step_gradients, steps, grad_coeffs, grad_weight, grad_bias)
@@ -202,13 +203,13 @@ class _Launch:
             delta = torch.einsum("blkgr,kgdr->blkgd", low, weight).flatten(3).contiguous()
             rank = 0
         self.s, self.plan, self.height, self.width = s, plan, call.height, call.width
-        self.chunks, self.blocks = _blocks(s.l, plan.chunk), s.g * _blocks(s.d // s.g, plan.block)
+        self.chunks, self.blocks = ceil_div(s.l, plan.chunk), s.g * ceil_div(s.d // s.g, plan.block)
         self.a2 = torch.mul(call.A.mT, LOG2E, out=_empty(call.u, s.k, s.n, s.d))  # k n d
         self.coeffs, self.delta = coeffs, coeffs if delta is None else delta
         self.dt_proj_weight, self.dt_proj_bias = call.dt_proj_weight.mT.contiguous(), call.dt_proj_bias
         self.orders, self.mask = call.orders, call.mask
         self.up = 2 if call.orders is None else s.k  # directions that visit their indices upwards
-        self.rank, self.states, self.softplus = rank, _power_of_two(s.n), call.softplus
+        self.rank, self.states, self.softplus = rank, power_of_two(s.n), call.softplus
         self.sizes = {"N": s.n, "RANK": s.r, "DIRECTIONS": s.k, "GROUPS": s.g}
 
     @property
@@ -219,12 +220,12 @@ class _Launch:
     @property
     def step_constants(self) -> dict[str, Any]:
         """Constants of the forward kernels that make them."""
-        return {"R": self.rank, "RP": _power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
+        return {"R": self.rank, "RP": power_of_two(max(self.rank, 1)), "SOFTPLUS": self.softplus}
 
     def __call__(self, kernel: Any, directions: int, tensors: Tensors, block: int, **constants: Any) -> None:
         """Launch a kernel over blocks of channels, directions, chunks and images."""
         s, plan = self.s, self.plan
-        blocks, tiles = s.g * _blocks(s.d // s.g, block), _blocks(s.l, TILE)
+        blocks, tiles = s.g * ceil_div(s.d // s.g, block), ceil_div(s.l, TILE)
         numbers = (self.height, self.width, s.d, s.d // s.g, plan.chunk, self.chunks, tiles, blocks, s.b)
         constants |= {"NP": self.states, "BLOCK": block, "TILE": TILE, "UP": self.up, **self.sizes}
         constants["num_warps"] = plan.warps or min(16, max(1, self.states // 32))
@@ -235,10 +236,10 @@ class _Launch:
     def over_pixels(self, kernel: Any, *outputs: Tensor) -> None:
         """Launch a kernel of the step sizes."""
         s = self.s
-        block = max(16, min(32, _power_of_two(s.d // s.g)))
-        kernel[(_blocks(s.b * s.l, PIXELS), s.k * s.g)](
-            *self.step_inputs, *outputs, s.b * s.l, s.d, s.d // s.g, _blocks(s.d // s.g, block),
-            R=self.rank, RP=max(16, _power_of_two(max(self.rank, 1))), SOFTPLUS=self.softplus, **self.sizes,
+        block = max(16, min(32, power_of_two(s.d // s.g)))
+        kernel[(ceil_div(s.b * s.l, PIXELS), s.k * s.g)](
+            *self.step_inputs, *outputs, s.b * s.l, s.d, s.d // s.g, ceil_div(s.d // s.g, block),
+            R=self.rank, RP=max(16, power_of_two(max(self.rank, 1))), SOFTPLUS=self.softplus, **self.sizes,
             ROWS=PIXELS, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
@@ -253,7 +254,7 @@ class _Launch:
         ends, sums = _empty(x, s.b, s.k, self.chunks, s.n, s.d), _empty(x, s.b, s.k, self.chunks, s.d)
         block = max(32, self.plan.block)
         self(forward_kernel.chunk_ends, s.k, (x, *inputs, self.a2, ends, sums), block, BACK=back, **constants)
-        grid = (_blocks(s.n * s.d, 128) * s.b * s.k,)
+        grid = (ceil_div(s.n * s.d, 128) * s.b * s.k,)
         sizes = (s.d, self.chunks, s.n * s.d)
         forward_kernel.carry[grid](
             ends, sums, self.a2, start, *sizes, DIRECTIONS=s.k, UP=self.up, BACK=back, BLOCK=128, num_warps=4
@@ -261,18 +262,8 @@ class _Launch:
         return ends
 
 
-def _blocks(size: int, block: int) -> int:
-    """``ceil(size / block)``. Triton's own function takes microseconds."""
-    return -(-size // block)
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is at least ``size``."""
-    return 1 << max(0, size - 1).bit_length()
-
-
 def _merge(partials: Tensor, x: Tensor, skip: Tensor, out: Tensor) -> None:
-    grid = (_blocks(x.numel(), 1024),)
+    grid = (ceil_div(x.numel(), 1024),)
     forward_kernel.merge[grid](
         partials, x, skip, out, x.numel(), x.shape[-1], COUNT=len(partials), BLOCK=1024, num_warps=4
     )
