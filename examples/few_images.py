@@ -3,7 +3,8 @@
     python examples/few_images.py --folder DIR --split kan_mamba_layers/weights/breast_lesion/split.json
 
 Trains km_unet_pp_tiny on 10, 30 and 100 breast ultrasound images, once from the weights of fetal heads and once from
-none, and scores both on the test images of the split. What is done already is not done again.
+none, for 150, 225 and 276 steps, and scores both on the test images of the split. What is done already is not done
+again.
 """
 
 import math
@@ -41,7 +42,7 @@ def few_images(
         folder: the images.
         split: their split.json; training images are drawn from its training side, whole subjects at a time.
         task: task of the images.
-        numbers: numbers of training images.
+        numbers: numbers of training images, at most, of whole subjects.
         seeds: each draws other images, another order and other first weights.
         out: folder of the runs, `lab.py compare out/30` sets them against each other.
     """
@@ -51,6 +52,8 @@ def few_images(
     out.mkdir(parents=True, exist_ok=True)
     for (seed, number), drawn in parts.items():
         part = out / f"{number}-seed{seed}.json"
+        if part.exists() and read_split(part) != drawn:
+            raise ValueError(f"out {str(out)!r} holds trainings on other images: give another folder")
         write_split(part, drawn)
         epochs = STEPS // math.ceil(number / BATCH)
         for start in STARTS:
@@ -75,19 +78,23 @@ def run_lab(*arguments: str) -> None:
 
 
 def draw(table: Table, number: int, seed: int) -> Table:
-    """The test side of a split with `number` of its training and a few of its validation images, by whole subjects."""
+    """The test side of a split, with at most `number` of its training and a few of its validation images.
+
+    Subjects are taken whole.
+    """
     chosen = {key: row for key, row in table.items() if row["split"] == "test"}
     for side, wanted in (("train", number), ("val", VALIDATION)):
         rows = {key: row for key, row in table.items() if row["split"] == side}
         sizes = Counter(row["group"] for row in rows.values())
+        if not sizes or min(sizes.values()) > wanted or len(rows) < wanted:
+            raise ValueError(
+                f"numbers {number}: {wanted} images of the {side} side of the split are needed, which has {len(rows)}, "
+                f"{min(sizes.values(), default=0)} or more of a subject; give another number, or another split"
+            )
         for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
             if sizes[group] <= wanted:
                 wanted -= sizes[group]
                 chosen |= {key: row for key, row in rows.items() if row["group"] == group}
-        if wanted:
-            raise ValueError(
-                f"numbers {number}: the {side} side of the split has too few images; give a smaller number"
-            )
     return chosen
 
 

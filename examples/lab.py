@@ -33,8 +33,8 @@ from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
 from segmentation.console import console, mistakes_in_one_line, quieten, say, scores_table
+from segmentation.data import split as splits
 from segmentation.data.datamodule import SegmentationData
-from segmentation.data.split import SIDES, read_split, refuse_seen, split_hash, write_split
 from segmentation.figures import draw_cases, draw_curves
 from segmentation.module import Segmentation
 from segmentation.networks import count_parameters, multiply_adds, pretrained_settings, weights_folder
@@ -133,7 +133,7 @@ class Lab(LightningCLI):
                 raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
         if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
             raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
-        if rank_zero_only.rank == 0 and runs.holds_files("run", run):  # other processes start when the folder is there
+        if rank_zero_only.rank == 0 and runs.has_begun(run):  # other processes start when the folder is there
             if not self.settings.resume:
                 raise FileExistsError(
                     f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"
@@ -182,7 +182,7 @@ class Lab(LightningCLI):
             split = settings.data.split
             facts = {"run": run.resolve().name, "side": settings.data.side, "options": self.options()}
             facts |= {"checkpoint": self.checkpoint and self.checkpoint.name}
-            facts |= {"split_sha256": split and split_hash(read_split(split))}
+            facts |= {"split_sha256": split and splits.split_hash(splits.read_split(split))}
             self.writer = ScoreWriter(self.out, self.facts() | facts)
             callbacks.append(self.writer)
         else:
@@ -197,9 +197,12 @@ class Lab(LightningCLI):
         """Train, score the best epoch on the validation subjects, and leave the run folder behind."""
         run, trainer, resume = self.run_folder, self.trainer, self.settings.resume
         own_split = run / "split.json"
-        if resume and datamodule.split is None and own_split.exists():
-            datamodule.split = own_split  # so that files added since cannot move a subject to another side
+        if resume and own_split.exists():
+            splits.refuse_other_split(datamodule.split, own_split)
+            datamodule.split = own_split  # so that no subject moves to another side
         datamodule.setup("fit")
+        if weights := self.settings.model.pretrained:
+            splits.warn_of_weights(datamodule.test_items, weights_folder(weights) / "split.json")
         continued, refused = runs.latest_checkpoint(run / "checkpoints") if resume else (None, [])
         for sentence in refused:
             say(sentence, "yellow")
@@ -209,7 +212,7 @@ class Lab(LightningCLI):
             run.mkdir(parents=True, exist_ok=True)
             with runs.whole_file(run / "config.yaml") as draft:
                 draft.write_text(yaml.safe_dump(self.dumped(), sort_keys=False), encoding="utf-8")
-            write_split(own_split, datamodule.table)
+            splits.write_split(own_split, datamodule.table)
         say(
             f"{model.task.title}: {self.settings.model.network}, {count_parameters(model) / 1e6:.2f} M parameters, "
             f"{len(datamodule.train_set)} training, {len(datamodule.val_set)} validation and "
@@ -236,14 +239,14 @@ class Lab(LightningCLI):
         run, settings, rows = self.run_folder, self.settings, pd.read_csv(self.run_folder / "history.csv")
         best, last = (runs.read_checkpoint(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
         model.load_state_dict(best["state_dict"])
-        sides = {side: [item for item in data.items if item.split == side] for side in SIDES}
+        sides = {side: [item for item in data.items if item.split == side] for side in splits.SIDES}
         facts = {
             **{"model_args": settings.model.model_args or {}, "seed": settings.seed_everything},
             "parameters": count_parameters(model.network),
             "multiply_adds": multiply_adds(model.network, model.task.in_channels, settings.data.image_size),
             "images": {side: len(items) for side, items in sides.items()},
             "subjects": {side: len({item.group for item in items}) for side, items in sides.items()},
-            "split_sha256": split_hash(data.table),
+            "split_sha256": splits.split_hash(data.table),
             **{"epochs": len(rows), "steps": last["global_step"], "best_epoch": best["epoch"] + 1},
             "seconds": round(rows["seconds"].sum(), 1),
             "metrics": best["scores"],
@@ -263,7 +266,7 @@ class Lab(LightningCLI):
         self.writer.facts["epoch"] = self.load(model)
         datamodule.setup("test")
         own_split = self.run_folder / "split.json"
-        if self.settings.data.split is None and (remark := refuse_seen(datamodule.test_items, own_split)):
+        if remark := splits.refuse_seen(datamodule.test_items, own_split, self.settings.data.split):
             say(remark, "yellow")
         self.trainer.test(model, datamodule=datamodule, verbose=False)
         scores = self.writer.scores
@@ -372,6 +375,8 @@ def main(args: Sequence[str] | None = None) -> Lab | dict[str, Any]:
         return {}
     if args[0] == "compare":
         return compare_runs(args[1:])
+    if args[0][0] != "-" and args[0] not in Lab.subcommands():
+        raise ValueError(f"command {args[0]!r} is unknown: use {', '.join([*Lab.subcommands(), 'compare'])}")
     return Lab(
         Segmentation,
         SegmentationData,

@@ -145,7 +145,7 @@ class Segmenter:
     def to_square(image: NDArray[Any], size: int) -> Tensor:  # h w c -> c size size
         """Resize an image to a square, bilinear and antialiased, as float32.
 
-        Bytes become 0 to 1; other values are stretched from their least to their greatest.
+        Bytes become 0 to 1; other values are stretched in each channel from their least to their greatest.
 
         Args:
             image: array ``(h, w, c)``.
@@ -252,13 +252,13 @@ def _with_channels(pixels: NDArray[Any], channels: int) -> NDArray[Any]:  # h w 
 
 
 def _unit(pixels: NDArray[Any]) -> Tensor:  # h w c -> c h w
-    """Bytes as 0 to 1, other values stretched from their least to their greatest."""
+    """Bytes as 0 to 1, other values stretched in each channel from their least to their greatest."""
     if pixels.dtype == np.uint8:
-        low, high = 0.0, 255.0
+        unit = pixels / 255.0
     else:
         pixels = pixels.astype(np.float64)
-        low, high = float(pixels.min()), float(pixels.max())
-    unit = (pixels - low) / max(high - low, float(np.finfo(np.float32).tiny))
+        low, high = pixels.min((0, 1)), pixels.max((0, 1))  # c
+        unit = (pixels - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
     return torch.from_numpy(np.moveaxis(unit, 2, 0).astype(np.float32, order="C"))
 
 

@@ -315,3 +315,14 @@ def test_labels_hold_every_class() -> None:
     with pytest.raises(ValueError, match=r"classes must be at most 255.* got 256"):
         Segmenter(torch.nn.Conv2d(1, 257, 1), names, size=8, in_channels=1)
     assert Segmenter(torch.nn.Conv2d(1, 256, 1), names[1:], size=np.int64(8), in_channels=np.int64(1)).size == 8
+
+
+def test_channels_of_several_units_keep_their_values() -> None:
+    """As of CT beside PET: every channel is stretched by itself, so the depth of one does not take that of another."""
+    image = np.random.default_rng(0).random((40, 30, 3))
+    segmenter = Segmenter.from_pretrained("skin_lesion")
+    wanted = segmenter.probabilities(image)
+    scaled = image * [1e-3, 1.0, 1e6] + [5.0, 0.0, -1e5]
+    assert np.abs(segmenter.probabilities(scaled) - wanted).max() <= 1e-4
+    square = Segmenter.to_square(scaled, 16)
+    assert torch.allclose(square, Segmenter.to_square(image, 16) * 1.0, atol=0.02) and square.amax((1, 2)).min() > 0.5

@@ -34,8 +34,19 @@ def test_whole_subjects_are_drawn_and_the_test_side_stays(number: int) -> None:
 
 
 def test_too_few_images_are_named() -> None:
-    with pytest.raises(ValueError, match="numbers 30: the train side of the split has too few images"):
+    with pytest.raises(ValueError, match=r"numbers 30: 30 images of the train side .* which has 21"):
         few_images.draw(TABLE, 30, 0)
+
+
+def test_no_subject_is_cut_in_parts() -> None:
+    table = {
+        f"{side}{i}": {"split": side, "group": f"{side}{i // 9}", "sha256": f"{side}{i}"}
+        for side, number in (("train", 45), ("val", 18), ("test", 9))
+        for i in range(number)
+    }
+    assert Counter(row["split"] for row in few_images.draw(table, 30, 0).values()) == {"train": 27, "val": 9, "test": 9}
+    with pytest.raises(ValueError, match=r"numbers 8: 8 images of the train side .* has 45, 9 or more of a subject"):
+        few_images.draw(table, 8, 0)
 
 
 def test_every_start_is_trained_scored_and_drawn(tmp_path: Path, folder, monkeypatch) -> None:
@@ -52,6 +63,9 @@ def test_every_start_is_trained_scored_and_drawn(tmp_path: Path, folder, monkeyp
         assert found[start] == {3: [scores["per_image"]["dice"]["mean"]]} and scores["images"] == 6
     assert found["fetal_head"][3][0] > found["nothing"][3][0], "one step is not enough to forget"
     assert min(Image.open(out / "curve.png").size) > 300
+    write_split(tmp_path / "other.json", split_table(items, [file_hash(item)[::-1] for item in items]))
+    with pytest.raises(ValueError, match=r"out .* holds trainings on other images: give another folder"):
+        few_images.few_images(data, tmp_path / "other.json", "fetal_head", numbers=(3,), seeds=(0,), out=out)
     before = (out / "3" / "nothing-seed0" / "history.csv").stat().st_mtime_ns
     assert few_images.few_images(data, split, "fetal_head", numbers=(3,), seeds=(0,), out=out) == found
     assert (out / "3" / "nothing-seed0" / "history.csv").stat().st_mtime_ns == before, "not trained again"

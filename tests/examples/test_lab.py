@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -25,7 +26,7 @@ from segmentation.data.demo import draw
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.item import to_classes
 from segmentation.data.pixels import read_values
-from segmentation.data.split import read_split, split_hash
+from segmentation.data.split import read_split, split_hash, write_split
 from segmentation.module import Segmentation
 from segmentation.networks import weights_folder
 from segmentation.runs import flatten, read_config
@@ -222,6 +223,40 @@ def test_what_a_resumed_run_may_change(copied, tmp_path, capsys):
     assert (scored, facts["best_epoch"]) == (before["best_epoch"], score(copied)["epoch"])
 
 
+@pytest.fixture
+def other_split(copied, tmp_path) -> Path:
+    """The split of the run with a subject of the validation and one of the test in each other's place."""
+    table = read_split(copied / "split.json")
+    groups = {side: next(row["group"] for row in table.values() if row["split"] == side) for side in ("val", "test")}
+    turned = {groups["val"]: "test", groups["test"]: "val"}
+    path = tmp_path / "other.json"
+    write_split(path, {key: row | {"split": turned.get(row["group"], row["split"])} for key, row in table.items()})
+    return path
+
+
+def test_no_subject_moves_to_another_side_when_a_run_is_resumed(copied, other_split, tmp_path):
+    with pytest.raises(ValueError, match=r"other\.json' is not the split that the run was started with: give --data"):
+        lab.main(["fit", f"--run={copied}", "--resume", f"--data.split={other_split}", "--trainer.max_epochs=4"])
+    same = tmp_path / "same.json"
+    shutil.copy(copied / "split.json", same)
+    for split in (same, tmp_path / "gone.json"):
+        lab.main(["fit", f"--run={copied}", "--resume", f"--data.split={split}"])
+    assert read_split(copied / "split.json") == read_split(same)
+
+
+def test_a_test_by_another_split_scores_no_image_of_the_training(copied, other_split):
+    with pytest.raises(ValueError, match=r"3 of 6 images, such as .*trained or validated on: add --data\.split "):
+        score(copied, f"--data.split={other_split}")
+    assert score(copied, f"--data.split={copied / 'split.json'}", "--data.side=val")["images"] == 6
+
+
+def test_a_training_that_was_refused_may_start_anew(tmp_path):
+    with pytest.raises(ValueError, match="weight_decay"):
+        fit(tmp_path / "run", "isic2017", "unet", "--model.weight_decay=-1")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    assert fit(tmp_path / "run")["epochs"] == 1
+
+
 def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
     flags = ["--trainer.callbacks=segmentation.callbacks.Patience", "--trainer.callbacks.epochs=1", "--model.lr=1e-12"]
     first = fit(tmp_path / "run", "isic2017", "unet", *flags, "--trainer.max_epochs=9")
@@ -386,9 +421,46 @@ def test_volumes_with_silent_headers_are_laid_as_those_of_the_training(copied, t
     assert "volume.mha does not say how it lies" in flat(capsys.readouterr().out)
     path = copied / "checkpoints" / "best.ckpt"
     content = torch.load(path, weights_only=True)
-    assert content["SegmentationData"] == {"cuts": []}
+    assert content["SegmentationData"] == {"cuts": [], "channel_files": 1}
     torch.save(content | {"SegmentationData": {"cuts": [["", "as stored"]]}}, path)
     assert predict(copied, tmp_path / "out", tmp_path / "volume.mha").rows
+
+
+def test_a_volume_is_cut_as_it_is_stored_where_the_training_saw_pictures(skin, tmp_path):
+    """Slices along the last axis give the masks of the same pictures, whatever the direction of the volume is."""
+    planes = np.random.default_rng(0).integers(0, 255, (3, 40, 36)).astype(np.uint8)
+    volume = SimpleITK.GetImageFromArray(planes)
+    volume.SetSpacing((1.0, 1.0, 5.0))
+    volume.SetOrigin((3.0, 0.0, 0.0))
+    SimpleITK.WriteImage(volume, str(tmp_path / "volume.mha"))
+    for k, plane in enumerate(planes):
+        Image.fromarray(plane).save(tmp_path / f"{k}.png")
+    predict(skin, tmp_path / "out", tmp_path / "volume.mha", *(tmp_path / f"{k}.png" for k in range(3)))
+    found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "out" / "volume.mha")))
+    masks = [np.asarray(Image.open(tmp_path / "out" / f"{k}.png")) for k in range(3)]
+    assert np.array_equal(found, np.stack(masks) // 255)
+
+
+def test_a_name_that_no_table_can_hold_is_refused_before_anything_is_predicted(skin, tmp_path):
+    path = os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(path)).write_bytes((skin / "cases.png").read_bytes())
+    with pytest.raises(ValueError, match=r"input .*caf.* has a name that is no UTF-8, which no table can hold: rename"):
+        predict(skin, tmp_path / "out", tmp_path / "in")
+
+
+def test_channels_in_files_of_their_own_are_not_predicted_one_by_one(skin, tmp_path):
+    run = Path(shutil.copytree(skin, tmp_path / "run"))
+    path = run / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"SegmentationData": {"cuts": [], "channel_files": 3}}, path)
+    (tmp_path / "in").mkdir()
+    for k in range(3):
+        Image.new("L", (40, 36)).save(tmp_path / "in" / f"a_000{k}.png")
+    with pytest.raises(ValueError, match=r"a_0000\.png and a_0001\.png look like channels of one case.* had 3 files"):
+        predict(run, tmp_path / "out", tmp_path / "in")
+    Image.new("RGB", (40, 36)).save(tmp_path / "b_0000.png")
+    assert len(predict(run, tmp_path / "out", tmp_path / "b_0000.png").rows) == 1
 
 
 def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
@@ -426,7 +498,7 @@ def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):
         ("predict --run=full --out=out a.png", r"has no config\.yaml"),
         ("compare nowhere --out=out", "holds no run"),
         ("compare", "runs"),
-        ("train", "invalid choice"),
+        ("train", "command 'train' is unknown: use fit, test, predict, compare"),
     ],
 )
 def test_a_wrong_call_ends_with_one_line(tmp_path, monkeypatch, capsys, arguments, reason):

@@ -27,7 +27,7 @@ from kan_mamba_layers import Segmenter
 from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
-from segmentation.data.formats.files import list_files, subfolders
+from segmentation.data.formats.files import list_files, refuse_channels, subfolders
 from segmentation.data.formats.voxels import SAGITTAL, STORED, Cut
 from segmentation.data.item import Item
 from segmentation.data.pixels import to_target
@@ -160,6 +160,7 @@ class SegmentationData(lightning.LightningDataModule):
     inputs: Sequence[Path] = ()  # images, volumes and folders of them, to predict
     # How the volumes of the training were cut, the most frequent way first; so were those of the library's weights.
     cuts: Sequence[Cut] = ((SAGITTAL, STORED),)
+    channel_files = 1  # how many files each image of the training consisted of
 
     def __init__(
         self,
@@ -267,10 +268,14 @@ class SegmentationData(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps for predictions."""
-        return {"cuts": [list(cut) for cut in self.cuts]}
+        channel_files = max(item.channel_files for item in self.items)
+        return {"cuts": [list(cut) for cut in self.cuts], "channel_files": channel_files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cuts = [(plane, way) for plane, way in state_dict.get("cuts", ())]
+        if not self.cuts and "spine" in self.task.name:  # trained on slices that nothing is known of
+            self.cuts = [(SAGITTAL, "")]
+        self.channel_files = state_dict.get("channel_files", 1)
 
     def _find(self) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
@@ -300,7 +305,10 @@ class SegmentationData(lightning.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """The paths of all images and volumes of `inputs`, one by one."""
-        return DataLoader(list_files(self.inputs), batch_size=None, generator=torch.Generator())
+        files = list_files(self.inputs)
+        if self.channel_files > 1:
+            refuse_channels(files, self.channel_files)
+        return DataLoader(files, batch_size=None, generator=torch.Generator())
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Items and paths stay as they are: only the pixels read from them go to a device."""

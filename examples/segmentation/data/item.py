@@ -33,6 +33,7 @@ class Item:
     circumference: float | None = None  # mm, the head's, as the data set gives it
     own_group: bool = False  # the data set names no subject: the image is one by itself
     cut: tuple[str, str] = ("", "")  # of a volume: `voxels.Cut`
+    channel_files: int = 1  # how many of the files are channels of the image
 
     @classmethod
     def of_files(cls, read: Callable, task: Task, id: str, *files: Path, group: str = "", **facts: Any) -> Item:

@@ -72,7 +72,7 @@ def _open(path: Path) -> tuple[Image.Image, NDArray]:
     ):
         image = Image.open(stream)
         is_deep = any(DEEP_COLOURS.search(str(tile[3])) for tile in image.tile)
-        pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF", "WEBP") else 1
+        pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF", "WEBP", "PNG") else 1
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -37,6 +38,11 @@ def limit_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
         if sizes[group] <= limit:
             chosen.add(group)
             limit -= sizes[group]
+    if not chosen:
+        least = min(sizes.values(), default=0)
+        raise ValueError(
+            f"data.limit {limit} is less than the {least} images of the smallest subject: give at least 3 subjects"
+        )
     return [item for item in items if item.group in chosen]
 
 
@@ -215,12 +221,41 @@ def read_unchanged(item: Item, digest: str) -> tuple[Pixels, NDArray[np.uint8]]:
     return pair
 
 
-def refuse_seen(items: Sequence[Item], own_split: Path) -> str | None:
-    """Refuse items that a run was trained on or chosen by; a warning where only their ids are those of such items."""
-    table = {name: row for name, row in read_split(own_split).items() if row["split"] != "test"}
-    seen = {row["sha256"] for row in table.values()}
+def refuse_other_split(given: Path | None, own_split: Path) -> None:
+    """Refuse a split that is not the one that a run was trained with; it may be gone, since the run has a copy."""
+    if given and given.exists() and split_hash(read_split(given)) != split_hash(read_split(own_split)):
+        raise ValueError(
+            f"data.split {str(given)!r} is not the split that the run was started with: give --data.split {own_split}, "
+            "or another --run"
+        )
+
+
+def seen_in(items: Sequence[Item], own_split: Path) -> list[str]:
+    """The ids of the items that are among the training and validation images of a split, by their hashes."""
+    seen = {row["sha256"] for row in read_split(own_split).values() if row["split"] != "test"}
     readable = [item for item in items if all(path.is_file() for path in item.files)]
-    if known := [item.id for item in readable if file_hash(item) in seen]:
+    return [item.id for item in readable if file_hash(item) in seen]
+
+
+def warn_of_weights(items: Sequence[Item], their_split: Path) -> None:
+    """Warn where weights to begin with were trained or chosen on some of the test images."""
+    if known := seen_in(items, their_split):
+        warnings.warn(
+            f"{len(known)} of {len(items)} test images, such as {known[0]!r}, are among those that the weights to "
+            f"begin with were trained or chosen on: --data.split {their_split} keeps them out of the test",
+            stacklevel=2,
+        )
+
+
+def refuse_seen(items: Sequence[Item], own_split: Path, split: Path | None) -> str | None:
+    """Refuse items that a run was trained on or chosen by; a warning where only their ids are those of such items.
+
+    Where the run's own split is followed, the side was chosen knowingly.
+    """
+    if split and split_hash(read_split(split)) == split_hash(read_split(own_split)):
+        return None
+    table = {name: row for name, row in read_split(own_split).items() if row["split"] != "test"}
+    if known := seen_in(items, own_split):
         raise ValueError(
             f"{len(known)} of {len(items)} images, such as {known[0]!r}, are among those that the run was trained or "
             f"validated on: add --data.split {own_split} to score those that it has not seen"

@@ -102,6 +102,11 @@ def short_header(content: bytes) -> bytes:
     return content[:8] + struct.pack(">I", 12) + short + struct.pack(">I", zlib.crc32(short)) + content[33:]
 
 
+def animated(path: Path) -> None:
+    image = Image.open(path).convert("L")
+    image.save(path, save_all=True, append_images=[image.rotate(90)])
+
+
 def two_pages(path: Path) -> None:
     with Image.open(path) as image:
         image.save(path.with_suffix(".tif"), save_all=True, append_images=[image.copy()])
@@ -270,6 +275,7 @@ FAULTS = [  # layout, file, damage, what the message says besides the path
     ("matlab", "01.mat", change_mat(I=np.full(GT, np.nan)), "holds values that are not finite"),
     ("isic2017", f"{ISIC}_Part1_GroundTruth", shutil.rmtree, f"{ISIC}_Data has no {ISIC}_Part1_GroundTruth beside it"),
     ("folders", "images/case0.png", rewritten(short_header), r"case0\.png cannot be read as an image"),
+    ("folders", "images/case0.png", animated, r"case0\.png holds 2 images: save each in a file of its own"),
     ("folders", "images/case0.png", two_pages, r"case0\.tif holds 2 images: save each in a file of its own"),
     ("folders", "images/case1.png", copied("case1.jpg"), r"case1\.png and case1\.jpg both belong to 'case1': keep one"),
     ("folders", "masks/case1_mask.png", copied("case1.png"), r"case1_mask\.png and case1\.png both belong to 'case1'"),

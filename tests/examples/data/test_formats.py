@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import pickle
 import shutil
 import sys
@@ -23,7 +24,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data import layouts
-from data.layouts import blob, grey, save, save_volume, spine
+from data.layouts import blob, grey, save, save_pairs, save_volume, spine
 from segmentation.data.datamodule import SegmentationData, find_items
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import myosegmentum, spider, voxels
@@ -191,7 +192,86 @@ def test_nnunet_labels_of_other_names_follow_their_numbers(tmp_path):
     assert np.array_equal(find("lumbar_spine", tmp_path)["s1_002"].read()[1], stored[2])
 
 
+@pytest.mark.parametrize("names", [("Leber", "Tumor"), ("liver", "tumour")])
+def test_nnunet_labels_of_other_names_follow_the_values_of_the_task(tmp_path, names):
+    layouts.write_nnunet(tmp_path)
+    table = {"background": 0} | dict(zip(names, (1, 2), strict=True))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": table}))
+    for path in (tmp_path / "labelsTr").iterdir():
+        save(path, np.asarray(Image.open(path)) + np.uint8(1) * (grey(0) > 200))
+    for item in find("rgb:tumour=2,liver=1", tmp_path).values():
+        stored = np.asarray(Image.open(item.files[-1]))
+        assert np.array_equal(item.read()[1], np.array([0, 2, 1])[stored])
+
+
+def test_nnunet_labels_of_which_some_names_agree_are_refused(tmp_path):
+    layouts.write_nnunet(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1, "tumor": 2}}')
+    with pytest.raises(ValueError, match=r"has the labels liver, tumor: name those of task 'rgb:tumour,liver' alike"):
+        find("rgb:tumour,liver", tmp_path)
+
+
+@pytest.mark.parametrize("side", ["valid", "validation"])
+def test_other_names_of_the_sides(tmp_path, side):
+    layouts.write_sides(tmp_path)
+    (tmp_path / "val").rename(tmp_path / side)
+    assert {item.split for item in find("isic2017", tmp_path).values()} == {"train", "val", "test"}
+
+
+def write_test_without_masks(root: Path) -> None:
+    layouts.write_sides(root)
+    shutil.rmtree(next(path for path in (root / "test").iterdir() if path.name != "images"))
+
+
+def write_sides_beside_images(root: Path) -> None:
+    save_pairs(root, [grey(0)], [grey(0)])
+    save_pairs(root / "test", [grey(1)], [grey(1)])
+
+
+def write_nested_images(root: Path) -> None:
+    save_pairs(root, [grey(0)], [grey(0)])
+    save(root / "images" / "patient9" / "1.png", grey(1))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_test_without_masks, r"test/images has no folder of masks beside it: add "),
+        (write_sides_beside_images, r"has images of its own and others in test/: keep one of the two"),
+        (write_nested_images, r"patient9 lies inside a folder of images, where none is looked for: move"),
+    ],
+)
+def test_no_image_is_left_out_without_a_word(tmp_path, write, message):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find("isic2017", tmp_path)
+
+
+def test_errors_in_a_table_name_their_line(tmp_path):
+    save_pairs(tmp_path, [grey(k) for k in range(3)], [grey(k) for k in range(3)])
+    (tmp_path / "items.csv").write_text("id,file,group,pixel_size_mm\n\n0,0.png,a,1\n\n\n1,1.png,b,none\n")
+    with pytest.raises(ValueError, match=r"items\.csv line 6: .*is 'none'"):
+        find("isic2017", tmp_path)
+
+
 # Volumes.
+
+
+def test_volumes_of_equal_spacings_are_cut_in_one_plane(tmp_path):
+    """Their sizes alone would cut three across one axis and two across another."""
+    for k, size in enumerate([(9, 30, 20), (9, 20, 30), (9, 30, 20), (30, 9, 20), (20, 9, 30)]):  # z y x
+        values = np.random.default_rng(k).integers(1, 200, size).astype(np.uint8)
+        for path, content in ((f"imagesTr/a{k}_0000.mha", values), (f"labelsTr/a{k}.mha", np.uint8(values > 100))):
+            volume = SimpleITK.GetImageFromArray(content)
+            volume.SetOrigin((1.0, 0.0, 0.0))
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            SimpleITK.WriteImage(volume, str(tmp_path / path))
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 1}}')
+    found = find("grey:lesion", tmp_path)
+    assert {item.cut for item in found.values()} == {("LP", "")} and len(found) == 9 * 3 + 30 + 20
+    for name in ("a0_004", "a3_017"):
+        stored = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(found[name].files[0])))
+        assert np.array_equal(found[name].read()[0][..., 0], stored[int(name[-3:])])
 
 
 def check_spine(root: Path, order: tuple[int, ...] = (1, 2, 3)) -> None:

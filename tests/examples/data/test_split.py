@@ -112,6 +112,8 @@ def test_limit_takes_whole_subjects():
     assert len(splits.limit_items(people(20), 3, seed=0)) == 3
     with pytest.raises(ValueError, match=r"data.limit 2 leaves nothing to split: give at least 3 images"):
         splits.limit_items(people(20), 2, seed=0)
+    with pytest.raises(ValueError, match=r"data.limit 8 is less than the 9 images of the smallest subject: give"):
+        splits.limit_items(items(*"a" * 9, *"b" * 10), 8, seed=0)
 
 
 # Look-alikes.
@@ -264,12 +266,15 @@ def test_images_of_the_training_are_not_scored(files, tmp_path):
     path, renamed = tmp_path / "split.json", [replace(item, id=f"new {item.id}") for item in files]
     splits.write_split(path, splits.split_table(files, [splits.file_hash(item) for item in files]))
     test = [item for item in files if item.split == "test"]
-    assert len(test) == 6 and splits.refuse_seen(test, path) is None
+    assert len(test) == 6 and splits.refuse_seen(test, path, None) is None
     with pytest.raises(ValueError, match=r"9 of 15 images, such as .* validated on: add --data.split .*split\.json"):
-        splits.refuse_seen(renamed, path)
+        splits.refuse_seen(renamed, path, None)
+    assert splits.refuse_seen(renamed, path, path) is None, "the run's own split is followed"
+    with pytest.warns(UserWarning, match=r"9 of 15 test images, such as .* weights to begin with .* --data\.split "):
+        splits.warn_of_weights(renamed, path)
     for item in files:
         item.files[0].write_text(f"enlarged {item.id}")
     files[0].files[0].unlink()
-    remark = splits.refuse_seen(files, path)
+    remark = splits.refuse_seen(files, path, None)
     assert "9 of 15 images, such as '" in remark and "have the same ids as training or validation images" in remark
-    assert splits.refuse_seen(renamed, path) is None
+    assert splits.refuse_seen(renamed, path, None) is None

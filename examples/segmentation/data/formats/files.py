@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from segmentation.data.pixels import named
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 VOLUMES = (".mha", ".nii", ".nii.gz")
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # how nnU-Net numbers the files of a case
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -41,9 +43,24 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     files = [file for path in inputs for file in (files_in(path, known) if path.is_dir() else [path])]
     if odd := [str(path) for path in files if not path.name.lower().endswith(known)]:
         raise ValueError(f"input {odd[0]!r} is no image: files may end in {' '.join(known)}")
+    if odd := [path for path in files if path.name.encode(errors="ignore") != os.fsencode(path.name)]:
+        raise ValueError(f"input {str(odd[0])!r} has a name that is no UTF-8, which no table can hold: rename it")
     if not files:
         raise ValueError(f"no image in {[str(path) for path in inputs]}: files may end in {' '.join(known)}")
     return files
+
+
+def refuse_channels(files: Iterable[Path], number: int) -> None:
+    """Refuse files that look like channels of one case, as the training had them."""
+    cases: dict[tuple[Path, str], Path] = {}
+    for path in files:
+        if match := CHANNEL.fullmatch(stem(path)):
+            first = cases.setdefault((path.parent, match[1]), path)
+            if first != path:
+                raise ValueError(
+                    f"{first} and {path.name} look like channels of one case, as in the training, which had {number} "
+                    f"files per case: predict joins none, so store each case as one image of {number} channels"
+                )
 
 
 def stem(path: Path) -> str:
@@ -106,16 +123,17 @@ def read_table(table: Path, titles: Sequence[str]) -> list[tuple[str, dict[str, 
         named(table, "read as a table", UnicodeDecodeError, csv.Error, fix="save it as CSV in UTF-8"),
         table.open(newline="", encoding="utf-8-sig") as stream,
     ):
-        lines = [[composed(cell.strip()) for cell in line] for line in csv.reader(stream, strict=True)]
-    columns, *lines = [line for line in lines if any(line)] or [[]]
+        reader = csv.reader(stream, strict=True)
+        lines = [(reader.line_num, [composed(cell.strip()) for cell in line]) for line in reader]
+    (_, columns), *lines = [(number, line) for number, line in lines if any(line)] or [(1, [])]
     found = [column.partition("(")[0].strip().lower() for column in columns]
     if missing := [title for title in titles if title not in found]:
         raise ValueError(
             f"{table} lacks the column(s) {', '.join(missing)}: it begins with {','.join(columns)[:99]!r}, and needs "
             f"{', '.join(titles)}, separated by commas"
         )
-    rows = (dict.fromkeys(titles, "") | dict(zip(found, line, strict=False)) for line in lines)
-    return [(f"{table} line {number}", row) for number, row in enumerate(rows, start=2)]
+    rows = ((number, dict.fromkeys(titles, "") | dict(zip(found, line, strict=False))) for number, line in lines)
+    return [(f"{table} line {number}", row) for number, row in rows]
 
 
 def positive(place: str, row: dict[str, str], title: str) -> float:

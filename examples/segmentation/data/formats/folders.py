@@ -1,7 +1,7 @@
 """Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder per class) with the same names.
 
-Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/, test/. The folders may
-also be called imgs/, and labels/, annotations/, GroundTruth/.
+Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/ (or valid/,
+validation/), test/. The folders may also be called imgs/, and labels/, annotations/, GroundTruth/.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from segmentation.tasks import Task
 
 PICTURES = ("images", "imgs", "image", "img")
 MASKS = ("masks", "labels", "annotations", "GroundTruth", "ground_truth", "mask", "label", "gt")
+SIDES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 SUFFIX = "_mask|_segmentation|_label|_gt"
 
 
@@ -28,8 +29,9 @@ def items(task: Task, folder: Path) -> list[Item]:
     Under `train/`, `val/`, `test/` the name of the side is put before the id, since sides are often numbered alike.
     In `masks/0/`, `masks/1/`, ... the later class counts where two overlap.
     """
-    found = []
-    for side, images, masks in _places(folder):
+    found, places = [], _places(folder)
+    _check_places(folder, places)
+    for side, images, masks in places:
         parts = _class_folders(task, masks)
         read = partial(read_files, labels=[{255: name} for name in task.class_names] if len(parts) > 1 else ())
         pictures = by_stem(files_in(images, IMAGES))
@@ -42,10 +44,24 @@ def items(task: Task, folder: Path) -> list[Item]:
 
 def _places(folder: Path) -> list[tuple[str, Path, Path]]:
     """(side, images, masks): those of no side, in the folder itself, or else those of each side."""
-    places = {"": folder} | {side: subfolder(folder, side) for side in ("train", "val", "test")}
-    pairs = ((side, subfolder(place, *PICTURES), subfolder(place, *MASKS)) for side, place in places.items() if place)
-    whole = [pair for pair in pairs if all(pair[1:])]
-    return whole[:1] if whole and whole[0][0] == "" else whole
+    places = {"": folder} | {side: subfolder(folder, *names) for side, names in SIDES.items()}
+    pairs = [(side, subfolder(place, *PICTURES), subfolder(place, *MASKS)) for side, place in places.items() if place]
+    return [pair for pair in pairs if all(pair[1:])]
+
+
+def _check_places(folder: Path, places: list[tuple[str, Path, Path]]) -> None:
+    """Refuse what would be left out without a word: sides beside images of no side, and images without masks."""
+    sides = {side for side, *_ in places}
+    for side, names in SIDES.items():
+        place = subfolder(folder, *names)
+        if place and "" in sides and any(files_in(path, IMAGES) for path in (place, *subfolders(place))):
+            raise ValueError(f"{folder} has images of its own and others in {place.name}/: keep one of the two")
+        if place and side not in sides and (pictures := subfolder(place, *PICTURES)) and files_in(pictures, IMAGES):
+            raise ValueError(f"{pictures} has no folder of masks beside it: add {place / 'masks'}, or move it away")
+    for _, images, _ in places:
+        for inner in subfolders(images):
+            if files_in(inner, IMAGES):
+                raise ValueError(f"{inner} lies inside a folder of images, where none is looked for: move its images")
 
 
 def _class_folders(task: Task, masks: Path) -> list[Path]:

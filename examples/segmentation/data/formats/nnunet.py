@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from segmentation.data.formats import voxels
-from segmentation.data.formats.files import IMAGES, VOLUMES, composed, files_in, pair_up, stem, subfolder
+from segmentation.data.formats.files import CHANNEL, IMAGES, VOLUMES, composed, files_in, pair_up, stem, subfolder
 from segmentation.data.item import Item, read_files, slice_items, to_classes
-from segmentation.data.pixels import Pixels, named
+from segmentation.data.pixels import named
 from segmentation.tasks import Task
-
-CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 def fits(folder: Path) -> bool:
@@ -28,29 +22,26 @@ def fits(folder: Path) -> bool:
 def items(task: Task, folder: Path, fold: int = 0) -> list[Item]:
     """One item per image of `imagesTr`; of a volume, one item per slice that holds a label, across the largest spacing.
 
-    Labels belong to the task's classes by name, or else in the order of their numbers. Several files per case are its
-    channels. A fold of `splits_final.json` is followed where it is there. Every case is a subject.
+    Labels belong to the task's classes by name, or else by its values, or else in the order of their numbers. Several
+    files per case are its channels. A fold of `splits_final.json` is followed if it is there. Every case is a subject.
     """
     labels = _labels(task, folder / "dataset.json")
     images, masks = (files_in(subfolder(folder, part), IMAGES + VOLUMES) for part in ("imagesTr", "labelsTr"))
     cases = _cases(task, images)
     sides = _sides(folder / "splits_final.json", cases, fold)
+    find_cut = voxels.one_cut([files[0] for files in cases.values() if files[0].name.lower().endswith(VOLUMES)])
+    read_stored = partial(voxels.read_stack, find_cut)
     found: list[Item] = []
     for case, _, mask in pair_up({case: files[0] for case, files in cases.items()}, masks):
-        files, split = (*cases[case], mask), sides[case]
+        files, facts = (*cases[case], mask), {"split": sides[case], "channel_files": len(cases[case])}
         if mask.name.lower().endswith(VOLUMES):
             classes = partial(to_classes, labels=labels, path=mask, threshold=task.mask_threshold)
-            values, pixel_size, cut = voxels.read_mask(voxels.cut_as_stored, *files)
-            facts = {"group": case, "split": split, "pixel_size": pixel_size, "cut": cut}
+            values, pixel_size, cut = voxels.read_mask(find_cut, *files)
+            facts |= {"group": case, "pixel_size": pixel_size, "cut": cut}
             found += slice_items(task, case, files, read_stored, values, classes, **facts)
         else:
-            found.append(Item.of_files(partial(read_files, labels=[labels]), task, case, *files, split=split))
+            found.append(Item.of_files(partial(read_files, labels=[labels]), task, case, *files, **facts))
     return found
-
-
-def read_stored(*files: Path) -> tuple[Pixels, NDArray[np.integer]]:
-    """Image (s h w c) of one volume per channel, and mask values (s h w) of the last file, in slices as stored."""
-    return voxels.read_stack(voxels.cut_as_stored, *files)
 
 
 def _cases(task: Task, images: list[Path]) -> dict[str, list[Path]]:
@@ -90,9 +81,13 @@ def _labels(task: Task, path: Path) -> dict[int, str]:
     names = task.class_names
     if len(numbers) != len(names):
         raise ValueError(f"{path} has the labels {', '.join(numbers)}: task {task.name!r} needs {', '.join(names)}")
-    by_name = {name.lower(): value for name, value in numbers.items()}
-    if by_name.keys() == {name.lower() for name in names}:
+    by_name, wanted = {name.lower(): value for name, value in numbers.items()}, {name.lower() for name in names}
+    if by_name.keys() == wanted:
         return {by_name[name.lower()]: name for name in names}
+    if by_name.keys() & wanted:
+        raise ValueError(f"{path} has the labels {', '.join(numbers)}: name those of task {task.name!r} alike, or none")
+    if set(numbers.values()) == set(task.labels):
+        return dict(task.labels)
     return dict(zip(sorted(numbers.values()), names, strict=True))
 
 

@@ -6,7 +6,9 @@ import gzip
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -144,8 +146,31 @@ def cut_as_stored(volume: sitk.Image, *files: Path) -> Cut:
     return ("", STORED) if is_silent(volume) else (orientation(as_stored(volume))[:2], "")
 
 
+def one_cut(paths: Sequence[Path]) -> FindCut:
+    """The cut that leaves slices `as_stored`, but of volumes with equal spacings, all in the plane of most of them.
+
+    By their sizes alone, these would be cut across now one axis and now another.
+    """
+    planes = Counter(plane for path in paths if (plane := _plane_of_equal_spacings(read_header(path))))
+    return partial(_cut, min(planes, key=lambda plane: (-planes[plane], plane), default=""))
+
+
+def _cut(plane: str, volume: sitk.Image, *files: Path) -> Cut:
+    return (plane, "") if _plane_of_equal_spacings(volume) else cut_as_stored(volume)
+
+
+def _plane_of_equal_spacings(volume: sitk.Image | sitk.ImageFileReader) -> str:
+    """Where columns and rows point across the shortest axis; "" if spacing or a flat axis decides, or none is known."""
+    size, spacing = volume.GetSize(), [round(width, 3) for width in volume.GetSpacing()]
+    if is_silent(volume) or 1 in size or spacing.count(max(spacing)) < 2:
+        return ""
+    widest = [axis for axis in range(3) if spacing[axis] == max(spacing)]
+    across = min(widest, key=lambda axis: (size[axis], -axis))
+    return "".join(letter for axis, letter in enumerate(orientation(volume)) if axis != across)
+
+
 def lay(volume: sitk.Image, cuts: Sequence[Cut], path: Path) -> sitk.Image:
-    """A volume in slices as other volumes were cut, most of them in the first of the `cuts`; without any sagittally.
+    """A volume in slices as other volumes were cut, most of them in the first of the `cuts`; without any, as stored.
 
     Slices are in the order of the file. A volume whose header is silent is laid as all other such volumes were.
     """
@@ -158,8 +183,8 @@ def lay(volume: sitk.Image, cuts: Sequence[Cut], path: Path) -> sitk.Image:
             )
         return sitk.Flip(as_stored(volume), (False, ways == {TURNED}, False))
     planes = [plane for plane, _ in cuts if plane]
-    if cuts and (not planes or cut_as_stored(volume)[0] in planes):
+    if not planes or cut_as_stored(volume)[0] in planes:
         return as_stored(volume)
-    plane = planes[0] if planes else SAGITTAL
+    plane = planes[0]
     across = next(letter for letter in orientation(volume) if AXES[letter] not in {AXES[other] for other in plane})
     return sitk.DICOMOrient(volume, plane + across)
