@@ -65,7 +65,7 @@ class EMA(Layer):
         width = channels // factor
         self.conv1x1 = nn.Conv2d(width, width, 1, device=device, dtype=dtype)
         self.conv3x3 = nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
-        self.gn = nn.GroupNorm(width, width, device=device, dtype=dtype)
+        self.gn = _GroupNorm(width, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # b c h w
         """Weight the pixels of images of any size: ``(b, channels, h, w)`` to the same shape."""
@@ -77,10 +77,7 @@ class EMA(Layer):
         means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
         gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1
         row_gates, column_gates = gates.split([height, width], 2)
-        # Not by calling the layer, which refuses a single pixel in evaluation too.
-        gn = self.gn
-        gated = groups * row_gates * column_gates.mT  # b*f c h w
-        local = torch.group_norm(gated, gn.num_groups, gn.weight, gn.bias, gn.eps)  # b*f c h w
+        local = self.gn(groups * row_gates * column_gates.mT)  # b*f c h w
         spatial = self.conv3x3(groups)  # b*f c h w
         agreement = _channel_weights(local) * spatial + _channel_weights(spatial) * local  # b*f c h w
         gate = agreement.sum(1, keepdim=True).sigmoid()  # b*f 1 h w
@@ -88,6 +85,13 @@ class EMA(Layer):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, factor={self.factor}"
+
+
+class _GroupNorm(nn.GroupNorm):
+    """The same for a single value per channel, which PyTorch's layer refuses in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _channel_weights(x: Tensor) -> Tensor:  # b c h w -> b c 1 1

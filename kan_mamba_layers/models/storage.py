@@ -46,8 +46,9 @@ def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, x in state.items():
-        separate[name] = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in seen else x.contiguous()
-        seen.add(x.data_ptr())
+        memory = x.untyped_storage().data_ptr()
+        separate[name] = x.clone(memory_format=torch.contiguous_format) if memory in seen else x.contiguous()
+        seen.add(memory)
     return separate
 
 

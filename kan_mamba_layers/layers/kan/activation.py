@@ -38,7 +38,9 @@ def make_activation(
 
 
 def _takes_anything(given: Callable[..., Any]) -> bool:
-    """Whether a signature with ``*args`` hides what a callable needs, as that of a decorated function may."""
+    """Whether a signature with ``*args`` hides what a function needs, as that of a decorated one may."""
+    if isinstance(given, type):
+        return False
     return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(given).parameters.values())
 
 
