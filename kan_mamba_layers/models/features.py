@@ -1,8 +1,9 @@
 """What the feature maps of an encoder are, as timm describes them."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 
 class FeatureInfo:
@@ -56,7 +57,7 @@ def _indices(out_indices: Any, count: int) -> tuple[int, ...]:
     if not isinstance(out_indices, Sequence) or isinstance(out_indices, str) or not out_indices:
         raise TypeError(f"out_indices must be a sequence of integers, got {out_indices!r}; pass e.g. (0, {count - 1})")
     for index in out_indices:
-        if isinstance(index, bool) or not isinstance(index, Integral):
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
             raise TypeError(f"out_indices must hold integers, got {out_indices!r}; pass e.g. (0, {count - 1})")
         if not -count <= index < count:
             raise ValueError(
