@@ -74,7 +74,7 @@ class SegmentationModel(Model):
         ``context`` holds the context blocks of the first levels.
         """
         self._check_image(x)
-        check_dtype("x", x, "encoder.0.conv.0.0.weight", self.encoder[0].get_parameter("conv.0.0.weight"))
+        check_dtype("x", x, "encoder.0", next(self.encoder[0].parameters()))
         self._check_batch(x, (self._deepest(x.shape[2]), self._deepest(x.shape[3])))
         full, maps = x, []
         for level, encode in enumerate(self.encoder):
