@@ -133,7 +133,7 @@ class Lab(LightningCLI):
                 raise ValueError(f"trainer.{name} {trainer[name]} would skip validations: leave it out")
         if trainer.max_steps == -1 and trainer.max_epochs is not None and trainer.max_epochs < 1:
             raise ValueError(f"trainer.max_epochs {trainer.max_epochs} must be at least 1")
-        if rank_zero_only.rank == 0 and runs.has_begun(run):  # other processes start when the folder is there
+        if rank_zero_only.rank == 0 and runs.holds_files("run", run):  # other processes start when the folder is there
             if not self.settings.resume:
                 raise FileExistsError(
                     f"run {str(run)!r} is not empty: add --resume to continue that run, or give another --run"

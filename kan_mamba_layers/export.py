@@ -65,7 +65,7 @@ def export_onnx(
         TypeError: an argument has the wrong type.
         ValueError: the model is in training mode or in half precision, an argument does not fit, the model does not
             take a batch of one or a larger size, or the graph is not the model: its results differ by more than 1e-4,
-            or elsewhere in what is infinite or not a number. Then no file is written.
+            or other values are infinite or NaN. Then no file is written.
 
     Numerics:
         Errors are around 1e-6. Scans run in float32, in chunks of 64 steps side by side.
@@ -98,6 +98,8 @@ def export_onnx(
             try:
                 wanted = pytree.tree_leaves(model(*case))
             except (RuntimeError, ValueError) as refused:
+                if isinstance(refused, torch.cuda.OutOfMemoryError):
+                    raise
                 if optional:
                     continue
                 raise ValueError(
@@ -124,7 +126,7 @@ def _session(runtime: ModuleType, graph: bytes) -> Any:
         return runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     except runtime.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise ValueError(
-            f"onnxruntime lacks an operator of model, in float64 that of convolutions ({error}); export model.float()"
+            f"onnxruntime lacks an operator of model ({error}); if it is a convolution in float64, export model.float()"
         ) from error
 
 

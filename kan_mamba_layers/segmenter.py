@@ -16,11 +16,13 @@ from kan_mamba_layers.models.factory import from_pretrained
 from kan_mamba_layers.models.model import Model, stored_state
 from kan_mamba_layers.models.pretrained import folder_of
 from kan_mamba_layers.models.storage import read_settings, write_model
+from kan_mamba_layers.ops.backend import Backend
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _WINDOWS_AT_ONCE = 4
 _MOST_CLASSES = 255
 _MODES = ("L", "RGB", "RGBA", "I", "F")  # of images of Pillow
+_ROUNDING = 8  # steps of a floating-point type: a channel that spans no more is constant
 _CONSTANT = 1e-6  # deviation of a channel between 0 and 1
 _FAINTEST = 1e-3  # weight of a window at its corners
 
@@ -82,18 +84,19 @@ class Segmenter:
         self.flip_axes = tuple(map(int, flip_axes))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "Segmenter":
+    def from_pretrained(cls, name: str | Path, *, backend: Backend | None = None) -> "Segmenter":
         """Load weights that this library brings, or a folder that :meth:`save_pretrained` wrote.
 
         Args:
             name: one of :func:`list_pretrained`, or the folder.
+            backend: another backend than the stored one.
 
         Raises:
             FileNotFoundError: there are no such weights and no such folder, or one of its files is missing.
             ValueError: the folder holds no segmenter, or its files are damaged.
         """
         folder = folder_of(name)
-        return cls(from_pretrained(folder), **read_settings(folder))
+        return cls(from_pretrained(folder, backend=backend), **read_settings(folder))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Store the model and the settings, see :meth:`KMUNetPP.save_pretrained`.
@@ -256,9 +259,11 @@ def _unit(pixels: NDArray[Any]) -> Tensor:  # h w c -> c h w
     if pixels.dtype == np.uint8:
         unit = pixels / 255.0
     else:
+        step = np.finfo(pixels.dtype).eps if pixels.dtype.kind == "f" else 0.0
         pixels = pixels.astype(np.float64)
         low, high = pixels.min((0, 1)), pixels.max((0, 1))  # c
-        unit = (pixels - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+        is_constant = high - low <= _ROUNDING * step * np.maximum(abs(low), abs(high))
+        unit = (pixels - low) / np.where(is_constant, np.inf, high - low)
     return torch.from_numpy(np.moveaxis(unit, 2, 0).astype(np.float32, order="C"))
 
 

@@ -77,13 +77,6 @@ def holds_files(option: str, folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def has_begun(run: Path) -> bool:
-    """Whether there is something in a run folder, other than what a training leaves that never ended an epoch."""
-    checkpoints = run / "checkpoints"
-    is_empty = not (checkpoints.is_dir() and any(checkpoints.iterdir()))
-    return holds_files("run", run) and not (is_empty and (run / "config.yaml").is_file())
-
-
 def check_resumed(run: Path, settings: dict[str, Any], free: Collection[str]) -> None:
     """Refuse to resume a run with other settings than it has in its config.yaml, but for the `free` ones."""
     before, after = flatten(read_config(run)), flatten(settings)

@@ -11,7 +11,6 @@ from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.models.blocks import ContextBlock, DownLayer, KANStage, PatchEmbed
 from kan_mamba_layers.models.features import FeatureInfo
 from kan_mamba_layers.models.model import Model
-from kan_mamba_layers.ops.precision import check_dtype
 
 # The first levels of the encoder are convolutional; the deeper ones are small enough for tokens and a KAN block.
 CONV_LEVELS = 3
@@ -74,7 +73,6 @@ class SegmentationModel(Model):
         ``context`` holds the context blocks of the first levels.
         """
         self._check_image(x)
-        check_dtype("x", x, "encoder.0", next(self.encoder[0].parameters()))
         self._check_batch(x, (self._deepest(x.shape[2]), self._deepest(x.shape[3])))
         full, maps = x, []
         for level, encode in enumerate(self.encoder):

@@ -59,8 +59,8 @@ class Model(Layer):
         Raises:
             ImportError: safetensors is not installed.
             TypeError: ``dtype`` is not a floating-point type.
-            ValueError: a parameter is too large for ``dtype``, or the model has other parameters
-                than a new one of the same arguments.
+            ValueError: a parameter is too large for ``dtype``, or the model has other parameters than a new one of the
+                same arguments. Weights that layers share are stored for each, and not shared again.
         """
         write_model(folder, type(self).__name__, self.config, stored_state(self, dtype))
 
@@ -149,12 +149,16 @@ def json_value(x: Any) -> Any:
 
 def stored_state(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state with its parameters in another type, which a new model of the same arguments can load."""
-    state = state_in(model, dtype)
-    with torch.device("meta"):
-        fresh = type(model)(**model.config).state_dict()
-    if odd := sorted(fresh.keys() ^ state.keys()):
+    state, name = state_in(model, dtype), type(model).__name__
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(**model.config)
+        fresh.load_state_dict(state, assign=True)
+    except TypeError:  # a subclass with other arguments, which knows how it is loaded
+        return state
+    except RuntimeError as error:
         raise ValueError(
-            f"{odd[0]} is in {'this' if odd[0] in state else 'a new'} {type(model).__name__} alone, so that the folder "
-            "could not be loaded; undo what changed it, such as torch.nn.utils.prune or parametrize, or use torch.save"
-        )
+            f"the folder could not be loaded, since the model is no {name} of its arguments any more ({error}); undo "
+            "what changed it, such as a new head, torch.nn.utils.prune or parametrize, or use torch.save"
+        ) from error
     return state

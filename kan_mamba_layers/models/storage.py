@@ -59,7 +59,7 @@ def state_in(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return state
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}; pass e.g. torch.float16")
-    for name, _ in module.named_parameters():
+    for name, _ in module.named_parameters(remove_duplicate=False):
         x = state[name]
         if not x.to(dtype).isfinite().all():
             raise ValueError(

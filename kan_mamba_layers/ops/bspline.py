@@ -131,6 +131,10 @@ def _derivative(
 
 def _is_differentiated(grid: Tensor) -> bool:
     """Whether derivatives by the knots are wanted: the closed form has none by inner knots, which it never reads."""
+    if torch.compiler.is_compiling():
+        return grid.requires_grad
+    while torch._C._functorch.is_batchedtensor(grid):  # which tells of no derivatives itself
+        grid = torch._C._functorch.get_unwrapped(grid)
     in_forward_mode = forward_ad._current_level >= 0
     return grid.requires_grad or (in_forward_mode and forward_ad.unpack_dual(grid).tangent is not None)
 

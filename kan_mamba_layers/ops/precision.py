@@ -22,7 +22,8 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
 def check_dtype(name: str, x: Tensor, weight_name: str, weight: Tensor | None) -> None:
     """``x`` has the dtype of a weight that it is multiplied by, or autocast casts both."""
     if weight is not None and x.dtype != weight.dtype and not autocast_is_on(x):
-        raise ValueError(f"{name} is {x.dtype} but {weight_name} is {weight.dtype}; convert one, or use torch.autocast")
+        fix = "convert one" + ("" if torch.float64 in (x.dtype, weight.dtype) else ", or use torch.autocast")
+        raise ValueError(f"{name} is {x.dtype} but {weight_name} is {weight.dtype}; {fix}")
 
 
 def autocast_is_on(x: Tensor) -> bool:

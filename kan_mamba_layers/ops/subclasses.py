@@ -63,7 +63,9 @@ def _dispatch(call: Any, op: Any, arguments: Sequence[Any], options: Mapping[str
 
 def rows_of(x: Any) -> Any:
     """The rows of a jagged tensor, and any other tensor as it is."""
-    return x.values() if _is_jagged(x) else x
+    if not _is_jagged(x):
+        return x
+    return x.values() if x.lengths() is None else torch.cat(x.unbind())  # with lengths, not all values are rows
 
 
 def _is_jagged(x: Any) -> bool:

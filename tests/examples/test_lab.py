@@ -250,13 +250,6 @@ def test_a_test_by_another_split_scores_no_image_of_the_training(copied, other_s
     assert score(copied, f"--data.split={copied / 'split.json'}", "--data.side=val")["images"] == 6
 
 
-def test_a_training_that_was_refused_may_start_anew(tmp_path):
-    with pytest.raises(ValueError, match="weight_decay"):
-        fit(tmp_path / "run", "isic2017", "unet", "--model.weight_decay=-1")
-    assert (tmp_path / "run" / "config.yaml").is_file()
-    assert fit(tmp_path / "run")["epochs"] == 1
-
-
 def test_early_stopping_and_no_further_epoch_when_resumed(tmp_path):
     flags = ["--trainer.callbacks=segmentation.callbacks.Patience", "--trainer.callbacks.epochs=1", "--model.lr=1e-12"]
     first = fit(tmp_path / "run", "isic2017", "unet", *flags, "--trainer.max_epochs=9")

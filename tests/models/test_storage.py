@@ -81,6 +81,10 @@ class TestStorage:
         model.save_pretrained(tmp_path / "model")
         again = from_pretrained(tmp_path / "model")
         assert torch.equal(again(image(1, 32, 32)), model(image(1, 32, 32)))
+        model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+        state = from_pretrained(tmp_path / "half").state_dict()
+        pairs = [(name, name.replace("decoder", "encoder")) for name in state if name.startswith("decoder_context.0.")]
+        assert pairs and all(torch.equal(state[a], state[b]) for a, b in pairs)
 
     def test_a_model_that_could_not_be_loaded_is_refused(self, tmp_path: Path) -> None:
         model = KMUNet(widths=(8,) * 5, d_state=1)
@@ -88,6 +92,10 @@ class TestStorage:
         with pytest.raises(ValueError, match=says("weight", "KMUNet", "prune", "torch.save")):
             model.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
+        other = KMUNet(widths=(8,) * 5, d_state=1)
+        other.encoder[0].conv[0][0] = torch.nn.Conv2d(3, 8, 1, bias=False)
+        with pytest.raises(ValueError, match=says("encoder.0.conv.0.0.weight", "a new head", "torch.save")):
+            other.save_pretrained(tmp_path / "model")
         prune.remove(model.encoder[0].conv[0][0], "weight")
         model.save_pretrained(tmp_path / "model")
 

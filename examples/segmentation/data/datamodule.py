@@ -38,6 +38,7 @@ FORMATS = (table, isic, hc18, busi, nnunet, spider, myosegmentum, folders)
 DEPTH = 5  # how far below the given folder the data set may lie
 THREADS = 4  # that read images: one of 27 megapixels takes half a gigabyte meanwhile
 SHOWN = 5  # names in a remark
+SAGITTAL_TASKS = ("lumbar_spine", "spine_vertebrae", "spine_structures")
 
 
 def find_items(task: Task, folder: Path, fold: int | None = None) -> list[Item]:
@@ -231,6 +232,9 @@ class SegmentationData(lightning.LightningDataModule):
         else:
             self.table = splits.read_split(self.split)
         self.cuts = [cut for cut, _ in Counter(item.cut for item in self.items if any(item.cut)).most_common()]
+        planes = sorted({plane for plane, _ in self.cuts if plane})
+        if len(planes) > 1:
+            rank_zero_warn(f"volumes are cut in several planes, whose columns and rows point to {', '.join(planes)}")
         present = self.train_set.masks.unique().tolist()
         if absent := [name for number, name in enumerate(self.task.class_names, start=1) if number not in present]:
             rank_zero_warn(f"no mask of the {len(self.train_set)} training images holds {', '.join(absent)}")
@@ -273,7 +277,7 @@ class SegmentationData(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cuts = [(plane, way) for plane, way in state_dict.get("cuts", ())]
-        if not self.cuts and "spine" in self.task.name:  # trained on slices that nothing is known of
+        if not self.cuts and self.task.name in SAGITTAL_TASKS:  # trained on slices that nothing is known of
             self.cuts = [(SAGITTAL, "")]
         self.channel_files = state_dict.get("channel_files", 1)
 

@@ -21,13 +21,13 @@ from kan_mamba_layers.layers.kan.edges import (
 from kan_mamba_layers.layers.kan.grid import inner_knots, new_knots, uniform_knots
 from kan_mamba_layers.layers.kan.plot import MAX_PANELS, Curve, draw, sample_points
 from kan_mamba_layers.layers.kan.refit import fit, refine
-from kan_mamba_layers.layers.kan.state import check_local, check_whole, take_size
+from kan_mamba_layers.layers.kan.state import check_local, check_whole, keep_exact, take_size
 from kan_mamba_layers.layers.kan.weight import EdgeWeight, edge_weight
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops.bspline import Extrapolation, bspline_basis
 from kan_mamba_layers.ops.kan_linear.call import activate
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
-from kan_mamba_layers.ops.spacing import uniform_if_known
+from kan_mamba_layers.ops.spacing import forget, uniform_if_known
 from kan_mamba_layers.ops.subclasses import rows_of
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ class SplineLayer(Layer):
 
         Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes
         with replicas, as under DistributedDataParallel, update one and broadcast:
-        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``, then ``layer.grid.add_(0)``, since
-        a collective does not count as a write.
+        ``for t in layer.state_dict().values(): torch.distributed.broadcast(t, 0)``, then
+        ``layer.grid.detach().add_(0)``, since a collective does not count as a write.
 
         Args:
             x: samples of the layer's input, in any shape that ``forward`` takes.
@@ -385,9 +385,9 @@ class SplineLayer(Layer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplineLayer":
         exact = self.grid.detach()
+        forget(self.grid)
         super()._apply(fn, recurse)
-        if self.grid.dtype.itemsize < torch.float32.itemsize:  # rounded knots would change the function
-            self.grid.data = exact.to(self.grid.device)
+        keep_exact(self, exact)
         return self
 
     def _load_from_state_dict(
@@ -396,5 +396,4 @@ class SplineLayer(Layer):
         missing, unexpected, errors = lists
         take_size(self, state_dict, prefix, errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.grid.dtype.itemsize < torch.float32.itemsize:  # assigned
-            self.grid = self.grid.float()
+        keep_exact(self, self.grid.detach().float())  # others may have been assigned

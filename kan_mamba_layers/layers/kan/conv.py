@@ -128,7 +128,7 @@ class KANConv2d(SplineLayer):
         return super().b_splines(x).movedim(-2, -4)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KANConv2d":
-        def on_rows(x: Tensor) -> Tensor:  # five dimensions have no channels-last format
+        def on_rows(x: Tensor) -> Tensor:  # torch.channels_last is a format of four dimensions
             return fn(x.flatten(1)).view(x.shape) if x.ndim == 5 else fn(x)
 
         super()._apply(on_rows, recurse)

@@ -79,6 +79,17 @@ def take_size(layer: Splines, state_dict: Mapping[str, Any], prefix: str, errors
         _replace_grid(layer, layer.grid.detach().new_empty(grid))
 
 
+def keep_exact(layer: Splines, exact: Tensor) -> None:
+    """Take these knots where those of the layer are in half precision: rounded, they would be another function."""
+    if layer.grid.dtype.itemsize >= torch.float32.itemsize:
+        return
+    exact = exact.to(layer.grid.device)
+    if isinstance(layer.grid, nn.Parameter):
+        layer.grid.data = exact
+    else:
+        layer.grid = exact.requires_grad_(layer.grid.requires_grad)
+
+
 def _replace_grid(layer: Splines, grid: Tensor) -> None:
     """Take knots of another shape, which are trained if the old ones are."""
     old = layer.grid

@@ -99,10 +99,16 @@ def run_kernel(
     values = own | fields
     names = (*_OWN, *layout.numbers, *layout.arrays)
     addresses = (values.pop(name, None) for name in names)
-    block = np.array([x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in addresses], np.int64)
+    block = np.array([_address(x) if isinstance(x, Tensor) else x or 0 for x in addresses], np.int64)
     if values:
         raise KeyError(f"the layout of the kernel has no {', '.join(values)}")
     run_threads(kernel, block.ctypes.data, threads)
+
+
+def _address(x: Tensor) -> int:
+    if not x.is_cpu:  # as in an exported graph that was moved
+        raise ValueError(f"a kernel for CPUs got a tensor on {x.device}; move all of them, or use another backend")
+    return x.data_ptr()
 
 
 @cache

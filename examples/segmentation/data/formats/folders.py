@@ -1,7 +1,7 @@
 """Any: images/ and masks/ (or masks/0/, masks/1/, ... one folder per class) with the same names.
 
-Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/, val/ (or valid/,
-validation/), test/. The folders may also be called imgs/, and labels/, annotations/, GroundTruth/.
+Those of the masks may end in _mask, _segmentation, _label or _gt. Both also under train/ (or training/), val/ (valid/,
+validation/), test/ (testing/). The folders may also be called imgs/, and labels/, annotations/, GroundTruth/.
 """
 
 from __future__ import annotations
