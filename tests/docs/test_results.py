@@ -162,9 +162,12 @@ def spines(network: str, kind: str = "long") -> pd.DataFrame:
 
 def test_the_text_on_spines_has_the_figures_of_the_recorded_scores():
     text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
-    ours, unet, small = map(spines, ("km_unet_pp_tiny", "unet", "unet-small-shifts"))
+    ours, unet, small, nested = map(spines, ("km_unet_pp_tiny", "unet", "unet-small-shifts", "unet_pp"))
     for score, against, words in (
-        ("vertebrae", unet, "ahead by {:.3f} ({:.3f} to {:.3f} over subjects)"),
+        ("vertebrae", unet, "ahead of the U-Net by {:.3f} ({:.3f} to {:.3f} over subjects)"),
+        ("vertebrae", nested, "and of U-Net++ by {:.3f} ({:.3f} to {:+.3f})"),
+        ("dice", unet, "trained alike, over 34 subjects and one seed: by {:.3f} ({:.3f} to {:.3f})"),
+        ("dice", nested, "and {:.3f} ({:.3f} to {:.3f}). With small shifts"),
         ("dice", small, "the lead is {:.3f} ({:.3f} to {:+.3f})"),
     ):
         gains = (ours - against)[[score]].groupby(level="group").mean()
@@ -176,6 +179,17 @@ def test_the_text_on_spines_has_the_figures_of_the_recorded_scores():
     assert f"have a Dice of vertebra against rest of {ours['dice'].median():.3f} or more" in text
     subjects = ours["vertebrae"].groupby(level="group").mean()
     assert subjects["sub39"] < 0.005 and f"crooked spine ({subjects['sub49']:.2f})" in text
+
+
+def test_the_text_on_unet_pp_has_the_figures_of_the_recorded_scores():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    heads, skin = (compare([RESULTS / "long" / task], "test", "unet_pp")[0] for task in ("fetal_head", "isic2017"))
+    found = [results["differences"] for results in (heads, skin)]
+    words = [f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" for d in (x["km_unet_pp_tiny"] for x in found)]
+    assert f"on heads and skin** (`--baseline unet_pp`): {words[0]} and {words[1]}." in text
+    lead = skin["differences"]["unet"]
+    assert f"which is ahead by {lead['mean']:.3f} ({lead['low']:.3f} to {lead['high']:.3f})" in text
+    assert f"{spines('unet_pp')['vertebrae'].mean():.3f} after U-Net++" in text
 
 
 def agreement(task: str) -> tuple[float, float]:
