@@ -71,3 +71,8 @@ def test_no_folder_to_keep_it_in() -> None:
         "caching._CacheLocator.ensure_cache_path = refuse\n"
     )
     assert fresh_process(nowhere + CODE) == "True 0"
+
+
+def test_an_address_of_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="a kernel for CPUs got a tensor on meta; move all of them"):
+        kernel._address(torch.empty(1, device="meta"))
