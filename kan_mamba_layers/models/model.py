@@ -153,9 +153,10 @@ def stored_state(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             fresh = type(model)(**model.config)
-        fresh.load_state_dict(state, assign=True)
     except TypeError:  # a subclass with other arguments, which knows how it is loaded
         return state
+    try:
+        fresh.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"the folder could not be loaded, since the model is no {name} of its arguments any more ({error}); undo "

@@ -99,6 +99,15 @@ class TestStorage:
         prune.remove(model.encoder[0].conv[0][0], "weight")
         model.save_pretrained(tmp_path / "model")
 
+    def test_a_subclass_with_arguments_of_its_own_is_stored(self, tmp_path: Path) -> None:
+        class Small(KMUNet):
+            def __init__(self, width: int) -> None:
+                super().__init__(widths=(width,) * 5, d_state=1)
+
+        Small(8).save_pretrained(tmp_path / "model")
+        state = safetensors.load_file(tmp_path / "model" / "model.safetensors")
+        assert state.keys() == Small(8).state_dict().keys()
+
     def test_another_backend(self, tmp_path: Path) -> None:
         KMUNet(widths=(8,) * 5, d_state=1, backend="triton").save_pretrained(tmp_path / "model")
         again = from_pretrained(tmp_path / "model", backend="chunked")
