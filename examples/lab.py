@@ -16,6 +16,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from segmentation import runs
 from segmentation.callbacks import Checkpoints, EpochSeed, History, WholeEpochs, WholeFiles
 from segmentation.compare import compare
-from segmentation.console import console, mistakes_in_one_line, quieten, say, scores_table
+from segmentation.console import console, mistakes_in_one_line, quieten, say, scores_table, told_of_interrupts
 from segmentation.data import split as splits
 from segmentation.data.datamodule import SegmentationData
 from segmentation.figures import draw_cases, draw_curves
@@ -208,6 +209,7 @@ class Lab(LightningCLI):
             say(sentence, "yellow")
         if continued is not None:
             datamodule.first_epoch = runs.read_checkpoint(continued)["epoch"] + 1
+        undone = runs.taken_back if trainer.is_global_zero and not resume else nullcontext
         if trainer.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
             with runs.whole_file(run / "config.yaml") as draft:
@@ -219,14 +221,9 @@ class Lab(LightningCLI):
             f"{len(datamodule.test_items)} test images, "
             + (f"resuming from {continued}" if continued else f"run folder {run}")
         )
-        try:
+        command = shlex.join(["python", "examples/lab.py", "fit", "--run", str(run), "--resume"])
+        with told_of_interrupts(trainer, f"Go on with:\n    {command}"), undone(run):
             trainer.fit(model, datamodule=datamodule, ckpt_path=continued, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            if trainer.interrupted:
-                command = shlex.join(["python", "examples/lab.py", "fit", "--run", str(run), "--resume"])
-                say(f"\nInterrupted. Go on with:\n    {command}")
-                raise SystemExit(130) from None
-            raise
         if trainer.is_global_zero:
             console.print(scores_table(f"{run}, validation", self.finish(model, datamodule)))
             say(f"scores, curves and pictures are in {run}")
@@ -268,7 +265,8 @@ class Lab(LightningCLI):
         own_split = self.run_folder / "split.json"
         if remark := splits.refuse_seen(datamodule.test_items, own_split, self.settings.data.split):
             say(remark, "yellow")
-        self.trainer.test(model, datamodule=datamodule, verbose=False)
+        with told_of_interrupts(self.trainer, f"Nothing was scored; masks that were found are in {self.out}"):
+            self.trainer.test(model, datamodule=datamodule, verbose=False)
         scores = self.writer.scores
         title = f"{scores['network']}, {scores['images']} images of {scores['data']}, {scores['side']}"
         console.print(scores_table(title, scores))
@@ -286,7 +284,8 @@ class Lab(LightningCLI):
         if runs.holds_files("out", out) and not self.settings.overwrite:
             raise FileExistsError(f"out {str(out)!r} is not empty: add --overwrite, or give another folder")
         out.mkdir(parents=True, exist_ok=True)
-        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+        with told_of_interrupts(self.trainer, f"What was predicted is in {out}"):
+            self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
         rows, unreadable = self.writer.rows, self.writer.unreadable
         say(f"{len(rows)} of {len(rows) + len(unreadable)} files predicted, in {out}")
         for entry in unreadable:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import lightning
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -53,6 +54,18 @@ def mistakes_in_one_line() -> Iterator[None]:
         is_long = isinstance(error, ArgumentError)
         sys.stderr.write(f"error: {' '.join(str(error).split()) if is_long else error}\n")
         raise SystemExit(2) from None
+
+
+@contextmanager
+def told_of_interrupts(trainer: lightning.Trainer, sentence: str) -> Iterator[None]:
+    """After Ctrl-C end with exit status 130 and a sentence; Lightning alone ends with 1 and without a word."""
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        say(f"\nInterrupted. {sentence}")
+        raise SystemExit(130) from None
 
 
 def scores_table(title: str, scores: Mapping[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """One network on one task: its training, its validation, and how it is scored on and applied to images of any size."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from segmentation.data.item import Item
 from segmentation.data.pixels import Pixels
 from segmentation.figures import Case
 from segmentation.networks import build_network
-from segmentation.prediction import Prediction, predict_file
+from segmentation.prediction import Prediction, predict_case
 from segmentation.scores import ValidationScores, predicted_classes, score_image
 from segmentation.tasks import get_task
 
@@ -143,8 +144,9 @@ class Segmentation(lightning.LightningModule):
         classes = self.classes_of(image)
         return {"row": score_image(self.task, item, classes, truth), "classes": classes}
 
-    def predict_step(self, path: Path) -> Prediction:
-        return predict_file(path, self.task, self.classes_of, self.trainer.datamodule.cuts)
+    def predict_step(self, files: Sequence[Path]) -> Prediction:
+        data = self.trainer.datamodule
+        return predict_case(files, self.task, self.classes_of, data.cuts, data.channel_files)
 
     def classes_of(self, image: Pixels) -> NDArray[np.uint8]:
         """Class numbers (h w) of an image (h w c) of any size."""

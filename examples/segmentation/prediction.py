@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from segmentation.data.formats import voxels
 from segmentation.data.formats.files import VOLUMES, positive, read_table, stem
-from segmentation.data.formats.voxels import Cut, copy_place, lay, read_header, read_volume
-from segmentation.data.pixels import Pixels, read_image, sitk, to_pixels
+from segmentation.data.formats.voxels import Cut
+from segmentation.data.item import read_channels
+from segmentation.data.pixels import Pixels, sitk, to_pixels
 from segmentation.runs import whole_file
 from segmentation.tasks import Task
 
@@ -18,42 +20,51 @@ Classify = Callable[[Pixels], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in a file; `image` (h w c) is None for a volume, `classes` None where the file cannot be read."""
+    """What was found in a case; `image` (h w c) is None for a volume, `classes` None where a file cannot be read."""
 
-    path: Path
+    files: Sequence[Path]  # of its channels, or one
     classes: NDArray[np.uint8] | None = None  # h w, or the voxels of a volume in the order of its file
     image: Pixels | None = None
     reason: str = ""
 
 
-def predict_file(path: Path, task: Task, classify: Classify, cuts: Sequence[Cut] = ()) -> Prediction:
-    """Class numbers of an image, or of every slice of a volume, cut as the volumes of the training were."""
+def predict_case(
+    files: Sequence[Path], task: Task, classify: Classify, cuts: Sequence[Cut] = (), channel_files: int = 1
+) -> Prediction:
+    """Class numbers of an image, or of every slice of a volume, cut as the volumes of the training were.
+
+    Where those of the training had `channel_files`, an image in one file must have several channels too.
+    """
     try:
-        if path.name.lower().endswith(VOLUMES):
-            return Prediction(path, predict_volume(path, task, classify, cuts))
-        image = read_image(path, task.in_channels)
-        return Prediction(path, classify(image), image)
+        if files[0].name.lower().endswith(VOLUMES):
+            return Prediction(files, predict_volume(files, task, classify, cuts))
+        image = read_channels(task, files)
+        if len(files) < channel_files and (image == image[..., :1]).all():
+            raise ValueError(f"{files[0]} is grey, but images of the training had {channel_files} channels: give all")
+        return Prediction(files, classify(image), image)
     except (ValueError, OSError) as error:
-        return Prediction(path, reason=str(error))
+        return Prediction(files, reason=str(error))
 
 
-def predict_volume(path: Path, task: Task, classify: Classify, cuts: Sequence[Cut]) -> NDArray[np.uint8]:
-    """Class numbers of all voxels of a volume, in the order of its file."""
-    volume = read_volume(path)
-    laid = lay(volume, cuts, path)
-    planes = to_pixels(sitk.GetArrayFromImage(laid), path)  # s h w
-    colours = (plane[..., None].repeat(task.in_channels, axis=2) for plane in planes)
-    labels = sitk.GetImageFromArray(np.stack([classify(plane) for plane in colours]))
-    labels.CopyInformation(laid)
+def predict_volume(files: Sequence[Path], task: Task, classify: Classify, cuts: Sequence[Cut]) -> NDArray[np.uint8]:
+    """Class numbers of all voxels of a volume, or of one per channel, in the order of the first file."""
+    volumes = voxels.read_channels(files)
+    laid = [voxels.lay(volume, cuts, path) for volume, path in zip(volumes, files, strict=True)]
+    channels = [to_pixels(sitk.GetArrayFromImage(volume), path) for volume, path in zip(laid, files, strict=True)]
+    found = []
+    for planes in zip(*channels, strict=True):  # h w, of each channel
+        found.append(classify(np.stack(planes, axis=2).repeat(task.in_channels // len(planes), axis=2)))
+    labels = sitk.GetImageFromArray(np.stack(found))
+    labels.CopyInformation(laid[0])
     # Axes were only exchanged and turned, so every voxel of the file has exactly one of these at its place.
-    labels = sitk.Resample(labels, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
+    labels = sitk.Resample(labels, volumes[0], sitk.Transform(), sitk.sitkNearestNeighbor)
     return sitk.GetArrayFromImage(labels)
 
 
 def write_volume(found: Prediction, path: Path) -> None:
-    """Write class numbers as a volume on the grid of the file they come from."""
+    """Write class numbers as a volume on the grid of the (first) file they come from."""
     labels = sitk.GetImageFromArray(found.classes)
-    copy_place(read_header(found.path), labels)
+    voxels.copy_place(voxels.read_header(found.files[0]), labels)
     with whole_file(path) as draft:
         sitk.WriteImage(labels, str(draft), useCompression=True)
 

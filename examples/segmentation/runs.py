@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Collection, Iterator
@@ -19,6 +20,7 @@ import yaml
 
 PACKAGES = ("torch", "lightning", "monai", "numpy", "kan_mamba_layers")
 RESUMABLE = ("last.ckpt", "previous.ckpt")  # newest first
+STARTED = ("config.yaml", "split.json", "history.csv", "tensorboard")  # what a fit writes before its first checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,18 @@ def check_resumed(run: Path, settings: dict[str, Any], free: Collection[str]) ->
                 f"{name} is {after.get(name)!r}, but the run in {str(run)!r} was started with "
                 f"{before.get(name)!r}: resume with the same settings, or give another --run"
             )
+
+
+@contextmanager
+def taken_back(run: Path) -> Iterator[None]:
+    """Take back what a new run wrote if it fails before its first checkpoint, so that it may be started again."""
+    try:
+        yield
+    except Exception:
+        if not any(run.glob("checkpoints/*.ckpt")):
+            for path in (run / name for name in STARTED):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def find_run(path: Path) -> tuple[Path, Path]:

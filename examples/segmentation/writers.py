@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segmentation.data.ellipse import head_circumference
-from segmentation.data.formats.files import VOLUMES, stem
+from segmentation.data.formats.files import VOLUMES, case_stem, stem
 from segmentation.data.formats.voxels import is_silent, read_header
 from segmentation.data.item import Item, to_classes
 from segmentation.data.pixels import read_values
@@ -93,29 +94,35 @@ class MaskWriter(Writer):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Prediction,
-        batch: Path,
+        batch: Sequence[Path],
         *_: int,
     ) -> None:
         if outputs.reason:
-            self.unreadable.append({"file": str(batch), "reason": outputs.reason})
+            self.unreadable.append({"file": str(batch[0]), "reason": outputs.reason})
             return
         classes, (mask, *overlays) = outputs.classes, (self.out / name for name in output_names(batch))
-        row: Row = {"file": batch.name, "foreground": int((classes > 0).sum())}
+        row: Row = {"file": batch[0].name, "foreground": int((classes > 0).sum())}
         if outputs.image is None:
             write_volume(outputs, mask)
-            self.silent += [batch.name] * is_silent(read_header(batch))
+            self.silent += [batch[0].name] * is_silent(read_header(batch[0]))
         else:
             write_mask(classes, pl_module.task, mask)
             _save(Image.fromarray(overlay(outputs.image, classes)), overlays[0])
             if self.sizes or self.size:
-                row["hc_mm"] = self._circumference(batch, classes)
+                row["hc_mm"] = self._circumference(batch[0], classes)
             elif pl_module.task.name == "fetal_head":
                 row["hc_pixels"] = head_circumference(classes, (1, 1))
         self.rows.append(row)
 
-    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_predict_end(self, *_: Any) -> None:
         if self.rows:
             write_csv(self.out / "predictions.csv", self.rows)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, error: BaseException
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.on_predict_end()
 
     def _circumference(self, path: Path, classes: NDArray[np.uint8]) -> float | None:
         if size := self.sizes.get(stem(path), self.size):
@@ -134,21 +141,21 @@ def _save(image: Image.Image, path: Path) -> None:
         image.save(draft)
 
 
-def output_names(path: Path) -> tuple[str, ...]:
-    """The files that come of an input: a volume, or mask and overlay."""
-    name = stem(path)
-    return (f"{name}.mha",) if path.name.lower().endswith(VOLUMES) else (f"{name}.png", f"{name}-overlay.png")
+def output_names(files: Sequence[Path]) -> tuple[str, ...]:
+    """The files that come of a case: a volume, or mask and overlay."""
+    name = case_stem(files)
+    return (f"{name}.mha",) if files[0].name.lower().endswith(VOLUMES) else (f"{name}.png", f"{name}-overlay.png")
 
 
-def check_outputs(files: Sequence[Path], table: Path | None, out: Path) -> None:
+def check_outputs(cases: Sequence[tuple[Path, ...]], table: Path | None, out: Path) -> None:
     """Refuse to write over an input, or two masks or overlays to one file, before anything is written."""
-    for path in [*files, *([table] if table else [])]:
+    for path in [*chain.from_iterable(cases), *([table] if table else [])]:
         places = (path.resolve(), path.parent.resolve() / path.name)  # what a link leads to, and the link
         if any(out.resolve() in place.parents for place in places):
             raise ValueError(
                 f"out {str(out)!r} holds the input {str(path)!r}, which stays as it is: give another folder"
             )
-    refuse_twins((name, path) for path in files for name in output_names(path))
+    refuse_twins((name, files[0]) for files in cases for name in output_names(files))
 
 
 def refuse_twins(names: Iterable[tuple[str, object]]) -> None:

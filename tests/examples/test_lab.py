@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,20 @@ def test_a_training_that_diverges_ends(tmp_path):
     with pytest.raises(ValueError, match=r"/loss is nan in epoch 1, so this training has diverged: start anew with a"):
         fit(tmp_path / "run", "isic2017", "unet", "--model.lr=1e18")
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_training_that_could_not_begin_leaves_no_run_behind(tmp_path, copied):
+    with pytest.raises(ValueError, match="weight_decay must be a finite number"):
+        fit(tmp_path / "new", "isic2017", "unet", "--model.weight_decay=-1")
+    assert not any((tmp_path / "new").iterdir())
+    assert fit(tmp_path / "new", "isic2017", "unet")["steps"] > 0
+    before = {
+        path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    }
+    with pytest.raises(ValueError, match="num_workers"):
+        lab.main(["fit", f"--run={copied}", "--resume", "--data.num_workers=-1", "--trainer.max_epochs=4"])
+    after = {path: path.read_bytes() for path in before if path.name != "config.yaml"}
+    assert after.items() <= before.items() and (copied / "config.yaml").is_file()
 
 
 def test_a_config_file_repeats_a_run(skin, tmp_path):
@@ -442,18 +457,66 @@ def test_a_name_that_no_table_can_hold_is_refused_before_anything_is_predicted(s
         predict(skin, tmp_path / "out", tmp_path / "in")
 
 
-def test_channels_in_files_of_their_own_are_not_predicted_one_by_one(skin, tmp_path):
-    run = Path(shutil.copytree(skin, tmp_path / "run"))
+def test_channels_in_files_of_their_own_are_predicted_together(skin, tmp_path):
+    run, colours, channels = Path(shutil.copytree(skin, tmp_path / "run")), tmp_path / "colours", tmp_path / "channels"
     path = run / "checkpoints" / "best.ckpt"
     content = torch.load(path, weights_only=True)
     torch.save(content | {"SegmentationData": {"cuts": [], "channel_files": 3}}, path)
-    (tmp_path / "in").mkdir()
-    for k in range(3):
-        Image.new("L", (40, 36)).save(tmp_path / "in" / f"a_000{k}.png")
-    with pytest.raises(ValueError, match=r"a_0000\.png and a_0001\.png look like channels of one case.* had 3 files"):
-        predict(run, tmp_path / "out", tmp_path / "in")
-    Image.new("RGB", (40, 36)).save(tmp_path / "b_0000.png")
-    assert len(predict(run, tmp_path / "out", tmp_path / "b_0000.png").rows) == 1
+    for number in (0, 1):
+        image, _ = draw("isic2017", 5, number, (60, 47))
+        for folder in (colours, channels):
+            folder.mkdir(exist_ok=True)
+        image.save(colours / f"a.{number}.png")
+        for k, channel in enumerate(image.split()):
+            channel.save(channels / f"a.{number}_000{k}.png")
+    predict(skin, tmp_path / "of_colours", colours)
+    found = predict(run, tmp_path / "of_channels", channels, *sorted(channels.iterdir())[::-1])
+    assert [row["file"] for row in found.rows] == ["a.0_0000.png", "a.1_0000.png"]
+    for name in ("a.0.png", "a.1.png", "a.0-overlay.png"):
+        masks = (Image.open(tmp_path / out / name) for out in ("of_colours", "of_channels"))
+        assert np.array_equal(*map(np.asarray, masks)), name
+    assert {path.name for path in (tmp_path / "of_channels").iterdir()} == {
+        path.name for path in (tmp_path / "of_colours").iterdir()
+    }
+    assert len(predict(run, tmp_path / "whole", colours).rows) == 2  # one file that holds all channels
+    (channels / "a.1_0001.png").unlink()
+    with pytest.raises(ValueError, match=r"a\.1 has the channel\(s\) a\.1_0000\.png, a\.1_0002\.png: give 3 "):
+        predict(run, tmp_path / "out", channels)
+    Image.new("L", (60, 47)).save(channels / "a.0_0002.png")
+    Image.new("L", (47, 60)).save(channels / "a.0_0001.png")
+    Image.new("L", (60, 47)).save(tmp_path / "grey.png")
+    unreadable = predict(
+        run, tmp_path / "mixed", tmp_path / "grey.png", *channels.glob("a.0*"), colours / "a.1.png"
+    ).unreadable
+    reasons = sorted(entry["reason"] for entry in unreadable)
+    assert len(reasons) == 2 and "a.0_0002.png is 60x47 but its image" in reasons[0]
+    assert "grey.png is grey, but images of the training had 3 channels" in reasons[1]
+
+
+def test_a_prediction_or_test_that_is_interrupted_says_what_is_done(skin, tmp_path, monkeypatch, capsys):
+    handler, classes_of, calls = signal.getsignal(signal.SIGINT), Segmentation.classes_of, []
+
+    def interrupted(self: Segmentation, image: np.ndarray) -> np.ndarray:
+        calls.append(image)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return classes_of(self, image)
+
+    monkeypatch.setattr(Segmentation, "classes_of", interrupted)
+    for number in range(4):
+        draw("isic2017", 5, number, (60, 47))[0].save(tmp_path / f"{number}.png")
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            predict(skin, tmp_path / "out", *(tmp_path / f"{number}.png" for number in range(4)))
+        assert flat(capsys.readouterr().out).endswith(f"Interrupted. What was predicted is in {tmp_path / 'out'}")
+        assert [row["file"] for row in rows_of(tmp_path / "out" / "predictions.csv")] == ["0.png", "1.png"]
+        calls.clear()
+        with pytest.raises(SystemExit, match="130"):
+            score(skin, f"--out={tmp_path / 'scores'}")
+        assert "Interrupted. Nothing was scored; masks that were found are in" in flat(capsys.readouterr().out)
+        assert {path.name for path in (tmp_path / "scores").iterdir()} == {"masks"}
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on
 
 
 def test_nothing_readable_and_wrong_calls(skin, tmp_path, capsys):

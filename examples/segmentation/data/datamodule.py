@@ -27,7 +27,7 @@ from kan_mamba_layers import Segmenter
 from segmentation.data import split as splits
 from segmentation.data.demo import demo_items
 from segmentation.data.formats import busi, folders, hc18, isic, myosegmentum, nnunet, spider, table
-from segmentation.data.formats.files import list_files, refuse_channels, subfolders
+from segmentation.data.formats.files import join_channels, list_files, subfolders
 from segmentation.data.formats.voxels import SAGITTAL, STORED, Cut
 from segmentation.data.item import Item
 from segmentation.data.pixels import to_target
@@ -308,15 +308,13 @@ class SegmentationData(lightning.LightningDataModule):
         return DataLoader(self.test_items, batch_size=None, generator=torch.Generator())
 
     def predict_dataloader(self) -> DataLoader:
-        """The paths of all images and volumes of `inputs`, one by one."""
-        files = list_files(self.inputs)
-        if self.channel_files > 1:
-            refuse_channels(files, self.channel_files)
-        return DataLoader(files, batch_size=None, generator=torch.Generator())
+        """The images and volumes of `inputs` one by one: the paths of their channels, or one path."""
+        cases = join_channels(list_files(self.inputs), self.channel_files)
+        return DataLoader(cases, batch_size=None, generator=torch.Generator())
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Items and paths stay as they are: only the pixels read from them go to a device."""
-        if isinstance(batch, Item | Path):
+        """Items stay as they are: only the pixels read from them go to a device."""
+        if isinstance(batch, Item):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

@@ -49,16 +49,23 @@ def read_files(task: Task, *files: Path, labels: Sequence[dict[int, str]] = ()) 
     """
     labels = labels or [task.labels]
     images, masks = files[: -len(labels)], files[-len(labels) :]
-    channels = [read_image(path, task.in_channels // len(images)) for path in images]
-    classes = np.zeros(channels[0].shape[:2], np.uint8)
+    image = read_channels(task, images)
+    classes = np.zeros(image.shape[:2], np.uint8)
     for path, names in zip(masks, labels, strict=True):
         values = read_values(path)
-        for image, channel in zip(images, channels, strict=True):
-            check_sizes(channel.shape[1::-1], image, values.shape[::-1], path)
+        check_sizes(image.shape[1::-1], images[0], values.shape[::-1], path)
         numbers = np.array([0, *(1 + task.class_names.index(name) for name in names.values())], np.uint8)
         layer = numbers[to_classes(values, names, path, task.mask_threshold)]
         classes = np.where(layer > 0, layer, classes)
-    return np.concatenate(channels, axis=2), classes
+    return image, classes
+
+
+def read_channels(task: Task, files: Sequence[Path]) -> Pixels:
+    """An image (h w c) of one file, or of one file per channel."""
+    first, *others = channels = [read_image(path, task.in_channels // len(files)) for path in files]
+    for channel, path in zip(others, files[1:], strict=True):
+        check_sizes(first.shape[1::-1], files[0], channel.shape[1::-1], path)
+    return np.concatenate(channels, axis=2)
 
 
 def to_classes(

@@ -310,14 +310,17 @@ class Reader(lightning.LightningModule):
     predict_step = test_step
 
 
-def test_a_trainer_gets_items_to_test_and_paths_to_predict(folder):
+def test_a_trainer_gets_items_to_test_and_files_to_predict(folder):
     root = folder(number=6)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer, reader = lightning.Trainer(**quiet), Reader()
     data = SegmentationData("lumbar_spine")
-    data.inputs = [root / "images", root / "masks" / "0.png"]
+    data.inputs = [root / "images", root / "masks" / "0.png", root / "images" / "0.png"]
     trainer.predict(reader, datamodule=data)
-    assert reader.seen == [*sorted((root / "images").iterdir()), root / "masks" / "0.png"]
+    assert [tuple(files) for files in reader.seen] == [
+        *((path,) for path in sorted((root / "images").iterdir())),
+        (root / "masks" / "0.png",),
+    ]
     reader.seen.clear()
     trainer.test(reader, datamodule=SegmentationData("lumbar_spine", limit=6, side="all"), verbose=False)
     assert len(reader.seen) == 6 and all(type(item) is Item for item in reader.seen)

@@ -29,7 +29,7 @@ from segmentation.data.datamodule import SegmentationData, find_items
 from segmentation.data.ellipse import head_circumference
 from segmentation.data.formats import myosegmentum, spider, voxels
 from segmentation.data.item import Item
-from segmentation.prediction import predict_file, write_volume
+from segmentation.prediction import predict_case, write_volume
 from segmentation.tasks import TASKS, get_task
 
 every_layout = pytest.mark.parametrize("layout", layouts.LAYOUTS)
@@ -347,7 +347,7 @@ def test_volumes_are_predicted_in_the_slices_of_the_training(tmp_path, layout, g
         volumes = [SimpleITK.ReadImage(str(path)) for path in files]
         image, truth = (SimpleITK.DICOMOrient(volume, axes) if axes else volume for volume in volumes)
         SimpleITK.WriteImage(image, str(tmp_path / "new.mha"))
-        found = predict_file(tmp_path / "new.mha", task, network, again.cuts)
+        found = predict_case([tmp_path / "new.mha"], task, network, again.cuts)
         assert np.array_equal(found.classes, layouts.lumbar(SimpleITK.GetArrayFromImage(truth))), axes
         write_volume(found, tmp_path / "found.mha")
         written = SimpleITK.ReadImage(str(tmp_path / "found.mha"))
@@ -358,7 +358,7 @@ def test_volumes_are_predicted_in_the_slices_of_the_training(tmp_path, layout, g
 @pytest.mark.parametrize("cuts", [(), [("PI", "")], [("PI", "as stored"), ("PI", "turned over")]])
 def test_a_volume_that_does_not_tell_how_it_lies_is_not_predicted(tmp_path, cuts):
     save_volume(tmp_path / "a.mha", spine(1)[0], None)
-    found = predict_file(tmp_path / "a.mha", get_task("lumbar_spine"), lambda image: image[..., 0], cuts)
+    found = predict_case([tmp_path / "a.mha"], get_task("lumbar_spine"), lambda image: image[..., 0], cuts)
     assert found.classes is None and "a.mha does not say how it lies (direction and origin)" in found.reason
 
 
@@ -408,6 +408,29 @@ def test_channels_of_volumes_may_have_no_direction(tmp_path):
         SimpleITK.WriteImage(volume, str(tmp_path / "imagesTr" / f"1_{number:04d}.mha"))
     pixels, _ = next(iter(find("rgb:a,b,c,d,e", tmp_path).values())).read()
     assert np.array_equal(pixels - pixels[..., :1], np.ones_like(pixels) * [0, 1, 0])
+
+
+def test_channels_of_volumes_are_predicted_together(tmp_path):
+    for k in (3, 2, 1):
+        image, mask = layouts.write_volumes(tmp_path, "nnunet", k, "RAS")
+        first = SimpleITK.ReadImage(str(image))
+        for number in (1, 2):
+            SimpleITK.WriteImage(first + number, str(tmp_path / "imagesTr" / f"{k}_{number:04d}.mha"))
+    data = SegmentationData("rgb:a,b,c,d,e", tmp_path, image_size=32)
+    data.setup("fit")
+    again = SegmentationData("rgb:a,b,c,d,e")
+    again.load_state_dict(data.state_dict())
+    again.inputs = [tmp_path / "imagesTr"]
+    cases, truth = again.predict_dataloader().dataset, SimpleITK.ReadImage(str(mask))
+    assert [len(files) for files in cases] == [3, 3, 3]
+    network = of_training(data, image)
+    found = predict_case(cases[0], data.task, network, again.cuts, again.channel_files)
+    assert np.array_equal(found.classes, SimpleITK.GetArrayFromImage(truth))
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(first, "LPS"), str(tmp_path / "imagesTr" / "1_0002.mha"))
+    assert "1_0002.mha is laid LPS but its image" in predict_case(cases[0], data.task, network, again.cuts).reason
+    again.inputs = [image]
+    with pytest.raises(ValueError, match=r"1 has the channel\(s\) 1_0000\.mha: give 3 as in the training, 1_0000 to"):
+        again.predict_dataloader()
 
 
 def test_a_volume_is_read_once_for_all_its_slices_and_threads(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from data.layouts import colours, save_deep
 from segmentation.data.item import read_files, to_classes
 from segmentation.data.pixels import read_image, read_values, to_pixels, to_target
-from segmentation.prediction import predict_file, read_pixel_sizes
+from segmentation.prediction import predict_case, read_pixel_sizes
 from segmentation.tasks import get_task
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -81,7 +81,7 @@ def test_images_and_masks_are_read_as_they_are_seen(tmp_path, orientation, endin
     image, classes = read_files(get_task("fetal_head"), photo, mask)
     assert np.array_equal(classes, LEFT // 255)
     assert abs(image[..., 0].astype(int) - LEFT // 2).max() <= 9
-    assert np.array_equal(predict_file(photo, get_task("fetal_head"), lambda x: x[..., 0]).classes, image[..., 0])
+    assert np.array_equal(predict_case([photo], get_task("fetal_head"), lambda x: x[..., 0]).classes, image[..., 0])
 
 
 def test_a_mask_as_the_camera_stored_it_is_refused_with_the_reason(tmp_path):

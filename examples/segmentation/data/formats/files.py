@@ -41,6 +41,7 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     if missing := [str(path) for path in inputs if not path.exists()]:
         raise FileNotFoundError(f"input {missing[0]!r} does not exist: give an image, a volume or a folder of them")
     files = [file for path in inputs for file in (files_in(path, known) if path.is_dir() else [path])]
+    files = list(dict.fromkeys(files))  # once, also where a folder and a file in it are given
     if odd := [str(path) for path in files if not path.name.lower().endswith(known)]:
         raise ValueError(f"input {odd[0]!r} is no image: files may end in {' '.join(known)}")
     if odd := [path for path in files if path.name.encode(errors="ignore") != os.fsencode(path.name)]:
@@ -50,17 +51,29 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def refuse_channels(files: Iterable[Path], number: int) -> None:
-    """Refuse files that look like channels of one case, as the training had them."""
-    cases: dict[tuple[Path, str], Path] = {}
-    for path in files:
-        if match := CHANNEL.fullmatch(stem(path)):
-            first = cases.setdefault((path.parent, match[1]), path)
-            if first != path:
-                raise ValueError(
-                    f"{first} and {path.name} look like channels of one case, as in the training, which had {number} "
-                    f"files per case: predict joins none, so store each case as one image of {number} channels"
-                )
+def join_channels(files: Sequence[Path], number: int) -> list[tuple[Path, ...]]:
+    """The files of each case: its `number` channels as nnU-Net names them, or one file that holds them all."""
+    if number == 1:
+        return [(path,) for path in files]
+    cases: dict[Path, list[Path]] = {}
+    for path in sorted(files):
+        match = CHANNEL.fullmatch(stem(path))
+        cases.setdefault(path.parent / match[1] if match else path, []).append(path)
+    for case, found in cases.items():
+        names = [path.name for path in found]
+        wanted = [f"{case.name}_{channel:04d}" for channel in range(number)]
+        if found != [case] and [stem(path) for path in found] != wanted:
+            raise ValueError(
+                f"{case} has the channel(s) {', '.join(names)}: give {number} as in the training, {wanted[0]} to "
+                f"{wanted[-1]}, or one image that holds them"
+            )
+    return [tuple(found) for found in cases.values()]
+
+
+def case_stem(files: Sequence[Path]) -> str:
+    """The name of a case without an ending, and without the number of a channel where there are several files."""
+    name = stem(files[0])
+    return CHANNEL.fullmatch(name)[1] if len(files) > 1 else name
 
 
 def stem(path: Path) -> str:

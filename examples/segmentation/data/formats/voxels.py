@@ -33,6 +33,16 @@ def read_stack(find_cut: FindCut, *files: Path) -> tuple[Pixels, NDArray[np.inte
     return np.stack(channels, axis=3), values
 
 
+def read_channels(files: Sequence[Path]) -> list[sitk.Image]:
+    """The volumes that are the channels of one case, all of the first one's size and laid as its header says."""
+    first, *others = volumes = [read_volume(path) for path in files]
+    for volume, path in zip(others, files[1:], strict=True):
+        check_sizes(first.GetSize(), files[0], volume.GetSize(), path)
+        _check_place(volume, path, first, files[0])
+        copy_place(first, volume)
+    return volumes
+
+
 def read_mask(find_cut: FindCut, *files: Path) -> tuple[NDArray[np.integer], tuple[float, float], Cut]:
     """Mask values (s h w) of the last file, the size of a pixel in mm (row to row, column to column), and the cut.
 
@@ -93,14 +103,14 @@ def _length_in_mha(content: bytes) -> int | None:
     return len(zlib.decompress(voxels[0][: int(size[1]) if size else None]))
 
 
-def copy_place(header: sitk.ImageFileReader, volume: sitk.Image) -> None:
+def copy_place(header: sitk.ImageFileReader | sitk.Image, volume: sitk.Image) -> None:
     """Give a volume the spacing, origin and direction of a header."""
     volume.SetSpacing(header.GetSpacing())
     volume.SetOrigin(header.GetOrigin())
     volume.SetDirection(header.GetDirection())
 
 
-def _check_place(mask: sitk.Image, path: Path, header: sitk.ImageFileReader, image_path: Path) -> None:
+def _check_place(mask: sitk.Image, path: Path, header: sitk.ImageFileReader | sitk.Image, image_path: Path) -> None:
     """Refuse a mask along other axes than its image, and warn of one in another place, as far as their headers say."""
     is_known, ways = not (is_silent(mask) or is_silent(header)), [orientation(volume) for volume in (mask, header)]
     if is_known and ways[0] != ways[1]:
