@@ -77,7 +77,7 @@ class KANStage(nn.Module):
 class ContextBlock(nn.Module):
     """SS2D for the context of the whole image, then EMA for attention; either can be left out.
 
-    With ``residual`` the block adds its result to its input, and LayerNorm precedes SS2D.
+    With ``residual`` the block adds its result to its input, unless both are left out, and LayerNorm precedes SS2D.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class ContextBlock(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.residual = residual and use_ss2d
-        self.norm = nn.LayerNorm(channels) if self.residual else nn.Identity()
+        self.residual = residual and (use_ss2d or use_ema)
+        self.norm = nn.LayerNorm(channels) if residual and use_ss2d else nn.Identity()
         self.ss2d = SS2D(channels, d_state, expand=expand, backend=backend) if use_ss2d else None
         self.ema = EMA(channels, ema_factor) if use_ema else None
 

@@ -33,8 +33,9 @@ class KMUNet(SegmentationModel):
         trunk_context: whether the output of the context blocks feeds the next level too, as in the report; with False
             it feeds the skips only, as in the published code.
         decoder_kan: whether the decoder has KAN blocks at 1/16 and 1/8.
-        context_residual: whether SS2D and EMA add their result to their input, with LayerNorm before SS2D. Neither the
-            report nor its code has this connection; the model learns better with it (docs/short_trainings.md).
+        context_residual: whether SS2D and EMA, or the one of them that is used, add their result to their input, with
+            LayerNorm before SS2D. Neither the report nor its code has this connection; the model learns better with
+            it (docs/short_trainings.md).
         use_kan: False replaces KANLinear with ``nn.Linear`` everywhere.
         use_ss2d: False leaves out SS2D.
         use_ema: False leaves out EMA.

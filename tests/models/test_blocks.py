@@ -43,7 +43,9 @@ class TestContextBlock:
         torch.nn.init.zeros_(block.ss2d.out_proj.weight)
         assert torch.equal(block(x), x)
         only_ema = ContextBlock(8, use_ss2d=False, residual=True)
-        assert torch.equal(only_ema(x), only_ema.ema(x)) and not list(only_ema.norm.parameters())
+        assert torch.equal(only_ema(x), x + only_ema.ema(x)) and not list(only_ema.norm.parameters())
+        neither = ContextBlock(8, use_ss2d=False, use_ema=False, residual=True)
+        assert torch.equal(neither(x), x)
 
     def test_either_may_be_left_out(self) -> None:
         x = torch.randn(2, 8, 7, 5)
