@@ -1,8 +1,7 @@
 """What a model or layer sees: the effective receptive field, and the scan of a layer as attention."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_int, check_pixels, check_shape
 from kan_mamba_layers.layers import SS3D, Mamba
 from kan_mamba_layers.layers.grid_scan import GridScan
+from kan_mamba_layers.layers.module import evaluating
 from kan_mamba_layers.layers.vss import takes_channels_last
 from kan_mamba_layers.ops import cross_selective_scan, selective_scan
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
@@ -44,7 +44,7 @@ def effective_receptive_field(
     output: int | str | None = None,
     channels_last: bool | None = None,
 ) -> Tensor:  # h w
-    r"""Return how much each pixel of the input acts on one position of the output: the effective receptive field.
+    r"""Return how much each pixel of the input influences one position of the output: the effective receptive field.
 
     .. math::
         R_{ij} = \frac{1}{b\,c} \sum_{b,\,c} \Big| \frac{\partial}{\partial x_{bcij}} \sum_o y_{bo}(p) \Big| , \qquad
@@ -98,7 +98,7 @@ def effective_receptive_field(
     check_pixels("images", images, *_spatial(images, last))
     if not images.numel():
         raise ValueError(f"images must have at least one image and channel, got shape {tuple(images.shape)}; pass one")
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         x = images.detach().clone().requires_grad_()
         y = _pick(model(x.clone()), output)  # a model may write into its input
         if y.ndim != 4 or not y.numel() or y.shape[0] != x.shape[0]:
@@ -278,7 +278,7 @@ def _calls(layer: nn.Module, x: Tensor) -> list[dict[str, Any]]:
                 calls.append(plain)
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    with _evaluating(layer):
+    with evaluating(layer):
         layer.forward(x.as_subclass(Recorded))
     return calls
 
@@ -345,15 +345,3 @@ def _contents(y: Any) -> str:
     if isinstance(y, Mapping):
         return f"a {type(y).__name__} of {', '.join(map(repr, y))}"
     return f"a {type(y).__name__}" + (f" of {len(y)}" if isinstance(y, (tuple, list)) else "")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module is in its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

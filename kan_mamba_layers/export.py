@@ -62,13 +62,14 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
+        FileNotFoundError: the folder of ``path`` does not exist.
         TypeError: an argument has the wrong type.
         ValueError: the model is in training mode or in half precision, an argument does not fit, the model does not
             take a batch of one or a larger size, or the graph is not the model: its results differ by more than 1e-4,
             or other values are infinite or NaN. Then no file is written.
 
     Numerics:
-        Errors are around 1e-6. Scans run in float32, in chunks of 64 steps side by side.
+        Errors are around 1e-6 in float32. Scans run in float32 at least, in chunks of 64 steps side by side.
 
     Example:
         >>> from kan_mamba_layers import create_model
@@ -78,8 +79,11 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
-    if model.training:
-        raise ValueError("model is in training mode, which ONNX cannot express; call model.eval()")
+    if any(module.training for module in model.modules()):
+        raise ValueError("model is in training mode, or a part of it, which ONNX cannot express; call model.eval()")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path {str(path)!r} is in a folder that does not exist; create it")
     check_int("opset", opset, _LEAST_OPSET)
     halves = {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.itemsize < 4}
     if halves:
@@ -116,7 +120,6 @@ def export_onnx(
                     "model turns into numbers, and for dimensions that vary but are not in sizes"
                 )
             shapes.append(shape)
-    path = Path(path)
     path.write_bytes(graph)
     return OnnxReport(path, opset, len(program.model_proto.graph.node), error, tuple(shapes))
 
@@ -154,7 +157,10 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
         return (torch.randn(shape, generator=draw, device="cpu").to(like),)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     for n, x in enumerate(inputs):
-        check_tensor(f"example[{n}]", x)
+        if not isinstance(x, Tensor) or x.is_floating_point():
+            check_tensor(f"example[{n}]", x)
+        elif x.is_complex() or x.is_quantized or x.layout is not torch.strided:
+            raise TypeError(f"example[{n}] must be a dense tensor of real numbers, got {x.dtype}, {x.layout}; pass one")
     return inputs
 
 

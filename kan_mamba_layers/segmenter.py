@@ -1,4 +1,4 @@
-"""From images as they come to labels: a model with all that belongs to its use."""
+"""Segmenter: a model together with the preprocessing of its images, from arrays to labels."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int
+from kan_mamba_layers.layers.module import evaluating
 from kan_mamba_layers.models.factory import from_pretrained
 from kan_mamba_layers.models.model import Model, stored_state
 from kan_mamba_layers.models.pretrained import folder_of
@@ -21,7 +22,7 @@ from kan_mamba_layers.ops.backend import Backend
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _WINDOWS_AT_ONCE = 4
 _MOST_CLASSES = 255
-_MODES = ("L", "RGB", "RGBA", "I", "F")  # of images of Pillow
+_MODES = ("L", "LA", "RGB", "RGBA", "I", "F")  # of images of Pillow
 _ROUNDING = 8  # steps of a floating-point type: a channel that spans no more is constant
 _CONSTANT = 1e-6  # deviation of a channel between 0 and 1
 _FAINTEST = 1e-3  # weight of a window at its corners
@@ -42,7 +43,7 @@ class Segmenter:
 
     Args:
         model: from ``b in_channels h w`` to logits of one class, or of the background and two or more classes. It is
-            put in evaluation mode, and works on its own device.
+            put in evaluation mode, in which it also works if it is trained on, and works on its own device.
         classes: names of the classes that are not background, at most 255; pixels of the first are labelled 1.
         size: side of the squares.
         in_channels: 1 for grey images, 3 for colour.
@@ -66,7 +67,7 @@ class Segmenter:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; see create_model")
-        if isinstance(classes, str) or not classes or not all(isinstance(name, str) for name in classes):
+        if isinstance(classes, str) or not len(classes) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be a sequence of names, got {classes!r}; pass e.g. ['lesion']")
         if len(classes) > _MOST_CLASSES:
             raise ValueError(
@@ -75,10 +76,10 @@ class Segmenter:
         check_int("size", size, 2)
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (colour), got {in_channels!r}; pass one of them")
-        if not set(flip_axes) <= {-2, -1}:
+        if sorted(flip_axes) not in ([], [-2], [-1], [-2, -1]):
             raise ValueError(f"flip_axes may hold -2 (up and down) and -1 (left and right), got {flip_axes!r}")
         self.model = model.eval()
-        self.classes = tuple(classes)
+        self.classes = tuple(map(str, classes))
         self.size = int(size)
         self.in_channels = int(in_channels)
         self.flip_axes = tuple(map(int, flip_axes))
@@ -134,8 +135,8 @@ class Segmenter:
         Args:
             image: array ``(h, w)``, ``(h, w, 1)``, ``(h, w, 3)`` or ``(h, w, 4)`` of any size, of integers or finite
                 floating-point numbers, or an image of Pillow.
-            flips: whether to average the probabilities over the flips that the training knew.
-            windows: whether to apply the model to overlapping squares of the image as it is, not to the resized image.
+            flips: whether to average the probabilities over the flips used in training.
+            windows: whether to apply the model to overlapping windows of the unresized image.
 
         Raises:
             TypeError: the image holds no real numbers.
@@ -162,15 +163,16 @@ class Segmenter:
             raise ValueError("flips=True, but this model's training flipped no image; leave flips out")
         pixels = _with_channels(_pixels(image), self.in_channels)  # h w c
         x = _unit(pixels) if windows else self.to_square(pixels, self.size)
-        x = _normalise(x)[None].to(next(self.model.parameters()).device)  # 1 c h w
+        x = _normalise(x)[None].to(self._like())  # 1 c h w
         axes = self.flip_axes if flips else ()
         subsets = [subset for number in range(len(axes) + 1) for subset in itertools.combinations(axes, number)]
         probabilities = []
-        for subset in subsets:
-            view = x.flip(subset)
-            logits = self._blended(view) if windows else self._resized(view, pixels.shape[:2])
-            p = logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
-            probabilities.append(p.flip(subset))
+        with evaluating(self.model):
+            for subset in subsets:
+                view = x.flip(subset)
+                logits = self._blended(view) if windows else self._resized(view, pixels.shape[:2])
+                p = logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
+                probabilities.append(p.flip(subset))
         return torch.stack(probabilities).mean(dim=0)
 
     def _resized(self, x: Tensor, own: tuple[int, ...]) -> Tensor:  # 1 c size size -> k h w
@@ -206,13 +208,20 @@ class Segmenter:
         return (total / weights)[:, before[0] : before[0] + own[0], before[1] : before[1] + own[1]]
 
     def _logits(self, x: Tensor) -> Tensor:  # b c size size -> b k size size
-        logits = self.model(x.to(next(self.model.parameters()).dtype)).float()
+        logits = self.model(x)
+        if not isinstance(logits, Tensor) or logits.ndim != 4:
+            kind = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise TypeError(f"model must return logits (b, k, h, w), got {kind}; wrap it so that it does")
         if logits.shape[1] != self._num_logits:
             raise ValueError(
                 f"model returns {logits.shape[1]} logits, but {len(self.classes)} classes need {self._num_logits}: one "
                 "for one class, else one for each and one for the background; pass other classes, or another model"
             )
-        return logits
+        return logits.float()
+
+    def _like(self) -> Tensor:
+        """A tensor on the device and in the dtype of the model's images."""
+        return next(self.model.parameters(), torch.empty(0, device="cpu"))
 
     @property
     def _num_logits(self) -> int:
@@ -226,7 +235,7 @@ def _pixels(image: Any) -> NDArray[Any]:  # h w c
         raise TypeError(
             f"image has Pillow's mode {mode!r}, whose values are neither grey levels nor colours; convert it to RGB"
         )
-    pixels = np.asarray(image)
+    pixels = np.asarray(image.getchannel(0) if mode == "LA" else image)
     if pixels.dtype.kind not in "uif" or isinstance(image, Tensor):
         kind = "a torch.Tensor" if isinstance(image, Tensor) else f"an array of {pixels.dtype}"
         raise TypeError(f"image must be an array of integers or floating-point numbers, got {kind}; convert it")

@@ -75,7 +75,7 @@ BARS = {
             ("*unwritten*", "*beyond_the_ends*", "*test_memory*"),
         ),
         Bar(
-            "The same bits again, for any number of threads",
+            "The same bits again for the same number of threads, the same up to rounding for any other",
             ("*same_bits*", "*any_number*", "*several_threads*", "*TestThreads*"),
         ),
         Bar("Vector instructions of each processor", ("*test_targets*", "*ops.simd*")),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import assert_close
-from kan_mamba_layers import EMA, SS2D, KANLinear, create_model, export_onnx, selective_scan
+from kan_mamba_layers import EMA, SS2D, KANLinear, Mamba, create_model, export_onnx, selective_scan
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -119,6 +119,20 @@ class TestOnnx:
             export_onnx(Fixed().eval(), path, x, sizes={0: "batch", 2: "height"})
         assert {shape[2] for shape in export_onnx(Fixed().eval(), path, x, sizes={0: "batch", 3: "w"}).shapes} == {32}
 
+    def test_masks_and_whole_numbers(self, tmp_path: Path) -> None:
+        path, sizes = tmp_path / "m.onnx", {0: "batch", 1: "length"}
+        inputs = (torch.randn(2, 12, 8), torch.rand(2, 12) > 0.3)
+        report = export_onnx(Mamba(8, 4).eval(), path, inputs, sizes=(sizes, sizes))
+        assert report.error < 1e-5 and len(set(report.shapes)) > 2
+        words = nn.Sequential(nn.Embedding(9, 8), Mamba(8, 4)).eval()
+        assert export_onnx(words, path, torch.randint(9, (2, 12)), sizes=sizes).error < 1e-5
+        with pytest.raises(TypeError, match=r"example\[0\] must be a dense tensor of real numbers, got"):
+            export_onnx(words, path, torch.zeros(2, 3, dtype=torch.complex64))
+
+    def test_a_missing_folder_is_named_first(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"nowhere.* is in a folder that does not exist"):
+            export_onnx(KANLinear(3, 2).eval(), tmp_path / "nowhere" / "m.onnx")
+
     def test_an_operator_that_onnxruntime_lacks_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"float64.*model\.float\(\)"):
             export_onnx(SS2D(4, d_state=2).double().eval(), tmp_path / "m.onnx")
@@ -131,6 +145,7 @@ class TestOnnx:
         ("model", "options", "message"),
         [
             (KANLinear(3, 2), {}, r"model\.eval"),
+            (nn.Sequential(nn.BatchNorm1d(3).train()).eval().append(nn.BatchNorm1d(3)), {}, "or a part of it"),
             (KANLinear(3, 2).eval().half(), {}, "float16"),
             (nn.Sequential(KANLinear(3, 2)).eval(), {}, "example is None"),
             (KANLinear(3, 2).eval(), {"opset": 9}, "opset must be at least 18"),

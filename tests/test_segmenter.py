@@ -203,6 +203,8 @@ def test_grey_and_colour_and_alpha(depth):
         rounded = np.asarray(Image.fromarray(colour).convert("L"), np.int64)
         assert (abs(rounded - luma.round()) <= 1).all()
         assert (three(Image.fromarray(colour)) == three(colour)).all()
+        grey_alpha = Image.merge("LA", [Image.fromarray(image[..., 0]), Image.new("L", image.shape[1::-1], 7)])
+        assert (single(grey_alpha) == single(image[..., 0])).all()
 
 
 def test_a_constant_image_is_all_zeros():
@@ -233,6 +235,7 @@ def test_a_constant_image_is_all_zeros():
         ),
         (Image.new("CMYK", (4, 4)), TypeError, "image has Pillow's mode 'CMYK'"),
         (Image.new("LAB", (4, 4)), TypeError, "image has Pillow's mode 'LAB'"),
+        (Image.new("La", (4, 4)), TypeError, "image has Pillow's mode 'La'"),
         (Image.new("1", (4, 4)), TypeError, "image has Pillow's mode '1'"),
     ],
 )
@@ -250,12 +253,43 @@ def test_what_is_no_image_is_refused(image, error, message):
         ({"size": 1}, ValueError, "size must be at least 2"),
         ({"in_channels": 2}, ValueError, "in_channels must be 1 .* got 2"),
         ({"flip_axes": [1]}, ValueError, "flip_axes may hold -2"),
+        ({"flip_axes": [-1, -1]}, ValueError, "flip_axes may hold -2"),
     ],
 )
 def test_wrong_settings_are_refused(changes, error, message):
     settings: dict[str, Any] = {"model": pointwise(1, 1), "classes": ["head"], "size": 32, "in_channels": 1}
     with pytest.raises(error, match=message):
         Segmenter(**(settings | changes))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_model_that_is_trained_on_answers_as_in_evaluation(windows):
+    model = create_model("km_unet_pp_tiny", in_channels=1, deep_supervision=True)
+    segmenter, image = grey(model, 64), picture()
+    before = segmenter.probabilities(image, windows=windows)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.train()
+    model.encoder[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert np.array_equal(segmenter.probabilities(image, windows=windows), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"), [(lambda x: [x], "a list"), (lambda x: {"out": x}, "a dict"), (lambda x: x[0], r"shape \(1,")]
+)
+def test_a_model_that_returns_no_logits_is_refused(answer, kind):
+    class Other(nn.Module):  # without parameters, too
+        def forward(self, x: Tensor) -> Any:
+            return answer(x)
+
+    with pytest.raises(TypeError, match=rf"model must return logits \(b, k, h, w\), got {kind}"):
+        grey(Other())(picture())
+
+
+def test_names_of_classes_may_be_an_array():
+    assert Segmenter(pointwise(1, 3), np.array(["a", "b"]), size=32, in_channels=1).classes == ("a", "b")
 
 
 @pytest.mark.parametrize("windows", [False, True])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
+from kan_mamba_layers.compat.rows import read_rows, without_padding, write_rows
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 
 Activation = str | None
@@ -59,7 +60,8 @@ def causal_conv1d_update(
     """Convolve the next positions of a sequence, after those in ``conv_state``, which is updated in place.
 
     With ``cache_seqlens``, the number of positions before, ``conv_state`` is a ring: position ``t`` lies at
-    ``t % s``. Otherwise the last position lies last. ``conv_state_indices`` picks the rows of ``conv_state``.
+    ``t % s``. Otherwise the last position lies last. ``conv_state_indices`` picks the rows of ``conv_state``; a
+    negative one marks padding, whose output is 0.
     """
     single = x.ndim == 2
     inputs = x[..., None] if single else x  # b d l
@@ -67,7 +69,7 @@ def causal_conv1d_update(
     (batch, channels, length), width, slots = inputs.shape, weight.shape[1], conv_state.shape[-1]
     if slots < width - 1:
         raise ValueError(f"conv_state must hold at least w - 1 = {width - 1} positions, got {slots}; allocate more")
-    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]  # b d s
+    state = read_rows(conv_state, conv_state_indices)  # b d s
     check_shape("conv_state", state, (batch, channels, slots), "b, d, s")
     if cache_seqlens is None:
         line = torch.cat([state, inputs.to(state.dtype)], -1)
@@ -79,11 +81,8 @@ def causal_conv1d_update(
         kept = min(length, slots)  # the rest would be overwritten at once
         new = state.scatter(2, slot[..., slot.shape[-1] - kept :], inputs[..., length - kept :].to(state.dtype))
     out = _filter(torch.cat([before.to(inputs.dtype), inputs], -1), weight, bias, activation, None)
-    with torch.no_grad():
-        if conv_state_indices is None:
-            conv_state.copy_(new)
-        else:
-            conv_state[conv_state_indices] = new
+    write_rows(conv_state, conv_state_indices, new)
+    out = without_padding(out, conv_state_indices)
     return out[..., 0] if single else out
 
 

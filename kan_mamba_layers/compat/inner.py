@@ -14,7 +14,9 @@ from kan_mamba_layers.compat.convolution import causal_conv1d_fn
 from kan_mamba_layers.compat.functions import scan
 
 
-class _Scanned(NamedTuple):
+class Scanned(NamedTuple):
+    """What a scan reads but for its recurrence."""
+
     x: Tensor  # b d l
     delta: Tensor  # b d l
     B: Tensor  # d n | b n l | b g n l
@@ -61,7 +63,7 @@ def mamba_inner_fn(
         c = _rms_norm(c, c_rms_weight, b_c_dt_rms_eps)
     if dt_rms_weight is not None:
         delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    y = _Scanned(x, delta, b, c, z).run(A, D, delta_bias, delta_softplus)
+    y = Scanned(x, delta, b, c, z).run(A, D, delta_bias, delta_softplus)
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
 
 
@@ -123,7 +125,7 @@ def _scanned(
     C: Tensor | None,
     B_proj_bias: Tensor | None,
     C_proj_bias: Tensor | None,
-) -> _Scanned:
+) -> Scanned:
     channels, width = conv1d_weight.shape[0], conv1d_weight.shape[-1]
     check_shape("xz", xz, ("any", 2 * channels, "any"), "b, 2d, l")
     x, z = xz.chunk(2, 1)  # b d l, b d l
@@ -135,7 +137,7 @@ def _scanned(
         B = _add(projected[..., rank : rank + states], B_proj_bias).mT  # b n l
     if C is None:
         C = _add(projected[..., projected.shape[-1] - states :], C_proj_bias).mT  # b n l
-    return _Scanned(x, delta, B, C, z)
+    return Scanned(x, delta, B, C, z)
 
 
 def _add(x: Tensor, bias: Tensor | None) -> Tensor:

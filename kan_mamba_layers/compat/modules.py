@@ -3,19 +3,27 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers import Mamba as Layer
 from kan_mamba_layers._check import check_choice, check_int
-from kan_mamba_layers.compat.inner import bimamba_inner_fn
-from kan_mamba_layers.layers.mamba import MambaState
+from kan_mamba_layers.compat.inner import Scanned
+from kan_mamba_layers.layers.mamba import MambaState, StepProjection
 from kan_mamba_layers.ops.precision import compute_dtype
 
 Form = Literal["none", "v1", "v2", "v3"]
 
 
+class BiasedStepProjection(StepProjection):
+    """Adds its bias unless told otherwise, for code that calls it as the ``nn.Linear`` of the originals."""
+
+    def forward(self, low: Tensor, *, add_bias: bool = True) -> Tensor:  # ... r -> ... d
+        return F.linear(low, self.weight, self.bias if add_bias else None)
+
+
 class Mamba(Layer):
-    """:class:`kan_mamba_layers.Mamba` with the constructor and the methods of the originals.
+    """:class:`kan_mamba_layers.Mamba` with the constructor, the methods and the parts of the originals.
 
     ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
     Vim; ``"v3"`` in SegMamba: ``"v2"`` and a third scan, which visits the ``nslices`` equal parts of the sequence in
@@ -25,6 +33,9 @@ class Mamba(Layer):
     which runs all directions. ``layer_idx`` is the key of this layer's state in ``inference_params``.
     """
 
+    _step_projection = BiasedStepProjection
+    _is_padded_by_conv = True
+    _has_wide_dynamics = True
     A_b_log: nn.Parameter
     gamma: nn.Parameter | None
 
@@ -76,6 +87,7 @@ class Mamba(Layer):
             device=device,
             dtype=dtype,
         )
+        self.activation, self.act = "silu", nn.SiLU()  # read by code that writes the forward pass anew
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
@@ -107,22 +119,23 @@ class Mamba(Layer):
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # b l c
         if inference_params is not None:
             return self._continue(hidden_states, inference_params)
-        if self.bimamba_type == "v1":
-            return self._scaled(self._both_ways(hidden_states))
         return self._scaled(super().forward(hidden_states))
 
     def _scaled(self, out: Tensor) -> Tensor:  # b l c
         return out if self.gamma is None else out * self.gamma
 
-    def _both_ways(self, x: Tensor) -> Tensor:  # b l c
-        self._check_input(x)
-        weights = (self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight)
-        A, A_b = (-torch.exp(log.to(compute_dtype(x))) for log in (self.A_log, self.A_b_log))
-        projections = (self.out_proj.weight, self.out_proj.bias)
-        xz = self.in_proj(x).mT  # b 2d l
-        return bimamba_inner_fn(xz, *weights, *projections, A, A_b, D=self.D, delta_bias=self.dt_proj.bias)
+    def _convolved(self, conv: nn.Conv1d, u: Tensor, state: MambaState | None) -> Tensor:  # b d l
+        if state is None:
+            return conv(u)[..., : u.shape[-1]]
+        before = self.d_conv - 1
+        return conv(torch.cat([state.conv[..., 1:].to(u.dtype), u], -1))[..., before : before + u.shape[-1]]
+
+    def _widened(self, dt_proj: StepProjection, low: Tensor) -> Tensor:  # b l r -> b l d
+        return dt_proj(low, add_bias=False)
 
     def _scan_all(self, u: Tensor, z: Tensor, hidden: Tensor | None) -> Tensor:  # b d l
+        if self.bimamba_type == "v1":
+            return self._scan_both_ways(u, z)
         y = super()._scan_all(u, z, hidden)
         if self.bimamba_type != "v3":
             return y
@@ -133,18 +146,31 @@ class Mamba(Layer):
         across, _ = self._scan(u, z, "_s")
         return y + across.unflatten(-1, (-1, slices)).mT.flatten(-2)
 
+    def _scan_both_ways(self, u: Tensor, z: Tensor) -> Tensor:  # b d l
+        """One convolution and projection, then a scan forwards with ``A`` and one backwards with ``A_b``."""
+        scanned = Scanned(*self._selected(u, ""), z)
+        A, A_b = (-torch.exp(log.to(compute_dtype(u))) for log in (self.A_log, self.A_b_log))
+        y = scanned.run(A, self.D, self.dt_proj.bias, True)
+        return y + scanned.run(A_b, self.D, self.dt_proj.bias, True, backwards=True)
+
     def _continue(self, x: Tensor, inference_params: Any) -> Tensor:  # b l c
         """A sequence's beginning, or its next position, with the state in ``inference_params``."""
+        cache = self._get_states_from_cache(inference_params, x.shape[0], inference_params.seqlen_offset == 0)
+        return self.step(x, *cache)[0]
+
+    def _get_states_from_cache(
+        self, inference_params: Any, batch_size: int, initialize_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The two states of this layer in ``inference_params``, which begin as zeros."""
         if self.layer_idx is None:
             raise ValueError("inference_params needs a layer with a number; pass layer_idx to the constructor")
-        memory, batch = inference_params.key_value_memory_dict, x.shape[0]
+        memory = inference_params.key_value_memory_dict
         if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch, 0)
-        cache = memory[self.layer_idx]
-        if inference_params.seqlen_offset == 0:
-            for part in cache:
+            memory[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
+        if initialize_states:
+            for part in memory[self.layer_idx]:
                 part.zero_()
-        return self.step(x, *cache)[0]
+        return memory[self.layer_idx]
 
     def step(  # type: ignore[override]
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor

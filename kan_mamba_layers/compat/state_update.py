@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
+from kan_mamba_layers.compat.rows import read_rows, without_padding, write_rows
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 
 
@@ -23,6 +24,7 @@ def selective_state_update(
 ) -> Tensor:  # b d | b h d
     """Take one step from ``state``, which is updated in place; ``state_batch_indices`` picks its rows.
 
+    A negative index marks padding, whose output is 0.
     The second form has ``h`` heads, of which ``h / g`` neighbours share ``B`` and ``C``.
     """
     many = state.ndim == 4
@@ -30,7 +32,7 @@ def selective_state_update(
         x, dt, z, B, C = (None if v is None else v[:, None] for v in (x, dt, z, B, C))  # type: ignore[assignment]
         A, D, dt_bias = (None if v is None else v[None] for v in (A, D, dt_bias))  # type: ignore[assignment]
     old = state if many else state[:, None]  # b h d n
-    old = old if state_batch_indices is None else old[state_batch_indices]
+    old = read_rows(old, state_batch_indices)
     check_shape("state", old, (x.shape[0], "any", "any", "any"), "b, [h,] d, n")
     batch, heads, channels, states = old.shape
     groups = B.shape[1]
@@ -58,10 +60,6 @@ def selective_state_update(
         y = (new * C[:, :, None]).sum(-1)  # b h d
         y = y if D is None else y + D.to(dtype) * x
         y = y if z is None else y * F.silu(z.to(dtype))
-    with torch.no_grad():
-        new = (new if many else new[:, 0]).to(state.dtype)
-        if state_batch_indices is None:
-            state.copy_(new)
-        else:
-            state[state_batch_indices] = new
+    write_rows(state, state_batch_indices, new if many else new[:, 0])
+    y = without_padding(y, state_batch_indices)
     return (y if many else y[:, 0]).to(inputs.dtype)

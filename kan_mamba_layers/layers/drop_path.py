@@ -25,8 +25,8 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1 - self.rate
-        mask = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-        return x * (mask / keep)
+        chances = x.new_full((len(x), *[1] * (x.ndim - 1)), keep)
+        return x * (torch.bernoulli(chances) / keep)  # not bernoulli_, which vmap draws once for all samples or refuses
 
     def extra_repr(self) -> str:
         return f"{self.rate}"

@@ -28,11 +28,15 @@ def check_steps(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
     check_number("dt_init_floor", dt_init_floor, 0.0, open_low=True)
 
 
-def reset_dynamics(bias: Tensor, A_log: Tensor, D: Tensor, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
-    """Draw steps that are log-uniform in ``[dt_min, dt_max]``; set ``A = -(1, ..., n)`` and skips of 1."""
+def reset_steps(bias: Tensor, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
+    """Draw step sizes that are log-uniform in ``[dt_min, dt_max]``."""
     low, high = math.log(dt_min), math.log(dt_max)
     step = torch.rand(bias.shape, device=bias.device).mul(high - low).add(low).exp().clamp_min(dt_init_floor)
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-    rates = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=bias.device)
+
+
+def reset_recurrence(A_log: Tensor, D: Tensor) -> None:
+    """Set ``A = -(1, ..., n)`` and skips of 1."""
+    rates = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device)
     A_log.copy_(rates.log().expand_as(A_log))
     nn.init.ones_(D)

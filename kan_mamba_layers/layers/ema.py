@@ -72,7 +72,7 @@ class EMA(Layer):
         check_shape("x", x, ("any", self.channels, "any", "any"), "b, channels, h, w")
         height, width = x.shape[2:]
         check_pixels("x", x, height, width)
-        check_dtype("x", x, "conv3x3.weight", self.conv3x3.weight)
+        check_dtype("x", x, "conv3x3.weight", getattr(self.conv3x3, "weight", None))
         groups = rearrange(x, "b (f c) h w -> (b f) c h w", f=self.factor)
         means = torch.cat([groups.mean(3), groups.mean(2)], 2)  # b*f c h+w
         gates = self.conv1x1(means[..., None]).sigmoid()  # b*f c h+w 1

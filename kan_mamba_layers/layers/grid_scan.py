@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_mask, check_number, check_pixels, check_shape
 from kan_mamba_layers.layers.depthwise import depthwise_conv
-from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_dynamics
+from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_recurrence, reset_steps
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import cross_selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
@@ -100,8 +100,8 @@ class GridScan(Layer):
                 module.reset_parameters()
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        steps = (self.dt_min, self.dt_max, self.dt_init_floor)
-        reset_dynamics(self.dt_projs_bias, self.A_logs, self.Ds, *steps)
+        reset_steps(self.dt_projs_bias, self.dt_min, self.dt_max, self.dt_init_floor)
+        reset_recurrence(self.A_logs, self.Ds)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # b *grid c
         """Mix the positions of a grid of any size; where ``mask`` is False they are left out, and the output is 0."""
@@ -139,7 +139,7 @@ class GridScan(Layer):
         check_shape("x", x, ("any",) * len(letters) + (self.d_model,), ", ".join((*letters, "d_model")))
         grid = tuple(x.shape[1:-1])
         check_pixels("x", x, *grid)
-        check_dtype("x", x, conv + ".weight", getattr(self, conv).weight)
+        check_dtype("x", x, conv + ".weight", getattr(getattr(self, conv), "weight", None))
         if mask is not None:
             check_mask("mask", mask, x.shape[:-1], ", ".join(letters))
         made = None if self.walks is None else _made(self.walks, grid)

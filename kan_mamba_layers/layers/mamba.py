@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_choice, check_int, check_mask, check_number, check_shape
-from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_dynamics
+from kan_mamba_layers.layers.dynamics import check_steps, inner_sizes, reset_recurrence, reset_steps
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops import selective_scan
 from kan_mamba_layers.ops.backend import Backend, check_backend
@@ -22,9 +22,23 @@ class MambaState(NamedTuple):
 
 
 class StepProjection(Layer, nn.Linear):
-    """The product alone: the scan adds the bias, in float32 at least."""
+    """The product alone: the scan adds the bias, in float32 at least.
+
+    ``bounds`` are those of the initial weights, ``steps`` are the least and the greatest initial step size and a floor.
+    """
 
     undecayed = ("bias",)
+
+    def __init__(
+        self, rank: int, channels: int, bounds: tuple[float, float], steps: tuple[float, float, float], **factory: Any
+    ) -> None:
+        self.bounds, self.steps = bounds, steps  # first, since nn.Linear draws its weights when it is made
+        super().__init__(rank, channels, **factory)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, *self.bounds)
+        reset_steps(self.bias, *self.steps)
 
     def forward(self, low: Tensor) -> Tensor:  # ... r -> ... d
         return F.linear(low, self.weight)
@@ -83,9 +97,9 @@ class Mamba(Layer):
         ``dt_proj.bias`` has ``_no_reinit = True``, as in ``mamba_ssm``.
 
         A position with ``mask`` False has a step of exactly 0, so it leaves the state as it is, and its output is 0,
-        even if its input is not finite. The convolution still counts it, as an input of 0. With masked positions only
-        before or behind a sequence, the others get what the sequence alone would give; around a hole in the middle the
-        convolution sees zeros instead of the neighbours beyond.
+        even if its input is not finite. The convolution sees it as an input of 0. If only positions before or after a
+        sequence are masked, the outputs of the others are those of the sequence alone. At masked positions inside a
+        sequence the convolution sees zeros instead of the next valid neighbours.
 
     Example:
         >>> import torch
@@ -106,6 +120,10 @@ class Mamba(Layer):
         the two directions. The parameter names are those of ``mamba_ssm`` and of Vim, whose weights load strictly.
     """
 
+    # What the stand-in for the class of mamba_ssm, whose parts are called from outside, has otherwise.
+    _step_projection: type[StepProjection] = StepProjection
+    _is_padded_by_conv = False
+    _has_wide_dynamics = False  # A_log and D in float32 at least, whatever the other weights are in
     conv1d: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: StepProjection
@@ -166,12 +184,18 @@ class Mamba(Layer):
         """Make the parameters of one more scan, whose names end in ``suffix``."""
         like, d = self.in_proj.weight, self.d_inner
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        dt_proj = StepProjection(self.dt_rank, d, **factory)
-        A_log, D = (nn.Parameter(torch.empty(*shape, **factory)) for shape in ((d, self.d_state), (d,)))
+        bound, steps = self.dt_scale * self.dt_rank**-0.5, (self.dt_min, self.dt_max, self.dt_init_floor)
+        bounds = (bound if self.dt_init == "constant" else -bound, bound)
+        dt_proj = self._step_projection(self.dt_rank, d, bounds, steps, **factory)
         self.undecayed += (f"A{suffix}_log", f"D{suffix}")
-        self.add_module(f"conv1d{suffix}", nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias, **factory))
+        padding = self.d_conv - 1 if self._is_padded_by_conv else 0
+        conv = nn.Conv1d(d, d, self.d_conv, padding=padding, groups=d, bias=conv_bias, **factory)
+        self.add_module(f"conv1d{suffix}", conv)
         self.add_module(f"x_proj{suffix}", nn.Linear(d, self.dt_rank + 2 * self.d_state, bias=False, **factory))
         self.add_module(f"dt_proj{suffix}", dt_proj)
+        if self._has_wide_dynamics:
+            factory["dtype"] = torch.promote_types(like.dtype, torch.float32)
+        A_log, D = (nn.Parameter(torch.empty(*shape, **factory)) for shape in ((d, self.d_state), (d,)))
         self.register_parameter(f"A{suffix}_log", A_log)
         self.register_parameter(f"D{suffix}", D)
         self._suffixes += (suffix,)
@@ -193,11 +217,11 @@ class Mamba(Layer):
         conv, x_proj, dt_proj, A_log, D = self._direction(suffix)
         conv.reset_parameters()
         x_proj.reset_parameters()
-        bound = self.dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(dt_proj.weight, bound if self.dt_init == "constant" else -bound, bound)
-        reset_dynamics(dt_proj.bias, A_log, D, self.dt_min, self.dt_max, self.dt_init_floor)
+        dt_proj.reset_parameters()
+        reset_recurrence(A_log, D)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # b l c
+        """Mix the positions of a sequence; where ``mask`` is False they are left out, and the output is 0."""
         self._check_input(x)
         hidden = None if mask is None else _hidden(x, mask)  # b l
         if hidden is not None:
@@ -225,13 +249,11 @@ class Mamba(Layer):
         state: MambaState | None = None,
     ) -> tuple[Tensor, Tensor]:  # y: b d l, last state: b d n
         """The convolution and the gated scan of one direction, which begins after ``state``."""
-        conv, x_proj, dt_proj, A_log, D = self._direction(suffix)
+        _, _, dt_proj, A_log, D = self._direction(suffix)
         if hidden is not None:
             u = u.masked_fill(hidden[:, None], 0)  # the input projection may have a bias
-        u = F.pad(u, (self.d_conv - 1, 0)) if state is None else torch.cat([state.conv[..., 1:], u], -1)
-        u = F.silu(conv(u))
-        low, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], -1)  # b l r, b l n, b l n
-        delta, bias, dtype = dt_proj(low).mT, dt_proj.bias, compute_dtype(u)  # b d l
+        u, delta, B, C = self._selected(u, suffix, state)
+        bias, dtype = dt_proj.bias, compute_dtype(u)
         if hidden is not None:
             # The mask is laid out as the linear layer's result: PyTorch 2.13 cannot compile the gradient otherwise.
             delta = F.softplus(delta.mT.to(dtype) + bias.to(dtype)).masked_fill(hidden[..., None], 0).mT
@@ -239,8 +261,8 @@ class Mamba(Layer):
             u,
             delta,
             -torch.exp(A_log.to(dtype)),
-            B.mT,
-            C.mT,
+            B,
+            C,
             D,
             z,
             delta_bias=bias if hidden is None else None,
@@ -250,6 +272,22 @@ class Mamba(Layer):
             backend=self.backend,
         )
         return y, last
+
+    def _selected(
+        self, u: Tensor, suffix: str, state: MambaState | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # b d l, b d l, b n l, b n l
+        """The convolved input, and the step sizes before the bias, ``B`` and ``C``, which are selected by it."""
+        conv, x_proj, dt_proj, _, _ = self._direction(suffix)
+        u = F.silu(self._convolved(conv, u, state))
+        low, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], -1)  # b l r, b l n, b l n
+        return u, self._widened(dt_proj, low).mT, B.mT, C.mT
+
+    def _convolved(self, conv: nn.Conv1d, u: Tensor, state: MambaState | None) -> Tensor:  # b d l
+        before = self.d_conv - 1
+        return conv(F.pad(u, (before, 0)) if state is None else torch.cat([state.conv[..., 1:].to(u.dtype), u], -1))
+
+    def _widened(self, dt_proj: StepProjection, low: Tensor) -> Tensor:  # b l r -> b l d
+        return dt_proj(low)
 
     def allocate_state(self, batch: int) -> MambaState:
         """The state before the first position, for :meth:`step`: zeros ``conv`` (b d d_conv) and ``scan`` (b d n)."""
@@ -295,7 +333,7 @@ class Mamba(Layer):
         check_shape("x", x, ("any", "any", self.d_model), "b, l, d_model")
         if x.shape[1] < 1:
             raise ValueError(f"x must have at least one position, got shape {tuple(x.shape)}; pass l >= 1")
-        check_dtype("x", x, "conv1d.weight", self.conv1d.weight)
+        check_dtype("x", x, "conv1d.weight", getattr(self.conv1d, "weight", None))
 
     def extra_repr(self) -> str:
         return (

@@ -1,6 +1,7 @@
 """What all layers and models have in common, and the groups of parameters for an optimiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Layer(nn.Module):
             for prefix, module in self.named_modules()
             if isinstance(module, Layer)
             for name, _ in module.named_parameters()
-            if name.removeprefix("parametrizations.").split(".")[0] in module.undecayed
+            if name.removeprefix("parametrizations.").split(".")[0].removesuffix("_orig") in module.undecayed
         }
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -58,6 +59,18 @@ class Layer(nn.Module):
         raise TypeError(
             f"torch.jit.script cannot compile {type(self).__name__}; use torch.jit.trace, torch.export or torch.compile"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

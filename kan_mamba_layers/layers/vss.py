@@ -110,7 +110,7 @@ class VSSBlock(Layer):
             x = x.permute(0, 2, 3, 1)  # b h w c
         else:
             check_shape("x", x, ("any", "any", "any", self.dim), "b, h, w, dim")
-        check_dtype("x", x, "norm.weight", self.norm.weight)
+        check_dtype("x", x, "norm.weight", getattr(self.norm, "weight", None))
         if mask is not None:
             check_mask("mask", mask, x.shape[:-1], "b, h, w")
             x = x.masked_fill(~mask[..., None], 0)

@@ -12,7 +12,7 @@ from kan_mamba_layers.ops import Backend
 
 
 class KMUNet(SegmentationModel):
-    r"""Segment an image of any size with KAN blocks at the deep levels, and SS2D and EMA at every level above them.
+    r"""Segment an image of any size with KAN blocks at the deep levels, and SS2D and EMA at all but the deepest.
 
     With :math:`E_i` the encoder's levels (three convolutional, two KAN), :math:`\mathrm{ctx} = \mathrm{EMA} \circ
     \mathrm{SS2D}`, and levels counted from 0 (half size) to 4 (1/32),

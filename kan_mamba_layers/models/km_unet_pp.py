@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kan_mamba_layers._check import check_int, check_sizes
@@ -24,10 +25,15 @@ class KMUNetPP(SegmentationModel):
     with :math:`\mathrm{KAN}` on levels 2 and 3 only and
     :math:`\mathrm{ctx}(x) = x + \mathrm{EMA}(\mathrm{SS2D}(\mathrm{LN}(x)))` from level ``context_from`` on. With depth
     ``L = len(widths) - 1`` the result is read from ``X[0, L]``, and under deep supervision also from ``X[0, 1]`` to
-    ``X[0, L-1]``: with ``full_resolution`` and :math:`E` the first level before its pooling, the logits are those of
+    ``X[0, L-1]``. The logits are
 
     .. math::
-        \mathrm{conv}_j\big(\mathrm{up}(\mathrm{DConv}_j(X_{0,j})) + E\big).
+        \mathrm{conv}_j\big(\mathrm{up}(\mathrm{DConv}_j(X_{0,j}))\big)
+        \quad\text{or, with } \texttt{full\_resolution}, \quad
+        \mathrm{conv}_j\big(\mathrm{fuse}_j(\mathrm{up}(\mathrm{DConv}_j(X_{0,j})) + E)\big),
+
+    with :math:`E` the first level before its pooling, :math:`\mathrm{fuse}` a 3x3 convolution with BatchNorm and ReLU,
+    and :math:`\mathrm{conv}` a 1x1 convolution.
 
     Args:
         in_channels: channels of the image.
@@ -153,7 +159,7 @@ class KMUNetPP(SegmentationModel):
         Raises:
             TypeError: ``depth`` is not an integer.
             ValueError: ``depth`` is out of range, or the model has no head there because it was built without
-                ``deep_supervision``.
+                ``deep_supervision``, or some of its parameters were replaced, as by ``weight_norm``.
         """
         self._check_whole("prune")
         check_int("depth", depth, 1)
@@ -163,9 +169,12 @@ class KMUNetPP(SegmentationModel):
                 "train with deep_supervision=True and prune to a depth with a head"
             )
         config = {**self.config, "widths": self.widths[: depth + 1], "deep_supervision": False}
-        pruned = KMUNetPP(**config).to(next(self.parameters()))
-        state = self.state_dict()
-        pruned.load_state_dict({key: state[key] for key in pruned.state_dict()})
+        with torch.device("meta"):
+            pruned = KMUNetPP(**config)
+        state, kept = self.state_dict(), pruned.state_dict().keys()
+        if missing := sorted(kept - state.keys()):
+            raise ValueError(f"the model has no {missing[0]} any more; undo what replaced it, such as weight_norm")
+        pruned.load_state_dict({key: state[key].clone() for key in kept}, assign=True)
         return pruned.eval()
 
     def _first_column(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

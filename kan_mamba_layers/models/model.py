@@ -131,11 +131,16 @@ class Model(Layer):
     def _check_batch(self, x: Tensor, deepest: tuple[int, int]) -> None:
         """BatchNorm has more than one value per channel to train on, at the deepest level too, which has that size."""
         batch, _, height, width = x.shape
-        if self.training and batch * deepest[0] * deepest[1] == 1:
+        if self.training and batch * deepest[0] * deepest[1] == 1 and any(map(_counts, self.modules())):
             raise ValueError(
                 f"a batch of 1 image of {height}x{width} leaves BatchNorm one value per channel at the deepest level, "
                 "too few to train on; use 2 or more images, images of 64x64 or more, or model.eval()"
             )
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 def json_value(x: Any) -> Any:

@@ -57,8 +57,8 @@ class Classifier(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """Replace the linear layer by one for ``num_classes``, on the norm's device and in its dtype."""
-        head = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(self.norm.weight.device, self.norm.weight.dtype)
+        device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        self.head = nn.Linear(self.width, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         self.head.apply(draw_linear)
 
     def forward(self, x: Tensor) -> Tensor:  # b h w c -> b num_classes

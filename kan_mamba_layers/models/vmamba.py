@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class VMamba(Model):
     def _stages(self, x: Tensor) -> list[Tensor]:  # b c h w -> list of b h w c
         check_shape("x", x, ("any", self.config["in_channels"], "any", "any"), "b, in_channels, h, w")
         check_pixels("x", x, *x.shape[2:])
-        check_dtype("x", x, "patch_embed.0.weight", cast(Tensor, self.patch_embed[0].weight))
+        check_dtype("x", x, "patch_embed.0.weight", next(self.patch_embed.parameters(), None))
         x = self.patch_embed(x)
         maps = []
         for stage in self.layers:

@@ -1,4 +1,4 @@
-"""The mathematics: functions of tensors that know nothing of modules."""
+"""Ops: functions of tensors, without modules, that the layers call."""
 
 from kan_mamba_layers.ops.backend import Backend, resolve
 from kan_mamba_layers.ops.bspline import bspline_basis

@@ -54,9 +54,9 @@ def resolve(op: str, backend: Backend, x: Tensor, **arguments: Tensor | None) ->
     ``kan_linear`` gives the compiler its ``"reference"``. It takes ``"reference"``, which alone has forward-mode
     derivatives, inside ``torch.func.jvp``, ``jacfwd``, ``hessian`` and ``torch.autograd.forward_ad.dual_level``.
 
-    A backend asked for by name runs or raises: nothing falls back silently, and no environment variable takes part.
-    So ``resolve(op, "triton", ...)`` tells why ``"auto"`` does not take ``"triton"``. Three kinds of calls are not
-    for kernels, whatever backend they ask for:
+    A backend requested by name runs or raises: nothing falls back silently, and environment variables have no effect.
+    So ``resolve(op, "triton", ...)`` raises an error that tells why ``"auto"`` does not take ``"triton"``. Three kinds
+    of calls never run a kernel, whatever backend is requested:
 
     * Without channels, states, rank, features or outputs, a scan runs ``"chunked"`` and ``kan_linear`` ``"reference"``.
     * ``torch.jit.trace`` records ``"reference"``, which can be saved, and loaded without this package.

@@ -19,9 +19,9 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
 
 
-def check_dtype(name: str, x: Tensor, weight_name: str, weight: Tensor | None) -> None:
-    """``x`` has the dtype of a weight that it is multiplied by, or autocast casts both."""
-    if weight is not None and x.dtype != weight.dtype and not autocast_is_on(x):
+def check_dtype(name: str, x: Tensor, weight_name: str, weight: object) -> None:
+    """``x`` has the dtype of a weight that it is multiplied by, or autocast casts both; a weight may be missing."""
+    if isinstance(weight, Tensor) and x.dtype != weight.dtype and not autocast_is_on(x):
         fix = "convert one" + ("" if torch.float64 in (x.dtype, weight.dtype) else ", or use torch.autocast")
         raise ValueError(f"{name} is {x.dtype} but {weight_name} is {weight.dtype}; {fix}")
 

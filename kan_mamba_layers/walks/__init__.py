@@ -243,7 +243,7 @@ def volume(d: int, h: int, w: int) -> Walks:
 
 
 def from_order(order: Any, grid: Sequence[int] | None = None) -> Walks:
-    """Visit the positions in orders of one's own.
+    """Visit the positions in given orders.
 
     Args:
         order: a tensor, an array or a sequence of integers, ``l`` for one direction or ``k l`` for several. Each row is

@@ -123,6 +123,19 @@ class TestUpdates:
         if rows:
             assert not state[[0, 2]].any()
 
+    @pytest.mark.parametrize("ring", [False, True])
+    def test_negative_rows_are_padding(self, ring: bool) -> None:
+        update, x = function("causal_conv1d", "causal_conv1d_update"), make()
+        options = {"cache_seqlens": torch.tensor([0, 0], dtype=torch.int32)} if ring else {}
+        state = torch.randn(4, 3, 4, dtype=torch.float64)
+        alone, before = state[1:2].clone(), state.clone()
+        alone_options = {name: value[:1] for name, value in options.items()}
+        expected = update(x["x"][:1, :, 0], alone, x["weight"], x["bias"], "silu", **alone_options)
+        rows = torch.tensor([1, -1], dtype=torch.int32)
+        out = update(x["x"][..., 0], state, x["weight"], x["bias"], "silu", conv_state_indices=rows, **options)
+        assert torch.equal(out[:1], expected) and not out[1].any()
+        assert torch.equal(state[1:2], alone) and torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
+
     def test_too_small_a_state(self) -> None:
         update, x = function("causal_conv1d", "causal_conv1d_update"), make()
         with pytest.raises(ValueError, match=says("conv_state must", "3 positions", "got 2")):

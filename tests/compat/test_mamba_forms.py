@@ -116,6 +116,41 @@ class TestMamba:
             assert grad.abs().max() > 0, name
             assert_close(f"d{name}", grad, true_grad, 1e-11)
 
+    def test_code_that_calls_the_parts_computes_the_same(self) -> None:
+        """As in a subclass with a forward pass of its own: a causal convolution, `act`, projections with their bias."""
+        layer, x = mamba(d_model=6, d_state=3, dtype=torch.float64), torch.randn(2, 9, 6, dtype=torch.float64)
+        u, z = layer.in_proj(x).mT.chunk(2, 1)
+        assert (layer.conv1d.padding, layer.activation) == ((3,), "silu")
+        v = layer.act(layer.conv1d(u)[..., :9]).mT
+        low, B, C = layer.x_proj(v).split([layer.dt_rank, 3, 3], -1)
+        step = layer.dt_proj(low).exp().log1p()
+        y = layer.out_proj(recurrence(v, step, -layer.A_log.exp(), B, C, layer.D, z.mT))
+        assert_close("y", y, layer(x), 1e-12)
+
+    @pytest.mark.parametrize("form", ["none", "v1", "v2", "v3"])
+    def test_dynamics_stay_in_float32(self, form: str) -> None:
+        layer = mamba(d_model=6, d_state=3, dtype=torch.bfloat16, bimamba_type=form)
+        dynamics = {name: p for name, p in layer.named_parameters() if name[0] in "AD"}
+        assert {p.dtype for p in dynamics.values()} == {torch.float32}
+        assert {p.dtype for name, p in layer.named_parameters() if name not in dynamics} == {torch.bfloat16}
+        assert torch.equal(layer.A_log[0], torch.arange(1, 4).float().log())
+        assert layer(torch.randn(2, 10, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("form", ["none", "v1", "v2", "v3"])
+    def test_hooks_of_all_parts_run(self, form: str) -> None:
+        layer, ran = mamba(d_model=6, bimamba_type=form, nslices=2), set()
+        for name, part in layer.named_children():
+            part.register_forward_hook(lambda *_, name=name: ran.add(name))
+        layer(torch.randn(1, 8, 6))
+        assert ran == {name for name, _ in layer.named_children()} - {"act"}
+
+    def test_a_cache_of_another_dtype(self) -> None:
+        layer, x = mamba(d_model=6, dtype=torch.bfloat16), torch.randn(2, 3, 6, dtype=torch.bfloat16)
+        conv, scan = layer.allocate_inference_cache(2, 0, dtype=torch.float32)
+        pieces = [layer.step(x[:, t : t + 1], conv, scan)[0] for t in range(3)]
+        assert conv.dtype == scan.dtype == torch.float32
+        assert_close("y", torch.cat(pieces, 1), layer(x), 0.02)
+
     @pytest.mark.parametrize("name", ["mamba_0", "mamba_1", "mamba_vim_v2_0", "mamba_vim_v2_1"])
     def test_equals_the_originals(self, name: str) -> None:
         file = Golden.load(ROOT / "tests" / "golden" / f"{name}.npz")

@@ -79,6 +79,13 @@ def test_one_head_and_chosen_rows() -> None:
     )
     assert_close("state", larger[[4, 1]], single["state"], 1e-14)
     assert not larger[[0, 2, 3]].any()
+    kept, rows = larger.clone(), torch.tensor([-1, 2], dtype=torch.int32)
+    larger[2] = single["state"][1]
+    out = update(**chosen, dt_softplus=True, state_batch_indices=rows)
+    assert not out[0].any(), "a negative row is padding"
+    assert_close("out", out[1:], update(**single, dt_softplus=True)[1:], 1e-14)
+    assert_close("state", larger[2], single["state"][1], 1e-14)
+    assert torch.equal(larger[[0, 1, 3, 4]], kept[[0, 1, 3, 4]])
 
 
 def test_half_precision_states() -> None:

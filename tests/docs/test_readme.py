@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kan_mamba_layers import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-TABLE_ROWS = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", README, re.MULTILINE)
+TABLE_ROWS = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d.]+) \|", README, re.MULTILINE)
 
 
 def section(title: str) -> str:
@@ -49,11 +51,13 @@ def test_the_table_lists_models():
     assert len(TABLE_ROWS) >= 6
 
 
-@pytest.mark.parametrize(("name", "parameters"), TABLE_ROWS)
-def test_parameter_figures_are_true(name, parameters):
-    with torch.device("meta"):
-        model = create_model(name)
+@pytest.mark.parametrize(("name", "parameters", "gflop"), TABLE_ROWS)
+def test_parameters_and_operations_are_those_of_the_models(name, parameters, gflop):
+    model, counter = create_model(name).eval(), FlopCounterMode(display=False)
+    with torch.no_grad(), counter, FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.empty(1, 3, 256, 256))
     assert f"{sum(p.numel() for p in model.parameters()):,}" == parameters
+    assert f"{counter.get_total_flops() / 1e9:.2f}" == gflop
 
 
 def test_relative_links_lead_somewhere():

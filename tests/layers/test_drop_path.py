@@ -23,3 +23,9 @@ def test_training_drops_whole_samples_and_keeps_the_mean(shape: tuple[int, ...])
     kept = y[:, 0] > 0
     assert torch.equal(y, torch.where(kept[:, None], torch.tensor(1 / 0.8), torch.tensor(0.0)).expand_as(y))
     assert 0.77 < kept.float().mean() < 0.83, "more than four deviations"
+
+
+def test_samples_under_vmap_are_drawn_apart() -> None:
+    y = torch.vmap(DropPath(0.2), randomness="different")(torch.ones(4000, 1, 3))
+    assert 0.77 < (y[:, 0, 0] > 0).float().mean() < 0.83
+    assert torch.equal(y, y[..., :1].expand_as(y))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from helpers import says
 from kan_mamba_layers import (
@@ -100,6 +101,11 @@ class TestWeightDecay:
         layer = SS2D(4)
         torch.nn.utils.parametrize.register_parametrization(layer, "A_logs", nn.Identity())
         assert layer.no_weight_decay() == {"parametrizations.A_logs.original", "Ds", "dt_projs_bias"}
+
+    def test_a_pruned_parameter_keeps_its_name(self) -> None:
+        layer = Mamba(4)
+        prune.l1_unstructured(layer, "A_log", 0.5)
+        assert layer.no_weight_decay() == {"A_log_orig", "D", "dt_proj.bias"}
 
 
 class TestParamGroups:

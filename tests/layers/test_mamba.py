@@ -223,6 +223,21 @@ class TestParameters:
         assert (constant.dt_proj.weight == 0.5).all()
         assert_close("step", F.softplus(constant.dt_proj.bias.detach()), torch.full((128,), 0.01), 1e-4)
 
+    @pytest.mark.parametrize("dt_init", ["random", "constant"])
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_a_reset_of_each_part_draws_as_the_constructor(self, dt_init: str, reverse: bool) -> None:
+        """In the order of `modules()`, which resets a layer before its parts, and in that of `apply`."""
+        layer = Mamba(64, dt_init=dt_init, dt_scale=0.5, dt_min=0.01, dt_max=0.02, bidirectional=True)
+        for module in list(layer.modules())[:: -1 if reverse else 1]:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for suffix in ("", "_b"):
+            dt_proj = getattr(layer, f"dt_proj{suffix}")
+            steps, bound = F.softplus(dt_proj.bias), 0.5 * layer.dt_rank**-0.5
+            assert 0.00999 < steps.min() < 0.0105 and 0.019 < steps.max() < 0.02001
+            assert dt_proj.weight.min() < -0.9 * bound if dt_init == "random" else (dt_proj.weight == bound).all()
+            assert dt_proj.weight.max() <= bound
+
     def test_automatic_rank_rounds_up(self) -> None:
         for d_model in (1, 16, 17, 100):
             assert Mamba(d_model, d_state=1).dt_proj.weight.shape[1] == math.ceil(d_model / 16)

@@ -124,6 +124,21 @@ class TestKMUNetPP:
                 p.zero_()
         assert torch.equal(model(x), expected)
 
+    def test_a_pruned_model_keeps_the_dtype_of_each_part(self) -> None:
+        model = build("km_unet_pp_tiny", deep_supervision=True)
+        model.heads.double()
+        before = {name: x.dtype for name, x in model.state_dict().items()}
+        pruned = model.prune(2).state_dict()
+        assert {x.dtype for x in pruned.values()} == {torch.float32, torch.float64, torch.int64}
+        assert {name: x.dtype for name, x in pruned.items()} == {name: before[name] for name in pruned}
+
+    def test_a_replaced_parameter_is_named(self) -> None:
+        model = build("km_unet_pp_tiny", deep_supervision=True)
+        torch.nn.utils.parametrizations.weight_norm(model.heads["2"].logits)
+        with pytest.raises(ValueError, match=r"no heads\.2\.logits\.weight any more; undo what replaced it"):
+            model.prune(2)
+        model.prune(1)
+
     def test_a_pruned_model_trains_and_is_stored(self, tmp_path) -> None:
         pruned = build("km_unet_pp_tiny", deep_supervision=True).prune(2).train()
         total(pruned(image(2, 48, 48))).backward()

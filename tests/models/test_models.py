@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import FAMILIES, TINY, assert_gradients, build, image, total
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import assert_close, dice, ellipses
-from kan_mamba_layers import KMUNet, create_model
+from kan_mamba_layers import EMA, SS2D, KMUNet, VMamba, VSSBlock, create_model
 
 ABLATIONS = (
     {"use_kan": False},
@@ -259,3 +259,34 @@ class TestAblations:
         assert not torch.equal(model(x), model(x))
         model.eval()
         assert torch.equal(model(x), model(x))
+
+
+def test_one_image_trains_where_the_statistics_are_frozen() -> None:
+    model = build("km_unet_tiny")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model(image(1, 32, 32)).sum().backward()
+    assert_gradients(model)
+
+
+class Patches(nn.Conv2d):
+    """With the channels last, and without a part `0`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).movedim(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "replacement", "shape"),
+    [
+        (lambda: VSSBlock(8), "norm", nn.Identity(), (1, 5, 6, 8)),
+        (lambda: SS2D(8, expand=1), "conv2d", nn.Identity(), (1, 5, 6, 8)),
+        (lambda: EMA(8, 4), "conv3x3", nn.Identity(), (1, 8, 5, 6)),
+        (lambda: VMamba(1, 3, depths=(1, 1, 1, 1), dims=8), "patch_embed", Patches(1, 8, 4, 4), (1, 1, 40, 40)),
+    ],
+)
+def test_parts_without_a_weight_may_take_the_place_of_others(model, part, replacement, shape) -> None:
+    model, x = model(), torch.randn(shape)
+    setattr(model, part, replacement)
+    assert model(x).isfinite().all()

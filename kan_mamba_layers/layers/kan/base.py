@@ -153,7 +153,7 @@ class SplineLayer(Layer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
-        """Move the knots to the data and refit the splines so that the function stays the same.
+        """Move the knots to the data and refit the splines to the present function by least squares.
 
         Knots and coefficients are written in place, so an optimiser built before goes on with them. Several processes
         with replicas, as under DistributedDataParallel, update one and broadcast:
@@ -176,7 +176,8 @@ class SplineLayer(Layer):
             diagonal keeps coefficients without data small; two corrections remove its bias from the others. The fit
             keeps the function on the data as far as the new knots can express it, and knots that stay keep their
             coefficients. Scalers and base weights are unchanged. Intervals are at least 16 steps of ``grid``'s dtype
-            wide; a constant feature gets a range of 0.5 % of its value on either side if ``margin`` is 0.
+            wide, those of ``grid_mode="adaptive"`` at least 4; a constant feature gets a range of 0.5 % of its value on
+            either side if ``margin`` is 0.
         """
         check_number("margin", margin, 0.0)
         fit(self, self._features_last(rows_of(x)).detach().as_subclass(Tensor).reshape(-1, len(self.grid)), margin)

@@ -34,7 +34,7 @@ class KANConv2d(SplineLayer):
             since :math:`\varphi(0)` is not 0.
         dilation: distance between the taps of the kernel.
         groups: divides input and output channels into groups without edges between them.
-        bias: whether to add a learned bias.
+        bias: whether to add a learned bias; False by default, unlike ``nn.Conv2d``.
         grid_size: see :class:`KANLinear`, as for the remaining arguments.
         spline_order: degree ``s >= 1`` of the splines.
         grid_range: interval on which the splines are complete.

@@ -23,7 +23,7 @@ class KANLinear(SplineLayer):
     Args:
         in_features: size of the input's last dimension, ``i``.
         out_features: size of the output's last dimension, ``o``.
-        bias: whether to add a learned bias.
+        bias: whether to add a learned bias; False by default, unlike ``nn.Linear``.
         grid_size: number of intervals ``g >= 1`` inside ``grid_range``.
         spline_order: degree ``s >= 1`` of the splines; 3 for cubics.
         grid_range: interval on which the splines are complete. Normalise the input to it, or widen it.

@@ -1,4 +1,4 @@
-"""What code finds that looks at ``layer.weight``, as ``nn.Linear`` and ``nn.Conv2d`` have one."""
+"""The stand-in for ``layer.weight``, for code that was written for ``nn.Linear`` or ``nn.Conv2d``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What may be asked: where and how large a weight would be, not its values.
+# Metadata that may be read; everything else raises.
 _PROPERTIES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
     *("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_nested", "is_quantized"),

@@ -46,9 +46,9 @@ def kan_linear(
         grid: knots, shape ``(i, g + 2 s + 1)``; the degree ``s`` follows from the shapes.
         bias: shape ``(o,)``.
         base_activation: the elementwise function :math:`\sigma`.
-        extrapolation: the spline outside the interval :math:`[t_s, t_{g+s}]` of the grid. ``"zero"``: its bases run out
-            within ``s`` knots, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``: it goes on
-            along its end tangent.
+        extrapolation: the spline outside the interval :math:`[t_s, t_{g+s}]` of the grid. ``"zero"``: its bases fade to
+            zero within ``s`` intervals, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``:
+            it continues along its end tangent.
         uniform: True promises equally spaced knots; see :func:`bspline_basis`. None decides by their values, also where
             a compiled or exported graph runs: on a CPU at every call, on an accelerator whenever ``grid`` is another
             tensor or PyTorch has counted a write to it.
@@ -66,9 +66,9 @@ def kan_linear(
 
     Numerics:
         Bases and activation are computed in float32 (float64 for float64 input) and rounded at most once, for the
-        product, which adds up in float32 at least. All backends but ``"reference"`` save nothing but their arguments
-        for the backward pass. They too have derivatives of any order, but compute those of a gradient as
-        ``"reference"`` does, in its time and memory.
+        product, which accumulates in float32 at least. All backends but ``"reference"`` save only their arguments for
+        the backward pass. They too have derivatives of any order: those of a gradient are computed as ``"reference"``
+        does, with its time and memory.
 
     Example:
         >>> import torch

@@ -236,7 +236,7 @@ def cross_selective_scan(
     chosen = select("cross_selective_scan", backend, x, dt_proj_weight=dt_proj_weight, A_log=A_log)
     dtype, (_, *grid, channels), directions = compute_dtype(x), x.shape, x_proj_weight.shape[0]
     if walks is not None and torch.jit.is_tracing():  # type: ignore[attr-defined]
-        x = x.expand(-1, *walks.grid, -1)  # the trace remembers no other check that the walks are of the image's size
+        x = x.expand(-1, *walks.grid, -1)  # stays in the trace, and fails for an image of another size than the walks
     orders = None if walks is None or walks.is_cross else orders_on(walks, x.device)
     height, width = (1, prod(grid)) if orders is not None else grid
     with autocast_off(x):
