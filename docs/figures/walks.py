@@ -22,7 +22,7 @@ KINDS = {
 
 
 def walks() -> Figure:
-    """A column per kind; its other two directions are these from behind."""
+    """A column per kind; its other two directions are these reversed."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for column, (title, found) in zip(figure.subplots(2, len(KINDS)).T, KINDS.items(), strict=True):
         for axes, order, colour in zip(column, found.orders[:2].tolist(), DIRECTIONS, strict=False):

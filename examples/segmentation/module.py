@@ -117,7 +117,7 @@ class Segmentation(lightning.LightningModule):
         for name, value in self.trainer.callback_metrics.items():
             if name.endswith("/loss") and not math.isfinite(value):
                 raise ValueError(
-                    f"{name} is {value} in epoch {self.current_epoch + 1}, so this training has diverged: start anew "
+                    f"{name} is {value} in epoch {self.current_epoch + 1}, so this training has diverged: start again "
                     f"with a model.lr below {self.lr:g}; checkpoints of the epochs before are kept"
                 )
 

@@ -163,7 +163,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, [f"{sentence}: using {path.name} instead" for sentence in refused]
     if refused:
-        raise ValueError(f"{refused[0]}: no whole checkpoint is left in {str(folder)!r}; train anew in another --run")
+        raise ValueError(f"{refused[0]}: no whole checkpoint is left in {str(folder)!r}; train again in another --run")
     return None, []
 
 

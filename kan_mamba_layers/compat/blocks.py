@@ -94,8 +94,8 @@ def init_weights(
 ) -> None:
     """Stand in for ``_init_weights``, for ``Module.apply``: zero biases, and output projections divided by a root.
 
-    ``out_proj.weight`` and ``fc2.weight`` are drawn anew and divided by ``sqrt(n_residuals_per_layer n_layer)``. Biases
-    with ``_no_reinit`` stay.
+    ``out_proj.weight`` and ``fc2.weight`` are reinitialised and divided by ``sqrt(n_residuals_per_layer n_layer)``.
+    Biases with ``_no_reinit`` stay.
     """
     if isinstance(module, nn.Linear):
         if module.bias is not None and not getattr(module.bias, "_no_reinit", False):

@@ -87,7 +87,7 @@ class Mamba(Layer):
             device=device,
             dtype=dtype,
         )
-        self.activation, self.act = "silu", nn.SiLU()  # read by code that writes the forward pass anew
+        self.activation, self.act = "silu", nn.SiLU()  # read by subclasses with a forward pass of their own
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
@@ -105,7 +105,7 @@ class Mamba(Layer):
         self._reset_additions()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Reinitialise."""
         super().reset_parameters()
         self._reset_additions()
 

@@ -94,7 +94,7 @@ class GridScan(Layer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights; initial steps are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
+        """Reinitialise; initial step sizes are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
         for module in (self.in_proj, getattr(self, self._conv_name), self.out_norm, self.out_proj):
             if not isinstance(module, nn.Identity):
                 module.reset_parameters()

@@ -206,7 +206,7 @@ class Mamba(Layer):
         return conv, x_proj, dt_proj, getattr(self, f"A{suffix}_log"), getattr(self, f"D{suffix}")
 
     def reset_parameters(self) -> None:
-        """Draw new weights; initial steps are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
+        """Reinitialise; initial step sizes are log-uniform in ``[dt_min, dt_max]`` and ``A = -(1, ..., n)``."""
         self.in_proj.reset_parameters()
         for suffix in self._suffixes:
             self._reset_direction(suffix)

@@ -58,8 +58,8 @@ def create_model(name: str, *, pretrained: str | None = None, **overrides: Any) 
             base. ``km_unet_tiny`` has ``context_residual=True``; the VMambas have the sizes and the ``drop_path`` of
             the published ones.
         pretrained: weights to begin with, one of :func:`list_pretrained`; ``in_channels`` and ``num_classes`` are
-            theirs unless overridden. With other channels the first convolution is drawn anew, with other classes the
-            last layer of each head. None for fresh weights.
+            theirs unless overridden. With other channels the first convolution is reinitialised, with other classes the
+            last layer of each head. None for random weights.
         overrides: arguments of the class of the model that replace those of the named one, such as ``in_channels``,
             ``num_classes`` or ``features_only=True``.
 
@@ -115,8 +115,8 @@ def from_pretrained(
 
     Args:
         folder: the local folder.
-        num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
-        in_channels: another number of channels than the stored one; the first convolution is drawn anew.
+        num_classes: another number of classes than the stored one; the last layer of each head is reinitialised.
+        in_channels: another number of channels than the stored one; the first convolution is reinitialised.
         backend: another backend than the stored one.
 
     Raises:

@@ -77,8 +77,8 @@ class Model(Layer):
 
         Args:
             folder: the local folder.
-            num_classes: another number of classes than the stored one; the last layer of each head is drawn anew.
-            in_channels: another number of channels than the stored one; the first convolution is drawn anew.
+            num_classes: another number of classes than the stored one; the last layer of each head is reinitialised.
+            in_channels: another number of channels than the stored one; the first convolution is reinitialised.
             backend: another backend than the stored one.
 
         Raises:
@@ -92,7 +92,7 @@ class Model(Layer):
 
     @classmethod
     def _from_stored(cls: type[AnyModel], folder: str | Path, overrides: Mapping[str, Any]) -> AnyModel:
-        """Load a stored model with some other arguments, on the CPU; what these give another shape is drawn anew."""
+        """Load a stored model with some other arguments, on the CPU; what these give another shape is reinitialised."""
         arguments, state = read_model(folder, cls.__name__)
         changes = {name: value for name, value in overrides.items() if value != arguments[name]}
         with torch.device("cpu"):

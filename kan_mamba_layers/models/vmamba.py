@@ -135,7 +135,7 @@ class VMamba(Model):
         return self.classifier(maps[-1])
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Draw a last layer for another number of classes.
+        """Replace the last layer by a new one for another number of classes.
 
         Args:
             num_classes: at least 0; 0 removes the layer.

@@ -47,7 +47,7 @@ def bspline_basis(
         spline_order: degree ``s >= 1``; 3 for cubics.
         extrapolation: the bases outside :math:`[t_s, t_{g+s}]`; see :func:`kan_linear`.
         uniform: promises that the knots of each row are equally spaced, which allows the faster closed form. It is not
-            used where derivatives by ``grid`` are wanted.
+            used where derivatives with respect to ``grid`` are wanted.
         nu: order of the derivative with respect to ``x``, of the extrapolated bases: 0 for the bases themselves. Above
             ``spline_order`` it is zero.
 

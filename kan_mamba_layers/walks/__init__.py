@@ -26,7 +26,7 @@ __all__ = [
 
 
 def cross(h: int, w: int) -> Walks:
-    """Visit an image row by row, column by column, and both from behind: the four directions of VMamba.
+    """Visit an image row by row, column by column, and both reversed: the four directions of VMamba.
 
     This is what the scan does without walks. It computes these positions and reads no table.
 
@@ -77,7 +77,7 @@ def bidirectional(l: int) -> Walks:
 def snake(h: int, w: int) -> Walks:
     """Visit the rows in turn to the right and to the left, so that each step goes to a neighbour; columns likewise.
 
-    The other two directions are these from behind.
+    The other two directions are these reversed.
 
     Args:
         h: height of the image.
@@ -102,7 +102,7 @@ def snake(h: int, w: int) -> Walks:
 
 def diagonal(h: int, w: int) -> Walks:
     """Visit diagonal after diagonal: those that go down to the left, from the upper left corner; those that go down to
-    the right, from the upper right corner; and both from behind.
+    the right, from the upper right corner; and both reversed.
 
     Args:
         h: height of the image.
@@ -126,7 +126,7 @@ def diagonal(h: int, w: int) -> Walks:
 
 
 def windows(h: int, w: int, size: int | Sequence[int]) -> Walks:
-    """Visit window after window, by rows of windows, and row by row inside; by columns likewise; and both from behind.
+    """Visit window after window, by rows of windows, and row by row inside; by columns likewise; and both reversed.
 
     Windows at the lower and at the right border are smaller where ``size`` does not divide the image.
 
@@ -161,7 +161,7 @@ def strided(h: int, w: int, step: int) -> Walks:
     """Visit every ``step``-th pixel of every ``step``-th row, then the pixels to the right of those, and so on.
 
     The ``step * step`` subgrids follow one another by rows, and each is visited row by row. The second direction does
-    the same by columns, the other two are these from behind.
+    the same by columns, the other two are these reversed.
 
     Args:
         h: height of the image.
@@ -187,7 +187,7 @@ def strided(h: int, w: int, step: int) -> Walks:
 
 
 def hilbert(h: int, w: int) -> Walks:
-    """Visit the pixels along a Hilbert curve, along that of the transposed image, and along both from behind.
+    """Visit the pixels along a Hilbert curve, along that of the transposed image, and along both reversed.
 
     The curve is generalised to rectangles of any size. Every step goes to a neighbour, and pixels that are near on the
     curve are near in the image.
@@ -215,7 +215,7 @@ def hilbert(h: int, w: int) -> Walks:
 
 
 def volume(d: int, h: int, w: int) -> Walks:
-    """Visit a volume along three orders of its axes and along these from behind.
+    """Visit a volume along three orders of its axes and along these reversed.
 
     From the slowest axis to the fastest the orders are ``d h w``, ``h w d`` and ``w d h``, so that each axis is the
     fastest once.

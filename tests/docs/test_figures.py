@@ -74,7 +74,7 @@ def test_architectures(figures: dict[str, ModuleType]) -> None:
 
 
 def test_directions(figures: dict[str, ModuleType]) -> None:
-    """Each path visits every pixel once; the last two are the first two from behind."""
+    """Each path visits every pixel once; the last two are the first two reversed."""
     paths = []
     for axes in figures["directions"].directions().axes:
         segments = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 2]

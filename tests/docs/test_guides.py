@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kan_mamba_layers import KANLinear
+from kan_mamba_layers import KANLinear, create_model
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
 
@@ -64,3 +64,26 @@ def test_trained_weights() -> None:
     assert scope["segmenter"].classes == ("L1", "L2", "L3", "L4", "L5")
     assert scope["model"].config["num_classes"] == 4
     assert len(scope["encoder"].eval()(torch.zeros(1, 1, 64, 64))) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("km_unet_tiny", 0.5), ("km_unet_base", 0.5), ("km_unet_pp_tiny", 0.2), ("vmamba_tiny", 0.85)]
+)
+def test_checkpointing_saves_what_the_guide_of_the_models_says(name: str, saved: float) -> None:
+    def kept(model: torch.nn.Module) -> int:
+        own, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(torch.randn(1, 3, 128, 128))
+        assert out.requires_grad
+        return sum(size for address, size in sizes.items() if address not in own)
+
+    model = create_model(name, backend="cpu")
+    before = kept(model)
+    model.set_grad_checkpointing()
+    assert 1 - kept(model) / before == pytest.approx(saved, abs=0.03)

@@ -180,7 +180,7 @@ def test_the_best_epoch_is_kept_wherever_the_run_is_resumed(tmp_path, folder, mo
 
 
 def test_a_training_that_diverges_ends(tmp_path):
-    with pytest.raises(ValueError, match=r"/loss is nan in epoch 1, so this training has diverged: start anew with a"):
+    with pytest.raises(ValueError, match=r"/loss is nan in epoch 1, so this training has diverged: start again with a"):
         fit(tmp_path / "run", "isic2017", "unet", "--model.lr=1e18")
     assert not list(tmp_path.rglob("*.ckpt"))
 

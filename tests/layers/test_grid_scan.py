@@ -137,7 +137,7 @@ class TestFormula:
     def test_a_volume_of_one_slice_is_an_image(self) -> None:
         """Two of its orders are then the rows, of which one is made silent here, and one is the columns."""
         image, volume, x = shaken(SS2D(3, d_state=2)), shaken(SS3D(3, d_state=2)), randn(2, 4, 5, 3)
-        places = [0, 2, 3, 5]  # rows, columns, and both from behind
+        places = [0, 2, 3, 5]  # rows, columns, and both reversed
         state = volume.state_dict()
         for name, value in image.state_dict().items():
             if name == "conv2d.weight":

@@ -107,7 +107,7 @@ class SplineLayer(Layer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights: uniform base weights and scalers, and splines through small noise at uniform knots."""
+        """Reinitialise: uniform base weights and scalers, and splines through small noise at uniform knots."""
         check_local("base_weight", self.base_weight)
         self.grid.copy_(new_knots(self.grid_range, self.grid_size, self.spline_order, self.grid.dtype))
         bound = 1 / math.sqrt(self.base_weight[0].numel())
@@ -227,7 +227,7 @@ class SplineLayer(Layer):
         r"""Evaluate one learned edge function, or all of them.
 
         .. math::
-            \varphi_{oi}(x) = w^\mathrm{base}_{oi}\, \sigma(x) + s_{oi} \sum_j w^\mathrm{spline}_{oij} B_{ij}(x)
+            \varphi_{oi}(x) = w^\mathrm{base}_{oi}\, \beta(x) + \gamma_{oi} \sum_j w^\mathrm{spline}_{oij} B_{ij}(x)
 
         Args:
             x: points of any shape, the same for every edge.

@@ -19,7 +19,7 @@ class KANConv2d(SplineLayer):
 
     .. math::
         y_{o}(p) = \sum_{i, k} \varphi_{oik}\big(x_i(p + k)\big) + b_o, \qquad
-        \varphi_{oik}(x) = w^\mathrm{base}_{oik}\, \sigma(x) + s_{oik} \sum_j w^\mathrm{spline}_{oikj} B_{ij}(x)
+        \varphi_{oik}(x) = w^\mathrm{base}_{oik}\, \beta(x) + \gamma_{oik} \sum_j w^\mathrm{spline}_{oikj} B_{ij}(x)
 
     with :math:`p` a pixel and :math:`k` a tap of the kernel. The activation and the bases of a pixel are computed once;
     one convolution forms all sums.
@@ -38,7 +38,7 @@ class KANConv2d(SplineLayer):
         grid_size: see :class:`KANLinear`, as for the remaining arguments.
         spline_order: degree ``s >= 1`` of the splines.
         grid_range: interval on which the splines are complete.
-        base_activation: class of the elementwise module :math:`\sigma`, or the function.
+        base_activation: class of the elementwise module :math:`\beta`, or the function.
         scale_noise: ``grid_size`` times the range of the noise that the initial splines pass through at the knots.
         scale_base: multiplies the initial base weights, uniform in :math:`\pm 1/\sqrt{n}` for ``n`` edges per output.
         scale_spline: multiplies the initial splines.

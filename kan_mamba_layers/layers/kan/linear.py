@@ -18,7 +18,8 @@ class KANLinear(SplineLayer):
     r"""A drop-in for ``nn.Linear`` in which every edge is an activation plus a learned B-spline.
 
     .. math::
-        y_o = \sum_i w^\mathrm{base}_{oi}\, \sigma(x_i) + \sum_i s_{oi} \sum_j w^\mathrm{spline}_{oij} B_{ij}(x_i) + b_o
+        y_o = b_o + \sum_i w^\mathrm{base}_{oi}\, \beta(x_i)
+            + \sum_i \gamma_{oi} \sum_j w^\mathrm{spline}_{oij} B_{ij}(x_i)
 
     Args:
         in_features: size of the input's last dimension, ``i``.
@@ -27,7 +28,7 @@ class KANLinear(SplineLayer):
         grid_size: number of intervals ``g >= 1`` inside ``grid_range``.
         spline_order: degree ``s >= 1`` of the splines; 3 for cubics.
         grid_range: interval on which the splines are complete. Normalise the input to it, or widen it.
-        base_activation: the elementwise function :math:`\sigma`: the class of a module, or anything else that makes one
+        base_activation: the elementwise function :math:`\beta`: the class of a module, or anything else that makes one
             when called without arguments, or a function such as ``torch.tanh``. A module's weights get ``device`` and
             ``dtype`` and are trained.
         scale_noise: ``grid_size`` times the range of the noise that the initial splines pass through at the knots,

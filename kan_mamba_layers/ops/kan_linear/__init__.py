@@ -36,7 +36,8 @@ def kan_linear(
     r"""Apply a KAN layer: a learned function on every edge, summed at every output.
 
     .. math::
-        y_o = \sum_i w^\mathrm{base}_{oi}\, \sigma(x_i) + \sum_i s_{oi} \sum_j w^\mathrm{spline}_{oij} B_j(x_i) + b_o
+        y_o = b_o + \sum_i w^\mathrm{base}_{oi}\, \beta(x_i)
+            + \sum_i \gamma_{oi} \sum_j w^\mathrm{spline}_{oij} B_j(x_i)
 
     Args:
         x: input, shape ``(..., i)``.
@@ -45,7 +46,7 @@ def kan_linear(
         spline_scaler: a factor for each edge's spline, shape ``(o, i)``, or None for 1.
         grid: knots, shape ``(i, g + 2 s + 1)``; the degree ``s`` follows from the shapes.
         bias: shape ``(o,)``.
-        base_activation: the elementwise function :math:`\sigma`.
+        base_activation: the elementwise function :math:`\beta`.
         extrapolation: the spline outside the interval :math:`[t_s, t_{g+s}]` of the grid. ``"zero"``: its bases fade to
             zero within ``s`` intervals, as in other KAN libraries; ``"clamp"``: it keeps its end value; ``"linear"``:
             it continues along its end tangent.
@@ -53,8 +54,8 @@ def kan_linear(
             a compiled or exported graph runs: on a CPU at every call, on an accelerator whenever ``grid`` is another
             tensor or PyTorch has counted a write to it.
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` (a few rows at a time), ``"cpu"`` or ``"triton"``, which
-            runs spline orders 1 to 5. Only ``"reference"`` has derivatives by ``grid`` and in forward mode. See
-            :func:`resolve`.
+            runs degrees 1 to 5. Only ``"reference"`` has derivatives with respect to ``grid`` and in forward mode.
+            See :func:`resolve`.
 
     Returns:
         Output of shape ``(..., o)`` in ``x``'s dtype, under autocast in autocast's.
