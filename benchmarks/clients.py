@@ -83,7 +83,7 @@ def _row(number: int, checkout: Path, stubs: Path | None) -> str:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             return _line(name, model, said[-1][:200].replace("|", "/"))
         result = json.loads(file.read_text(encoding="utf-8"))
-    marks = [*(["force"] if client.force else []), *result["stubs"]]
+    marks = [*(name for name in ("force", "keep") if getattr(client, name)), *result["stubs"]]
     model += f" ({', '.join(marks)})" if marks else ""
     errors = [f"{result[key]:.0e}" for key in ("outputs", "gradients")]
     return _line(name, model, *errors, *(f"{seconds:.1g} s" for seconds in result["seconds"]))
@@ -94,11 +94,12 @@ def run(client: Client, checkout: Path, stubs: Path | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     sys.path[:0] = [str(checkout / folder) for folder in client.folders]
     sys.path += [str(stubs)] if stubs else []
-    install(force=client.force)
+    install(force=client.force, keep=client.keep)
     model = _build(client)
     with torch.no_grad():
         for weight in model.parameters():  # layers that begin at 0 would hide what lies before them
-            weight += 0.02 * torch.randn_like(weight)
+            if weight.is_floating_point():
+                weight += 0.02 * torch.randn_like(weight)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     _seed()
     inputs = [torch.randn(x) if isinstance(x, tuple) else x for x in client.inputs]
@@ -111,7 +112,8 @@ def run(client: Client, checkout: Path, stubs: Path | None) -> dict[str, Any]:
     used = _modules_below(stubs) if stubs else []
     for name in _modules_below(checkout):
         del sys.modules[name]
-    _take_the_authors_mamba(checkout)
+    if not client.keep:
+        _take_the_authors_mamba(checkout)
     model = _build(client)
     model.load_state_dict(weights)
     true_outputs, true_gradients, plain_seconds = _step(model, inputs)
@@ -143,7 +145,8 @@ def _step(model: nn.Module, inputs: list[Any]) -> tuple[dict[str, Tensor], dict[
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     _seed()
     began = time.perf_counter()
-    outputs = {str(k): x for k, x in enumerate(tree_leaves(model(*inputs))) if isinstance(x, Tensor)}
+    found = [x.as_subclass(Tensor) for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
+    outputs = {str(k): x for k, x in enumerate(found)}
     terms = [(x * torch.linspace(-1, 1, x.numel()).view_as(x)).mean() + x.square().mean() for x in outputs.values()]
     sum(terms).backward()
     gradients = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
@@ -153,13 +156,19 @@ def _step(model: nn.Module, inputs: list[Any]) -> tuple[dict[str, Tensor], dict[
 
 
 def _take_the_authors_mamba(checkout: Path) -> None:
-    """Put their class in the place of ours, with their convolution in PyTorch where they have one."""
+    """Put their class in the place of ours, with their convolution in PyTorch where they have one.
+
+    A file that cannot be imported, because of the names of its own package, is passed over.
+    """
     below = "mamba_ssm/modules/mamba_simple.py"
-    for path in [*checkout.glob(f"*/{below}"), checkout.parent / "mamba" / below]:
+    for path in [*sorted(checkout.rglob(below)), checkout.parent / "mamba" / below]:
         if path.is_file():
             spec = importlib.util.spec_from_file_location("mamba_ssm.modules.mamba_simple", path)
             theirs = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(theirs)
+            try:
+                spec.loader.exec_module(theirs)
+            except ImportError:
+                continue
             theirs.causal_conv1d_fn = None
             sys.modules["mamba_ssm.modules.mamba_simple"] = theirs
             sys.modules["mamba_ssm"].Mamba = theirs.Mamba

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kan_mamba_layers.compat.modules import Mamba
 from kan_mamba_layers.compat.normalization import RMSNorm, layer_norm_fn
 
 Make = Callable[[int], nn.Module]
@@ -18,6 +20,7 @@ class Block(nn.Module):
     ``fused_add_norm`` needs a ``LayerNorm`` or an ``RMSNorm``, whose weights it passes to ``layer_norm_fn``.
     """
 
+    layer_idx: int | None = None
     norm: Any
     norm2: Any
     mixer: Any
@@ -82,6 +85,39 @@ class FirstBlock(Block):
         residual_in_fp32: bool = False,
     ) -> None:
         super().__init__(dim, mixer_cls, nn.Identity, norm_cls, fused_add_norm, residual_in_fp32)
+
+
+def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = None, **options: Any) -> Block:
+    """Stand in for ``create_block`` of either version: a block of ``Mamba`` and LayerNorm or RMSNorm.
+
+    Version 1 has ``(d_model, ssm_cfg, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm, layer_idx, device,
+    dtype)``. Version 2 has ``d_intermediate``, the width of a second layer, behind ``d_model``, and ``attn_layer_idx,
+    attn_cfg`` behind ``ssm_cfg``. There is no second layer, no attention and no Mamba-2: their arguments must be empty.
+    """
+    names = ["norm_epsilon", "rms_norm", "residual_in_fp32", "fused_add_norm", "layer_idx", "device", "dtype"]
+    if d_intermediate is not None or (arguments and isinstance(arguments[0], int)):
+        names = ["d_intermediate", "ssm_cfg", "attn_layer_idx", "attn_cfg", *names]
+        options |= {} if d_intermediate is None else {"d_intermediate": d_intermediate}
+    else:
+        names = ["ssm_cfg", *names]
+    given = dict(zip(names, arguments, strict=False)) | options
+    if odd := given.keys() - names:
+        raise TypeError(f"create_block takes no {', '.join(sorted(odd))}; its arguments are {', '.join(names)}")
+    ssm = dict(given.get("ssm_cfg") or {})
+    kind = ssm.pop("layer", "Mamba1")
+    if kind != "Mamba1" or any(given.get(name) for name in ("d_intermediate", "attn_layer_idx", "attn_cfg")):
+        raise NotImplementedError(f"create_block makes blocks of Mamba alone, got {given}; install mamba_ssm itself")
+    factory: dict[str, Any] = {name: given.get(name) for name in ("device", "dtype")}
+    kind_of_norm: Any = RMSNorm if given.get("rms_norm") else nn.LayerNorm
+    block = FirstBlock(
+        d_model,
+        partial(Mamba, layer_idx=given.get("layer_idx"), **ssm, **factory),
+        partial(kind_of_norm, eps=given.get("norm_epsilon", 1e-5), **factory),
+        fused_add_norm=given.get("fused_add_norm", False),
+        residual_in_fp32=given.get("residual_in_fp32", False),
+    )
+    block.layer_idx = given.get("layer_idx")
+    return block
 
 
 @torch.no_grad()

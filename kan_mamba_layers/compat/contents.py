@@ -56,11 +56,13 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm.modules.block": _named(blocks.Block),
     "mamba_ssm.modules.mamba_simple": _named(modules.Mamba) | {"Block": blocks.FirstBlock},
     "mamba_ssm.models": {},
-    "mamba_ssm.models.mixer_seq_simple": {"_init_weights": blocks.init_weights},
+    "mamba_ssm.models.mixer_seq_simple": _named(blocks.create_block, modules.Mamba, normalization.RMSNorm)
+    | {"_init_weights": blocks.init_weights, "Block": blocks.FirstBlock},
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": _named(
         functions.selective_scan_fn, functions.selective_scan_ref, inner.mamba_inner_fn_no_out_proj
     )
+    | {"SelectiveScanFn": directions.Applied(functions.selective_scan_fn)}
     | _INNER,
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.layer_norm": _named(

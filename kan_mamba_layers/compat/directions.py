@@ -8,6 +8,7 @@ earlier versions have autograd Functions for the same.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def cross_merge_fn(
 class Applied:
     """A function under the name ``apply``, as an autograd Function has it."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.apply = function
 
 

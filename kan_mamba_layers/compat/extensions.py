@@ -162,7 +162,8 @@ def every_state(
     steps, ones = per_state(delta, 1), torch.ones_like(entries)
     y, last = scan(per_state(widen(u), 1), steps, rates, entries, ones, None, None, bias, delta_softplus)
     y = y.unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)  # b d n l
-    return y, last[..., 0].unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)
+    last = last[..., 0].unflatten(1, (groups, states, -1)).transpose(2, 3).flatten(1, 2)  # b d n
+    return y.contiguous(), last.contiguous()
 
 
 def _oflex_scan(
@@ -190,7 +191,7 @@ def gradients(
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
         out, _ = run(*leaves)
         given = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], grad.to(out.dtype)))
-    return out.detach(), [None if x is None else next(given) for x in leaves]
+    return out.detach(), [None if x is None else next(given).contiguous() for x in leaves]
 
 
 def pack(state: Tensor) -> Tensor:  # b d n -> b d 1 2n

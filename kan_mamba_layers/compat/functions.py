@@ -19,12 +19,15 @@ def scan(
     delta_softplus: bool,
     backend: Literal["auto", "reference"] = "auto",
 ) -> tuple[Tensor, Tensor]:  # y: b d l, last state: b d n
-    """Run :func:`kan_mamba_layers.selective_scan` for any of the stand-ins."""
+    """Run :func:`kan_mamba_layers.selective_scan` for any of the stand-ins.
+
+    As in the originals, the result is contiguous, so that callers may ask for a view of it.
+    """
     if A.is_complex():
         raise TypeError(f"A must be real, got {A.dtype}: complex scans are not supported; use mamba_ssm itself")
     options = (D, z, delta_bias, delta_softplus)
     result = selective_scan(u, delta, A, B, C, *options, return_last_state=True, backend=backend)
-    return result[0], result[1]
+    return result[0].contiguous(), result[1].contiguous()
 
 
 def selective_scan_fn(

@@ -30,8 +30,11 @@ class _StandIns(MetaPathFinder, Loader):
     """Find and load the stand-ins through the ordinary import machinery."""
 
     force = False
+    keep = False
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if self.keep and _is_kept(fullname):
+            return None
         if not self.force and fullname in YIELDING and PathFinder.find_spec(fullname) is not None:
             return None
         if fullname in MODULES or (self.force and _key(fullname) in YIELDING):
@@ -62,6 +65,11 @@ def _key(module: str) -> str:
 _FINDER = _StandIns()
 
 
+def _is_kept(name: str) -> bool:
+    """Whether a module is of ``mamba_ssm`` itself, and none of its files in Triton."""
+    return name.partition(".")[0] == "mamba_ssm" and not (name in MODULES and name.startswith("mamba_ssm.ops.triton."))
+
+
 def _is_ours(module: ModuleType) -> bool:
     return getattr(getattr(module, "__spec__", None), "loader", None) is _FINDER
 
@@ -76,8 +84,8 @@ def _original(name: str) -> str | None:
     return None if spec is None or spec.loader is _FINDER or spec.origin is None else f"found at {spec.origin}"
 
 
-def install(*, force: bool = False) -> None:
-    """Make the stand-ins importable in this process; a second call changes nothing.
+def install(*, force: bool = False, keep: bool = False) -> None:
+    """Make the stand-ins importable in this process; a second call with the same arguments changes nothing.
 
     Call it before the code that imports ``mamba_ssm``, ``causal_conv1d``, ``selective_scan`` or one of the extensions
     ``selective_scan_cuda*``. Asking a stand-in for a name that it lacks raises ImportError or AttributeError and lists
@@ -87,34 +95,40 @@ def install(*, force: bool = False) -> None:
         force: whether the stand-ins also take the place of real modules of these names, such as a copy of
             ``mamba_ssm`` in a repository, or VMamba's file ``csm_triton`` in any package. Modules imported before are
             removed from ``sys.modules``.
+        keep: whether a ``mamba_ssm`` that is installed, or lies in the repository, stays, and only its compiled parts
+            are replaced: the extensions, ``causal_conv1d`` and the files below ``mamba_ssm.ops.triton`` that have
+            stand-ins. For repositories that change ``mamba_ssm``. Without such a package there are all stand-ins.
 
     Raises:
-        ImportError: a real module of one of these names is installed or imported, and ``force`` is False.
+        ImportError: a real module of one of these names is installed or imported, and neither ``force`` nor ``keep``
+            allows it.
 
     Example:
         >>> from kan_mamba_layers import compat
         >>> compat.install()  # doctest: +SKIP
         >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
     """
-    for name in MODULES:
-        if not force and "." not in name and name not in YIELDING and (found := _original(name)):
+    keep = keep and _original("mamba_ssm") is not None
+    replaced = [name for name in MODULES if name not in YIELDING and not (keep and name.startswith("mamba_ssm"))]
+    for name in replaced:
+        if not force and "." not in name and (found := _original(name)):
             raise ImportError(
                 f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
-                "uninstall it, or shadow it with install(force=True)",
+                "uninstall it, or shadow it with install(force=True)"
+                + (", or keep it with install(keep=True)" if name == "mamba_ssm" else ""),
                 name=name,
             )
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-        _FINDER.force = False
+        _FINDER.force = _FINDER.keep = False
     _FINDER.force |= force
-    tops = {name for name in MODULES if "." not in name and name not in YIELDING}
-    for name, module in list(sys.modules.items()):
-        shadowed = name.partition(".")[0] in tops or (force and _key(name) in YIELDING)
-        if shadowed and not _is_ours(module):  # only with force
-            del sys.modules[name]
-    for name in MODULES:
-        if name not in YIELDING:
-            importlib.import_module(name)
+    _FINDER.keep |= keep
+    if force:
+        for name, module in list(sys.modules.items()):
+            if (name.partition(".")[0] in replaced or _key(name) in YIELDING) and not _is_ours(module):
+                del sys.modules[name]
+    for name in replaced:
+        importlib.import_module(name)
 
 
 def uninstall() -> None:

@@ -27,8 +27,9 @@ class Mamba(Layer):
 
     ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
     Vim; ``"v3"`` in SegMamba: ``"v2"`` and a third scan, which visits the ``nslices`` equal parts of the sequence in
-    turn, first the first position of each part, then the second. ``if_divide_out`` halves the sum in ``"v2"``, as does
-    ``if_devide_out``, its name in older versions. ``bimamba=True`` is VideoMamba's name for ``"v2"``.
+    turn, first the first position of each part, then the second. ``"v3"`` without ``nslices`` is Vivim's, with
+    ``nframes`` parts and a third of the sum. ``if_divide_out`` halves the sum in ``"v2"``, as does ``if_devide_out``,
+    its name in older versions. ``bimamba=True`` is VideoMamba's name for ``"v2"``, and None is ``"none"``.
     ``init_layer_scale`` adds a factor ``gamma`` per output channel. ``use_fast_path`` has no effect: there is one path,
     which runs all directions. ``layer_idx`` is the key of this layer's state in ``inference_params``.
     """
@@ -57,18 +58,22 @@ class Mamba(Layer):
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        bimamba_type: Form = "none",
+        bimamba_type: Form | None = "none",
         *,
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
-        nslices: int = 5,
+        nslices: int | None = None,
+        nframes: int = 5,
         if_devide_out: bool = False,
         bimamba: bool | None = None,
     ) -> None:
         if bimamba is not None:
             bimamba_type = "v2" if bimamba else "none"
+        bimamba_type = "none" if bimamba_type is None else bimamba_type
         check_choice("bimamba_type", bimamba_type, ("none", "v1", "v2", "v3"))
-        check_int("nslices", nslices, 1)
+        check_int("nframes", nframes, 1)
+        if nslices is not None:
+            check_int("nslices", nslices, 1)
         super().__init__(
             d_model,
             d_state,
@@ -91,7 +96,8 @@ class Mamba(Layer):
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
-        self.nslices = nslices
+        self.nslices = nframes if nslices is None else nslices
+        self._is_averaged = bimamba_type == "v3" and nslices is None
         self.init_layer_scale = init_layer_scale
         self.bidirectional = bimamba_type != "none"
         self.register_parameter("gamma", None)
@@ -141,10 +147,12 @@ class Mamba(Layer):
             return y
         length, slices = u.shape[-1], self.nslices
         if length % slices:
-            raise ValueError(f"the length of the sequence must be a multiple of nslices={slices}, got {length}")
+            name = "nframes" if self._is_averaged else "nslices"
+            raise ValueError(f"the length of the sequence must be a multiple of {name}={slices}, got {length}")
         u, z = (v.unflatten(-1, (slices, -1)).mT.flatten(-2) for v in (u, z))  # b d l: across the parts
         across, _ = self._scan(u, z, "_s")
-        return y + across.unflatten(-1, (-1, slices)).mT.flatten(-2)
+        y = y + across.unflatten(-1, (-1, slices)).mT.flatten(-2)
+        return y / 3 if self._is_averaged else y
 
     def _scan_both_ways(self, u: Tensor, z: Tensor) -> Tensor:  # b d l
         """One convolution and projection, then a scan forwards with ``A`` and one backwards with ``A_b``."""

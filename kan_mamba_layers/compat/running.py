@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
     parser.add_argument("--force", action="store_true", help="shadow modules of these names that are installed")
+    parser.add_argument("--keep", action="store_true", help="keep a mamba_ssm that there is, without its kernels")
     parser.add_argument("target", metavar="TARGET", help="the script to run")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="passed to the program")
     options = parser.parse_args(arguments)
@@ -25,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no such script: {options.target!r}; give the path of a Python file, or -m and a module")
     sys.argv = [options.target, *options.arguments]
     if options.module:
-        install(force=options.force)
+        install(force=options.force, keep=options.keep)
         run_module(options.target, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(script.resolve().parent))
-        install(force=options.force)
+        install(force=options.force, keep=options.keep)
         run_path(str(script.absolute()), run_name="__main__")

@@ -20,7 +20,7 @@ FUNCTIONS = {
     "mamba_ssm": ["Mamba", "selective_scan_fn", *INNER],
     "mamba_ssm.modules.block": ["Block"],
     "mamba_ssm.modules.mamba_simple": ["Mamba", "Block"],
-    "mamba_ssm.models.mixer_seq_simple": ["_init_weights"],
+    "mamba_ssm.models.mixer_seq_simple": ["_init_weights", "create_block", "Block", "Mamba", "RMSNorm"],
     "mamba_ssm.ops.selective_scan_interface": [
         "selective_scan_fn",
         "selective_scan_ref",
@@ -139,6 +139,53 @@ class TestInstalling:
             assert (name in sys.modules) is not force
             sys.modules.pop("their_models", None)
             sys.modules.pop(name, None)
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_keeps_a_mamba_ssm_without_its_kernels(
+        self, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for folder in ("mamba_ssm", "mamba_ssm/modules", "mamba_ssm/ops", "mamba_ssm/ops/triton"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "__init__.py").write_text("")
+        simple = "import selective_scan_cuda, causal_conv1d_cuda\nfrom mamba_ssm.ops.triton.layernorm import RMSNorm\n"
+        (tmp_path / "mamba_ssm/modules/mamba_simple.py").write_text(simple + "class Mamba:\n    theirs = True")
+        for name in ("layernorm", "another"):
+            (tmp_path / f"mamba_ssm/ops/triton/{name}.py").write_text("kernel = True")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError, match=says("mamba_ssm", "keep=True")):
+            compat.install()
+        for _ in range(2):
+            compat.install(keep=True, force=force)
+        try:
+            simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
+            assert simple.Mamba.theirs
+            assert simple.RMSNorm.__module__ == "kan_mamba_layers.compat.normalization"
+            assert "Stand-in" in simple.selective_scan_cuda.__doc__ and callable(
+                simple.causal_conv1d_cuda.causal_conv1d_fwd
+            )
+            assert importlib.import_module("mamba_ssm.ops.triton.another").kernel
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module("mamba_ssm.models")
+        finally:
+            compat.uninstall()
+            for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+                del sys.modules[name]
+        assert not set(TOP) & set(sys.modules)
+
+    def test_there_are_all_stand_ins_where_nothing_is_to_be_kept(self) -> None:
+        compat.install(keep=True)
+        assert function("mamba_ssm").__module__ == "kan_mamba_layers.compat.functions"
+        compat.uninstall()
+
+    def test_a_second_call_leaves_what_was_put_in_a_place_since(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compat.install()
+        try:
+            theirs = ModuleType("mamba_ssm.modules.mamba_simple")
+            monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+            compat.install()
+            assert sys.modules[theirs.__name__] is theirs
+        finally:
+            compat.uninstall()
 
     def test_a_folder_of_sources_is_no_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "selective_scan" / "csrc").mkdir(parents=True)

@@ -63,7 +63,7 @@ def one_scan(p: dict[str, Tensor], u: Tensor, z: Tensor, suffix: str = "", order
     return out
 
 
-def expected(layer: nn.Module, x: Tensor) -> Tensor:
+def expected(layer: nn.Module, x: Tensor, third: bool = False) -> Tensor:
     p = dict(layer.named_parameters())
     u, z = (x @ p["in_proj.weight"].T + p.get("in_proj.bias", 0.0)).chunk(2, -1)
     length, form = x.shape[1], layer.bimamba_type
@@ -73,6 +73,8 @@ def expected(layer: nn.Module, x: Tensor) -> Tensor:
     if form == "v3":
         slices, size = layer.nslices, length // layer.nslices
         y = y + one_scan(p, u, z, "_s", [part * size + i for i in range(size) for part in range(slices)])
+    if third:
+        y = y / 3
     if form == "v1":
         v = convolve(u, p["conv1d.weight"], p.get("conv1d.bias"))
         dt, B, C = project(v, p["x_proj.weight"], p["dt_proj.weight"], layer.d_state)
@@ -98,6 +100,8 @@ class TestMamba:
             {"bimamba": False},
             {"bimamba_type": "v3", "nslices": 4},
             {"bimamba_type": "v3", "nslices": 3, "conv_bias": False},
+            {"bimamba_type": "v3", "nframes": 4},
+            {"bimamba_type": None},
         ],
         ids=str,
     )
@@ -108,7 +112,7 @@ class TestMamba:
                 if name.startswith("A"):
                     parameter.add_(torch.rand_like(parameter))
         x = torch.randn(2, 12, 6, dtype=torch.float64, requires_grad=True)
-        out, true = layer(x), expected(layer, x)
+        out, true = layer(x), expected(layer, x, "nframes" in options)  # Vivim takes a third of the sum
         assert_close("out", out, true, 1e-12)
         wanted = [x, *layer.parameters()]
         grads, true_grads = (torch.autograd.grad(y.cos().sum(), wanted) for y in (out, true))
@@ -168,7 +172,7 @@ class TestMamba:
         assert ours[:5] == ["d_model", "d_state", "d_conv", "expand", "dt_rank"]
         assert ours[5:10] == ["dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"]
         assert ours[10:16] == ["conv_bias", "bias", "use_fast_path", "layer_idx", "device", "dtype"]
-        later = {"bimamba_type", "if_divide_out", "init_layer_scale", "nslices", "if_devide_out", "bimamba"}
+        later = {"bimamba_type", "if_divide_out", "init_layer_scale", "nslices", "nframes", "if_devide_out", "bimamba"}
         assert set(ours[16:]) == later
         layer = mamba(d_model=4, layer_idx=3, use_fast_path=False)
         assert (layer.layer_idx, layer.d_inner, layer.dt_rank, layer.expand) == (3, 8, 1, 2)
@@ -214,8 +218,9 @@ class TestMamba:
     def test_wrong_calls(self) -> None:
         with pytest.raises(ValueError, match=says("bimamba_type must", "'v4'", "'v3'")):
             mamba(d_model=4, bimamba_type="v4")
-        with pytest.raises(ValueError, match=says("multiple of nslices=5", "12")):
-            mamba(d_model=4, bimamba_type="v3")(torch.zeros(1, 12, 4))
+        for slices in ({"nslices": 5}, {"nframes": 5}):
+            with pytest.raises(ValueError, match=says(f"multiple of {next(iter(slices))}=5", "12")):
+                mamba(d_model=4, bimamba_type="v3", **slices)(torch.zeros(1, 12, 4))
         memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
         with pytest.raises(ValueError, match=says("layer_idx")):
             mamba(d_model=4)(torch.zeros(1, 2, 4), inference_params=memory)

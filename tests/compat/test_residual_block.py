@@ -33,6 +33,42 @@ def normalized(norm: nn.Module, x: Tensor) -> Tensor:
     return y if norm.bias is None else y + norm.bias
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (({"d_state": 3}, 1e-3, True, True, True, 2), {}),
+        ((0, {"d_state": 3, "layer": "Mamba1"}, None, None, 1e-3, True, True, True, 2), {}),
+        (
+            (),
+            {"ssm_cfg": {"d_state": 3}, "norm_epsilon": 1e-3, "rms_norm": True, "residual_in_fp32": True}
+            | {"fused_add_norm": True, "layer_idx": 2, "d_intermediate": 0},
+        ),
+    ],
+)
+def test_blocks_of_either_version(arguments: tuple, options: dict) -> None:
+    create_block = function("mamba_ssm.models.mixer_seq_simple", "create_block")
+    block = create_block(DIM, *arguments, **options, dtype=torch.float64)
+    assert (block.layer_idx, block.mixer.layer_idx, block.mixer.d_state, block.norm.eps) == (2, 2, 3, 1e-3)
+    assert block.residual_in_fp32 and block.fused_add_norm and block.norm.bias is None
+    assert {p.dtype for p in block.parameters()} == {torch.float64}
+    x = torch.randn(2, 5, DIM).double()
+    assert_close("hidden", block(x)[0], block.mixer(normalized(block.norm, x)), 1e-6)
+
+
+def test_blocks_that_there_are_not() -> None:
+    create_block = function("mamba_ssm.models.mixer_seq_simple", "create_block")
+    assert type(create_block(DIM).norm) is nn.LayerNorm
+    for options in (
+        {"d_intermediate": 8},
+        {"ssm_cfg": {"layer": "Mamba2"}},
+        {"d_intermediate": 0, "attn_cfg": {"a": 1}},
+    ):
+        with pytest.raises(NotImplementedError, match="blocks of Mamba alone"):
+            create_block(DIM, **options)
+    with pytest.raises(TypeError, match="takes no attn_cfg; its arguments are ssm_cfg, norm_epsilon"):
+        create_block(DIM, attn_cfg={})
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("second", [False, True])
