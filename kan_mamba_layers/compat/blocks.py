@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_mamba_layers.compat.mamba2 import Mamba2
 from kan_mamba_layers.compat.modules import Mamba
 from kan_mamba_layers.compat.normalization import RMSNorm, layer_norm_fn
 
 Make = Callable[[int], nn.Module]
+_MIXERS: dict[str, Callable[..., nn.Module]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 
 class Block(nn.Module):
@@ -92,7 +94,8 @@ def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = Non
 
     Version 1 has ``(d_model, ssm_cfg, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm, layer_idx, device,
     dtype)``. Version 2 has ``d_intermediate``, the width of a second layer, behind ``d_model``, and ``attn_layer_idx,
-    attn_cfg`` behind ``ssm_cfg``. There is no second layer, no attention and no Mamba-2: their arguments must be empty.
+    attn_cfg`` behind ``ssm_cfg``, in which ``layer`` may be ``"Mamba2"``. There is no second layer and no attention:
+    their arguments must be empty.
     """
     names = ["norm_epsilon", "rms_norm", "residual_in_fp32", "fused_add_norm", "layer_idx", "device", "dtype"]
     if d_intermediate is not None or (arguments and isinstance(arguments[0], int)):
@@ -105,13 +108,13 @@ def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = Non
         raise TypeError(f"create_block takes no {', '.join(sorted(odd))}; its arguments are {', '.join(names)}")
     ssm = dict(given.get("ssm_cfg") or {})
     kind = ssm.pop("layer", "Mamba1")
-    if kind != "Mamba1" or any(given.get(name) for name in ("d_intermediate", "attn_layer_idx", "attn_cfg")):
-        raise NotImplementedError(f"create_block makes blocks of Mamba alone, got {given}; install mamba_ssm itself")
+    if kind not in _MIXERS or any(given.get(name) for name in ("d_intermediate", "attn_layer_idx", "attn_cfg")):
+        raise NotImplementedError(f"create_block has no second layer and no attention, got {given}; leave them out")
     factory: dict[str, Any] = {name: given.get(name) for name in ("device", "dtype")}
     kind_of_norm: Any = RMSNorm if given.get("rms_norm") else nn.LayerNorm
     block = FirstBlock(
         d_model,
-        partial(Mamba, layer_idx=given.get("layer_idx"), **ssm, **factory),
+        partial(_MIXERS[kind], layer_idx=given.get("layer_idx"), **ssm, **factory),
         partial(kind_of_norm, eps=given.get("norm_epsilon", 1e-5), **factory),
         fused_add_norm=given.get("fused_add_norm", False),
         residual_in_fp32=given.get("residual_in_fp32", False),

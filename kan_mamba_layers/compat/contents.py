@@ -11,11 +11,14 @@ from kan_mamba_layers.compat import (
     directions,
     extensions,
     functions,
+    gated_norm,
     grids,
     inner,
     language,
+    mamba2,
     modules,
     normalization,
+    ssd,
     state_update,
 )
 
@@ -51,10 +54,12 @@ _FUNCTIONS: dict[str, Any] = {
 
 # Every module, its parents before it, and the names in it besides its submodules.
 MODULES: dict[str, dict[str, Any]] = {
-    "mamba_ssm": _named(modules.Mamba, functions.selective_scan_fn) | _INNER,
+    "mamba_ssm": _named(modules.Mamba, mamba2.Mamba2, functions.selective_scan_fn) | _INNER,
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.block": _named(blocks.Block),
     "mamba_ssm.modules.mamba_simple": _named(modules.Mamba) | {"Block": blocks.FirstBlock},
+    "mamba_ssm.modules.mamba2": _named(mamba2.Mamba2),
+    "mamba_ssm.modules.mamba2_simple": _named(mamba2.Mamba2Simple),
     "mamba_ssm.models": {},
     "mamba_ssm.models.mixer_seq_simple": _named(blocks.create_block, modules.Mamba, normalization.RMSNorm)
     | {"_init_weights": blocks.init_weights, "Block": blocks.FirstBlock},
@@ -73,6 +78,10 @@ MODULES: dict[str, dict[str, Any]] = {
         "layer_norm_fn": normalization.layernorm_layer_norm_fn,
         "rms_norm_fn": normalization.layernorm_rms_norm_fn,
     },
+    "mamba_ssm.ops.triton.layernorm_gated": _named(
+        gated_norm.LayerNorm, gated_norm.RMSNorm, gated_norm.layernorm_fn, gated_norm.rmsnorm_fn
+    ),
+    "mamba_ssm.ops.triton.ssd_combined": _named(ssd.mamba_chunk_scan_combined, ssd.mamba_split_conv1d_scan_combined),
     "mamba_ssm.ops.triton.selective_state_update": _named(state_update.selective_state_update),
     "mamba_ssm.utils": {},
     "mamba_ssm.utils.generation": _named(language.GenerationMixin),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers import Mamba as Layer
 from kan_mamba_layers._check import check_choice, check_int
+from kan_mamba_layers.compat.caches import CachedStates
 from kan_mamba_layers.compat.inner import Scanned
 from kan_mamba_layers.layers.mamba import MambaState, StepProjection
 from kan_mamba_layers.ops.precision import compute_dtype
@@ -22,7 +23,7 @@ class BiasedStepProjection(StepProjection):
         return F.linear(low, self.weight, self.bias if add_bias else None)
 
 
-class Mamba(Layer):
+class Mamba(CachedStates, Layer):
     """:class:`kan_mamba_layers.Mamba` with the constructor, the methods and the parts of the originals.
 
     ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
@@ -166,20 +167,6 @@ class Mamba(Layer):
         cache = self._get_states_from_cache(inference_params, x.shape[0], inference_params.seqlen_offset == 0)
         return self.step(x, *cache)[0]
 
-    def _get_states_from_cache(
-        self, inference_params: Any, batch_size: int, initialize_states: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The two states of this layer in ``inference_params``, which begin as zeros."""
-        if self.layer_idx is None:
-            raise ValueError("inference_params needs a layer with a number; pass layer_idx to the constructor")
-        memory = inference_params.key_value_memory_dict
-        if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        if initialize_states:
-            for part in memory[self.layer_idx]:
-                part.zero_()
-        return memory[self.layer_idx]
-
     def step(  # type: ignore[override]
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +180,5 @@ class Mamba(Layer):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The two states before the first position, in the dtype of the weights if none is given."""
         conv, scan = (part.to(dtype or self.conv1d.weight.dtype) for part in self.allocate_state(batch_size))
         return conv, scan

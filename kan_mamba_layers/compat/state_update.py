@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
-from kan_mamba_layers.compat.rows import read_rows, without_padding, write_rows
+from kan_mamba_layers.compat.caches import read_rows, without_padding, write_rows
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 
 

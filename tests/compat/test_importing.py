@@ -17,9 +17,11 @@ from kan_mamba_layers import compat
 INNER = ["mamba_inner_fn", "bimamba_inner_fn"]
 CONVOLUTION = ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"]
 FUNCTIONS = {
-    "mamba_ssm": ["Mamba", "selective_scan_fn", *INNER],
+    "mamba_ssm": ["Mamba", "Mamba2", "selective_scan_fn", *INNER],
     "mamba_ssm.modules.block": ["Block"],
     "mamba_ssm.modules.mamba_simple": ["Mamba", "Block"],
+    "mamba_ssm.modules.mamba2": ["Mamba2"],
+    "mamba_ssm.modules.mamba2_simple": ["Mamba2Simple"],
     "mamba_ssm.models.mixer_seq_simple": ["_init_weights", "create_block", "Block", "Mamba", "RMSNorm"],
     "mamba_ssm.ops.selective_scan_interface": [
         "selective_scan_fn",
@@ -29,6 +31,8 @@ FUNCTIONS = {
     ],
     "mamba_ssm.ops.triton.layer_norm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
     "mamba_ssm.ops.triton.layernorm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
+    "mamba_ssm.ops.triton.layernorm_gated": ["LayerNorm", "RMSNorm", "layernorm_fn", "rmsnorm_fn"],
+    "mamba_ssm.ops.triton.ssd_combined": ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"],
     "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update"],
     "mamba_ssm.utils.generation": ["GenerationMixin"],
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
@@ -200,9 +204,9 @@ class TestWhatIsMissing:
     @pytest.mark.parametrize(
         ("statement", "present"),
         [
-            ("from mamba_ssm import Mamba2", "selective_scan_fn"),
-            ("from mamba_ssm.modules.mamba2 import Mamba2", "mamba_simple"),
-            ("import mamba_ssm.ops.triton.ssd_combined", "layer_norm"),
+            ("from mamba_ssm import Mamba3", "selective_scan_fn"),
+            ("from mamba_ssm.modules.mamba3 import Mamba3", "mamba_simple"),
+            ("import mamba_ssm.ops.triton.ssd_bmm", "layer_norm"),
             ("from mamba_ssm.ops.selective_scan_interface import rms_norm_forward", "selective_scan_ref"),
             ("from causal_conv1d import causal_conv1d_ref", "causal_conv1d_fn"),
             ("from selective_scan_cuda_core import backward", "bwd"),
@@ -214,9 +218,9 @@ class TestWhatIsMissing:
 
     def test_attribute_says_what_there_is(self) -> None:
         module = importlib.import_module("mamba_ssm")
-        assert not hasattr(module, "Mamba2")
-        with pytest.raises(AttributeError, match=says("'Mamba2'", "Mamba, selective_scan_fn", "modules, models, ops")):
-            _ = module.Mamba2
+        assert not hasattr(module, "Mamba3")
+        with pytest.raises(AttributeError, match=says("'Mamba3'", "Mamba, Mamba2, selective", "modules, models, ops")):
+            _ = module.Mamba3
 
     def test_language_models_are_refused_by_name(self) -> None:
         with pytest.raises(NotImplementedError, match=says("load_config_hf", "language models")):

@@ -58,12 +58,14 @@ def test_blocks_of_either_version(arguments: tuple, options: dict) -> None:
 def test_blocks_that_there_are_not() -> None:
     create_block = function("mamba_ssm.models.mixer_seq_simple", "create_block")
     assert type(create_block(DIM).norm) is nn.LayerNorm
+    second = create_block(DIM, 0, {"layer": "Mamba2", "headdim": 4}).mixer
+    assert type(second) is function("mamba_ssm", "Mamba2") and second.nheads == 3
     for options in (
         {"d_intermediate": 8},
-        {"ssm_cfg": {"layer": "Mamba2"}},
+        {"ssm_cfg": {"layer": "Mamba3"}},
         {"d_intermediate": 0, "attn_cfg": {"a": 1}},
     ):
-        with pytest.raises(NotImplementedError, match="blocks of Mamba alone"):
+        with pytest.raises(NotImplementedError, match="no second layer and no attention"):
             create_block(DIM, **options)
     with pytest.raises(TypeError, match="takes no attn_cfg; its arguments are ssm_cfg, norm_epsilon"):
         create_block(DIM, attn_cfg={})

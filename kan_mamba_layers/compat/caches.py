@@ -1,0 +1,55 @@
+"""Caches for generation: those of layers in ``inference_params``, and the rows of one that belong to a batch.
+
+Rows may be picked by index; negative indices mark padding.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CachedStates:
+    """A layer whose two states lie in ``inference_params`` under its number."""
+
+    layer_idx: int | None
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The two states before the first position, in the dtype of the weights if none is given."""
+        raise NotImplementedError
+
+    def _get_states_from_cache(
+        self, inference_params: Any, batch_size: int, initialize_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The two states, which begin as zeros. The name is that of the originals, whose subclasses call it."""
+        if self.layer_idx is None:
+            raise ValueError("inference_params needs a layer with a number; pass layer_idx to the constructor")
+        memory = inference_params.key_value_memory_dict
+        if self.layer_idx not in memory:
+            memory[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
+        if initialize_states:
+            for part in memory[self.layer_idx]:
+                part.zero_()
+        return memory[self.layer_idx]
+
+
+def read_rows(cache: Tensor, indices: Tensor | None) -> Tensor:
+    """The rows of the batch; of padding any."""
+    return cache if indices is None else cache[indices.clamp_min(0)]
+
+
+@torch.no_grad()
+def write_rows(cache: Tensor, indices: Tensor | None, rows: Tensor) -> None:
+    """Write the rows of the batch, but not of padding."""
+    if indices is None:
+        cache.copy_(rows)
+    else:
+        used = indices >= 0
+        cache[indices[used]] = rows[used].to(cache.dtype)
+
+
+def without_padding(out: Tensor, indices: Tensor | None) -> Tensor:
+    """The outputs of the batch, 0 for padding."""
+    return out if indices is None else out.masked_fill((indices < 0).view(-1, *[1] * (out.ndim - 1)), 0)
