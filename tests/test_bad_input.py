@@ -313,6 +313,15 @@ WRONG_MODELS = [
     Bad(lambda: vmamba()(z(1, 1, 32, 32)), ValueError, ("x must", "in_channels", r"\(1, 1, 32, 32\)")),
     Bad(lambda: vmamba()(z(1, 3, 0, 32)), ValueError, ("x must", "pixel")),
     Bad(lambda: vmamba()(z(1, 3, 9, 9, dtype=torch.float64)), ValueError, ("x is", "float64", "patch_embed.0.weight")),
+    *(
+        Bad(
+            lambda name=name, dtype=dtype: create_model(name).eval()(z(1, 3, 40, 40, dtype=dtype)),
+            ValueError,
+            ("x is", str(dtype), "float32", "convert one"),
+        )
+        for name in ("km_unet_tiny", "km_unet_pp_tiny", "u_kan_tiny", "vmamba_unet_tiny")
+        for dtype in (torch.float64, torch.bfloat16)
+    ),
     Bad(lambda: vmamba().reset_classifier(-1), ValueError, ("num_classes must", "-1")),
     Bad(lambda: vmamba().load_published([1]), TypeError, ("state_dict must", "list")),
     Bad(lambda: VMambaUNet("vmamba"), ValueError, ("encoder must", "'vmamba_tiny'", "'vmamba'")),

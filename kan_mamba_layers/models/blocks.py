@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers.layers import EMA, SS2D, KANBlock
 from kan_mamba_layers.ops import Backend
+from kan_mamba_layers.ops.precision import check_dtype
 
 
 class ConvBNReLU(nn.Sequential):
@@ -19,6 +20,10 @@ class ConvBNReLU(nn.Sequential):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
         )
+
+    def forward(self, x: Tensor) -> Tensor:  # b c h w -> b c' h w
+        check_dtype("x", x, "the convolution's weight", getattr(self[0], "weight", None))
+        return super().forward(x)
 
 
 class ConvLayer(nn.Sequential):
