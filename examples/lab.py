@@ -265,7 +265,7 @@ class Lab(LightningCLI):
         own_split = self.run_folder / "split.json"
         if remark := splits.refuse_seen(datamodule.test_items, own_split, self.settings.data.split):
             say(remark, "yellow")
-        with told_of_interrupts(self.trainer, f"Nothing was scored; masks that were found are in {self.out}"):
+        with told_of_interrupts(self.trainer, f"Nothing was scored: remove {self.out} before it is --out again"):
             self.trainer.test(model, datamodule=datamodule, verbose=False)
         scores = self.writer.scores
         title = f"{scores['network']}, {scores['images']} images of {scores['data']}, {scores['side']}"

@@ -67,7 +67,8 @@ class Segmenter:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; see create_model")
-        if isinstance(classes, str) or not len(classes) or not all(isinstance(name, str) for name in classes):
+        is_sequence = isinstance(classes, (list, tuple, np.ndarray)) and len(classes) > 0
+        if not is_sequence or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be a sequence of names, got {classes!r}; pass e.g. ['lesion']")
         if len(classes) > _MOST_CLASSES:
             raise ValueError(

@@ -33,10 +33,12 @@ def predict_case(
 ) -> Prediction:
     """Class numbers of an image, or of every slice of a volume, cut as the volumes of the training were.
 
-    Where those of the training had `channel_files`, an image in one file must have several channels too.
+    Where those of the training had `channel_files`, a volume must have as many, and an image in one file colours.
     """
     try:
         if files[0].name.lower().endswith(VOLUMES):
+            if len(files) < channel_files:
+                raise ValueError(f"{files[0]} is one of {channel_files} channels, as in the training: give all")
             return Prediction(files, predict_volume(files, task, classify, cuts))
         image = read_channels(task, files)
         if len(files) < channel_files and (image == image[..., :1]).all():

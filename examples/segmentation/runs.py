@@ -98,7 +98,7 @@ def taken_back(run: Path) -> Iterator[None]:
     except Exception:
         if not any(run.glob("checkpoints/*.ckpt")):
             for path in (run / name for name in STARTED):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         raise
 
 

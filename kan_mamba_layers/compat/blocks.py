@@ -104,6 +104,8 @@ def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = Non
     else:
         names = ["ssm_cfg", *names]
     given = dict(zip(names, arguments, strict=False)) | options
+    if len(arguments) > len(names):
+        raise TypeError(f"create_block takes {len(names)} arguments behind d_model, {', '.join(names)}")
     if odd := given.keys() - names:
         raise TypeError(f"create_block takes no {', '.join(sorted(odd))}; its arguments are {', '.join(names)}")
     ssm = dict(given.get("ssm_cfg") or {})

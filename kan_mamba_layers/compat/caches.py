@@ -45,9 +45,12 @@ def write_rows(cache: Tensor, indices: Tensor | None, rows: Tensor) -> None:
     """Write the rows of the batch, but not of padding."""
     if indices is None:
         cache.copy_(rows)
-    else:
+    elif indices.shape[0]:
+        # Padding repeats the first row that is used, since a compiler knows no selection of some rows.
         used = indices >= 0
-        cache[indices[used]] = rows[used].to(cache.dtype)
+        source = torch.where(used, torch.arange(len(used), device=used.device), used.int().argmax(0))
+        places = indices.index_select(0, source).clamp_min(0)
+        cache[places] = torch.where(used.any(), rows.index_select(0, source).to(cache.dtype), cache[places])
 
 
 def without_padding(out: Tensor, indices: Tensor | None) -> Tensor:

@@ -122,7 +122,7 @@ def install(*, force: bool = False, keep: bool = False) -> None:
         sys.meta_path.insert(0, _FINDER)
         _FINDER.force = _FINDER.keep = False
     _FINDER.force |= force
-    _FINDER.keep |= keep
+    _FINDER.keep = keep or (_FINDER.keep and not force)
     if force:
         for name, module in list(sys.modules.items()):
             if (name.partition(".")[0] in replaced or _key(name) in YIELDING) and not _is_ours(module):

@@ -160,7 +160,7 @@ class Mamba2(CachedStates, Layer):
             -self.A_log.to(compute_dtype(self.A_log)).exp(),
             self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D,
             self.chunk_size,
-            None if self.init_states is None else self.init_states.expand(len(projected), -1, -1, -1),
+            None if self.init_states is None else self.init_states.expand(projected.shape[0], -1, -1, -1),
             seq_idx,
             self.dt_limit,
             True,

@@ -1,5 +1,6 @@
 """Stand-in for the class ``Mamba`` of ``mamba_ssm``, with the forms that Vim and SegMamba add to it."""
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from kan_mamba_layers.compat.inner import Scanned
 from kan_mamba_layers.layers.mamba import MambaState, StepProjection
 from kan_mamba_layers.ops.precision import compute_dtype
 
+_PARTS = 5
 Form = Literal["none", "v1", "v2", "v3"]
 
 
@@ -29,8 +31,9 @@ class Mamba(CachedStates, Layer):
     ``bimamba_type`` is ``"none"`` in ``mamba_ssm``; ``"v1"`` (one convolution, two scans) or ``"v2"`` (two of each) in
     Vim; ``"v3"`` in SegMamba: ``"v2"`` and a third scan, which visits the ``nslices`` equal parts of the sequence in
     turn, first the first position of each part, then the second. ``"v3"`` without ``nslices`` is Vivim's, with
-    ``nframes`` parts and a third of the sum. ``if_divide_out`` halves the sum in ``"v2"``, as does ``if_devide_out``,
-    its name in older versions. ``bimamba=True`` is VideoMamba's name for ``"v2"``, and None is ``"none"``.
+    ``nframes`` parts and a third of the sum; without both a warning says so. ``if_divide_out`` halves the sum in
+    ``"v2"``, as does ``if_devide_out``, its name in older versions. ``bimamba=True`` is VideoMamba's name for ``"v2"``,
+    and None is ``"none"``.
     ``init_layer_scale`` adds a factor ``gamma`` per output channel. ``use_fast_path`` has no effect: there is one path,
     which runs all directions. ``layer_idx`` is the key of this layer's state in ``inference_params``.
     """
@@ -64,7 +67,7 @@ class Mamba(CachedStates, Layer):
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
         nslices: int | None = None,
-        nframes: int = 5,
+        nframes: int | None = None,
         if_devide_out: bool = False,
         bimamba: bool | None = None,
     ) -> None:
@@ -72,9 +75,9 @@ class Mamba(CachedStates, Layer):
             bimamba_type = "v2" if bimamba else "none"
         bimamba_type = "none" if bimamba_type is None else bimamba_type
         check_choice("bimamba_type", bimamba_type, ("none", "v1", "v2", "v3"))
-        check_int("nframes", nframes, 1)
-        if nslices is not None:
-            check_int("nslices", nslices, 1)
+        for name, parts in (("nslices", nslices), ("nframes", nframes)):
+            if parts is not None:
+                check_int(name, parts, 1)
         super().__init__(
             d_model,
             d_state,
@@ -97,8 +100,14 @@ class Mamba(CachedStates, Layer):
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
-        self.nslices = nframes if nslices is None else nslices
+        self.nslices = nslices or nframes or _PARTS
         self._is_averaged = bimamba_type == "v3" and nslices is None
+        if self._is_averaged and nframes is None:
+            warnings.warn(
+                "bimamba_type='v3' without nslices is taken for Vivim's form, a third of the sum; pass nslices for "
+                "SegMamba's, or nframes",
+                stacklevel=2,
+            )
         self.init_layer_scale = init_layer_scale
         self.bidirectional = bimamba_type != "none"
         self.register_parameter("gamma", None)
@@ -138,7 +147,9 @@ class Mamba(CachedStates, Layer):
         return conv(torch.cat([state.conv[..., 1:].to(u.dtype), u], -1))[..., before : before + u.shape[-1]]
 
     def _widened(self, dt_proj: StepProjection, low: Tensor) -> Tensor:  # b l r -> b l d
-        return dt_proj(low, add_bias=False)
+        if isinstance(dt_proj, BiasedStepProjection):
+            return dt_proj(low, add_bias=False)
+        return F.linear(low, dt_proj.weight)  # of another linear layer in its place
 
     def _scan_all(self, u: Tensor, z: Tensor, hidden: Tensor | None) -> Tensor:  # b d l
         if self.bimamba_type == "v1":

@@ -72,6 +72,10 @@ def mamba_chunk_scan_combined(
         if value is not None:
             check_shape(name, value, shape, letters)
     check_divisible("the heads of x", heads, "the groups of B", groups)
+    if seq_idx is not None and seq_idx.shape != (batch, length):
+        raise ValueError(f"seq_idx must have shape (b, l) = {(batch, length)}, got {tuple(seq_idx.shape)}; reshape it")
+    if D is not None:
+        check_shape("D", D, (heads, width)[: D.ndim], "h, p" if D.ndim == 2 else "h")
     dtype = compute_dtype(x)
     with autocast_off(x):
         wide, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
@@ -147,34 +151,45 @@ def _scan(
     seq_idx: Tensor | None,  # b l
 ) -> tuple[Tensor, Tensor]:  # b l h p, b h p n
     length, groups = inputs.shape[1], B.shape[2]
-    padding = -length % _CHUNK  # steps of size 0, which change nothing
+    chunks = (length + _CHUNK - 1) // _CHUNK
+    padding = chunks * _CHUNK - length  # steps of size 0, which change nothing
     inputs, rates, B, C = (_chunked(v, padding) for v in (inputs, rates, B, C))  # b c q ...
     inputs, rates = inputs.unflatten(3, (groups, -1)), rates.unflatten(3, (groups, -1))  # b c q g r p, b c q g r
-    reached = rates.cumsum(2)  # from the beginning of a chunk to each position
-    later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=inputs.device).triu(1)[:, :, None, None]  # q q 1 1
-    decay = (reached[:, :, :, None] - reached[:, :, None]).masked_fill(later, -math.inf).exp()  # b c i j g r
-    to_end, entering = (reached[:, :, -1:] - reached).exp(), reached.exp()  # b c q g r
+    shape = (*inputs[:, 0, 0].shape, B.shape[-1])  # b g r p n
+    state = inputs.new_zeros(shape) if state is None else state.reshape(shape)
+    decay, entering = _decays(rates), rates.cumsum(2).exp()  # b c i j g r, b c i g r
+    between = _decays(F.pad(rates.sum(2), (0, 0, 0, 0, 1, 0))[:, None])[:, 0]  # b c+1 c+1 g r: from chunk to chunk
     if seq_idx is not None:
         number = _numbers(seq_idx, padding)  # b c q
-        before = torch.cat([number[:, :1, 0], number[:, :-1, -1]], 1)[:, :, None]  # b c 1
-        decay = decay * (number[:, :, :, None] == number[:, :, None])[..., None, None]
-        to_end = to_end * (number == number[:, :, -1:])[..., None, None]
-        entering = entering * (number == before)[..., None, None]
+        ends = torch.cat([number[:, :1, 0], number[:, :, -1]], 1)  # b c+1: whose state enters each chunk
+        decay = decay * _equal(number[:, :, :, None], number[:, :, None])
+        entering = entering * _equal(number, ends[:, :-1, None])
+        between = between * _equal(ends[:, :, None], ends[:, None])
     scores = torch.einsum("bcign,bcjgn->bcijg", C, B)
     y = torch.einsum("bcijgr,bcjgrp->bcigrp", scores[..., None] * decay, inputs)
-    made = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, to_end[..., None] * inputs)
-    state = torch.zeros_like(made[:, 0]) if state is None else state.unflatten(1, (groups, -1))  # b g r p n
-    states = []
-    for chunk in range(made.shape[1]):
-        states.append(state)
-        state = entering[:, chunk, -1, ..., None, None] * state + made[:, chunk]
-    y = y + entering[..., None] * torch.einsum("bcign,bcgrpn->bcigrp", C, torch.stack(states, 1))
-    return y.flatten(3, 4).flatten(1, 2)[:, :length], state.flatten(1, 2)
+    made = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, decay[:, :, -1, ..., None] * inputs)
+    states = torch.einsum("bcjgr,bjgrpn->bcgrpn", between, torch.cat([state[:, None], made], 1))  # b c+1 g r p n
+    y = y + entering[..., None] * torch.einsum("bcign,bcgrpn->bcigrp", C, states[:, :-1])
+    return y.flatten(3, 4).flatten(1, 2)[:, :length], states[:, -1].flatten(1, 2)
+
+
+def _decays(rates: Tensor) -> Tensor:  # b c q g r -> b c i j g r
+    """What is left at position ``i`` of what entered at ``j <= i``.
+
+    Each sum of rates is added up for itself: a difference of two longer sums would lose its digits.
+    """
+    size = rates.shape[2]
+    later = torch.ones(size, size, dtype=torch.bool, device=rates.device).tril(-1)[:, :, None, None]  # i j 1 1
+    sums = rates[:, :, :, None].expand(-1, -1, -1, size, -1, -1).masked_fill(~later, 0).cumsum(2)
+    return sums.masked_fill(later.transpose(0, 1), -math.inf).exp()
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b)[..., None, None]
 
 
 def _chunked(x: Tensor, padding: int) -> Tensor:  # b l ... -> b c q ...
-    x = torch.cat([x, x.new_zeros(x.shape[0], padding, *x.shape[2:])], 1) if padding else x
-    return x.unflatten(1, (-1, _CHUNK))
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (-1, _CHUNK))
 
 
 def _numbers(seq_idx: Tensor, padding: int) -> Tensor:  # b l -> b c q

@@ -25,8 +25,9 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1 - self.rate
-        chances = x.new_full((len(x), *[1] * (x.ndim - 1)), keep)
-        return x * (torch.bernoulli(chances) / keep)  # not bernoulli_, which vmap draws once for all samples or refuses
+        # Not bernoulli_, which vmap refuses, and in float32, for half precision rounds the probability.
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device, dtype=torch.float32) < keep
+        return x * (kept.to(x.dtype) / keep)
 
     def extra_repr(self) -> str:
         return f"{self.rate}"

@@ -136,6 +136,20 @@ class TestUpdates:
         assert torch.equal(out[:1], expected) and not out[1].any()
         assert torch.equal(state[1:2], alone) and torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
 
+    def test_chosen_rows_are_compiled_whole(self) -> None:
+        update, x = function("causal_conv1d", "causal_conv1d_update"), make()
+        rows, (one, other) = torch.tensor([-1, 2]), torch.zeros(2, 4, 3, 4, dtype=torch.float64)
+        call = (x["weight"], x["bias"], "silu")
+
+        def run(state: Tensor) -> Tensor:
+            return update(x["x"][..., 0], state, *call, conv_state_indices=rows)
+
+        assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(one), run(other))
+        assert torch.equal(one, other) and one[2].any() and not one[[0, 1, 3]].any()
+        nobody = torch.tensor([-1, -1])
+        before = one.clone()
+        assert not update(x["x"][..., 0], one, *call, conv_state_indices=nobody).any() and torch.equal(one, before)
+
     def test_too_small_a_state(self) -> None:
         update, x = function("causal_conv1d", "causal_conv1d_update"), make()
         with pytest.raises(ValueError, match=says("conv_state must", "3 positions", "got 2")):

@@ -176,6 +176,15 @@ class TestInstalling:
                 del sys.modules[name]
         assert not set(TOP) & set(sys.modules)
 
+    def test_force_after_keep_replaces_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mamba_ssm").mkdir()
+        (tmp_path / "mamba_ssm" / "__init__.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        compat.install(keep=True)
+        compat.install(force=True)
+        assert function("mamba_ssm").__module__ == "kan_mamba_layers.compat.functions"
+        compat.uninstall()
+
     def test_there_are_all_stand_ins_where_nothing_is_to_be_kept(self) -> None:
         compat.install(keep=True)
         assert function("mamba_ssm").__module__ == "kan_mamba_layers.compat.functions"

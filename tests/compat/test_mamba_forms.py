@@ -131,9 +131,24 @@ class TestMamba:
         y = layer.out_proj(recurrence(v, step, -layer.A_log.exp(), B, C, layer.D, z.mT))
         assert_close("y", y, layer(x), 1e-12)
 
+    def test_the_third_form_without_parts_is_told(self) -> None:
+        with pytest.warns(UserWarning, match="taken for Vivim's form, a third of the sum; pass nslices"):
+            told = mamba(d_model=4, bimamba_type="v3")
+        given = mamba(d_model=4, bimamba_type="v3", nframes=5)
+        given.load_state_dict(told.state_dict())
+        x = torch.randn(1, 10, 4)
+        assert torch.equal(told(x), given(x))
+
+    def test_another_linear_layer_may_take_the_place_of_the_step_projection(self) -> None:
+        layer, x = mamba(d_model=4), torch.randn(1, 10, 4)
+        before, other = layer(x), nn.Linear(layer.dt_rank, layer.d_inner)
+        other.load_state_dict(layer.dt_proj.state_dict())
+        layer.dt_proj = other
+        assert torch.equal(layer(x), before)
+
     @pytest.mark.parametrize("form", ["none", "v1", "v2", "v3"])
     def test_dynamics_stay_in_float32(self, form: str) -> None:
-        layer = mamba(d_model=6, d_state=3, dtype=torch.bfloat16, bimamba_type=form)
+        layer = mamba(d_model=6, d_state=3, dtype=torch.bfloat16, bimamba_type=form, nslices=5)
         dynamics = {name: p for name, p in layer.named_parameters() if name[0] in "AD"}
         assert {p.dtype for p in dynamics.values()} == {torch.float32}
         assert {p.dtype for name, p in layer.named_parameters() if name not in dynamics} == {torch.bfloat16}

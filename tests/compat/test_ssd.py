@@ -31,7 +31,7 @@ def plain(
     initial_states: Tensor, seq_idx: Tensor | None = None, limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     state, rows = initial_states, []
-    step = (1 + (dt + dt_bias).exp()).log().clamp(*limit)
+    step = (dt + dt_bias).exp().log1p().clamp(*limit)
     for t in range(x.shape[1]):
         if seq_idx is not None and t:
             state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
@@ -72,6 +72,34 @@ class TestScan:
         more = scan(v["x"], v["dt"].exp(), v["A"], v["B"], v["C"], 64, by_channel)
         assert_close("D", more - bare, by_channel * v["x"], 1e-12)
 
+    @pytest.mark.parametrize("rate", [-1e4, -1e7, -1e30])
+    def test_a_step_that_forgets_everything_costs_no_digits(self, rate: float) -> None:
+        v = {name: x.float() for name, x in make(70).items()}
+        v |= {"A": torch.full((H,), rate / 100), "dt_bias": torch.zeros(H)}
+        v["dt"][:, :20] = v["dt"][:, 21:] = -math.log(-rate)  # steps of about 1 / |rate|
+        v["dt"][:, 20] = 100.0
+        for value in v.values():
+            value.requires_grad_()
+        y = function(SSD, "mamba_chunk_scan_combined")(chunk_size=64, **v, dt_softplus=True)
+        true, _ = plain(**{name: x.detach().double() for name, x in v.items()})
+        assert_close("y", y, true, 1e-5)
+        y.sum().backward()
+        assert all(value.grad.isfinite().all() for value in v.values())
+
+    def test_few_graphs_serve_every_length(self) -> None:
+        graphs = []
+
+        def count(module: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+            graphs.append(module)
+            return module
+
+        scan = function(SSD, "mamba_chunk_scan_combined")
+        compiled = torch.compile(lambda **v: scan(chunk_size=64, dt_softplus=True, **v), backend=count, fullgraph=True)
+        for length in (5, 70, 200, 64, 129, 700, 31):
+            v = make(length)
+            assert_close("y", compiled(**v), scan(chunk_size=64, dt_softplus=True, **v), 1e-12)
+        assert len(graphs) <= 4
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_other_dtypes(self, dtype: torch.dtype) -> None:
         v = {name: x.to(dtype) if name in ("x", "B", "C", "z", "dt") else x.float() for name, x in make(70).items()}
@@ -89,6 +117,10 @@ class TestScan:
             scan(chunk_size=64, **v | {"C": v["C"][:, :4]})
         with pytest.raises(ValueError, match=says("heads of x", "groups of B")):
             scan(chunk_size=64, **v | {name: v[name][:, :, :1].expand(-1, -1, 4, -1) for name in ("B", "C")})
+        with pytest.raises(ValueError, match=says("seq_idx must have shape", "b, l")):
+            scan(chunk_size=64, **v, seq_idx=torch.zeros(2, 4, dtype=torch.int32))
+        with pytest.raises(ValueError, match=says("D must have shape", "h, p")):
+            scan(chunk_size=64, **v | {"D": torch.zeros(H, P + 1).double()})
         with pytest.raises(ValueError, match="at least one position"):
             scan(chunk_size=64, **make(0))
         with pytest.raises(NotImplementedError, match="return_varlen_states"):

@@ -513,7 +513,7 @@ def test_a_prediction_or_test_that_is_interrupted_says_what_is_done(skin, tmp_pa
         calls.clear()
         with pytest.raises(SystemExit, match="130"):
             score(skin, f"--out={tmp_path / 'scores'}")
-        assert "Interrupted. Nothing was scored; masks that were found are in" in flat(capsys.readouterr().out)
+        assert f"Nothing was scored: remove {tmp_path / 'scores'} before it is --out" in flat(capsys.readouterr().out)
         assert {path.name for path in (tmp_path / "scores").iterdir()} == {"masks"}
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on

@@ -429,7 +429,11 @@ def test_channels_of_volumes_are_predicted_together(tmp_path):
     SimpleITK.WriteImage(SimpleITK.DICOMOrient(first, "LPS"), str(tmp_path / "imagesTr" / "1_0002.mha"))
     assert "1_0002.mha is laid LPS but its image" in predict_case(cases[0], data.task, network, again.cuts).reason
     again.inputs = [image]
-    with pytest.raises(ValueError, match=r"1 has the channel\(s\) 1_0000\.mha: give 3 as in the training, 1_0000 to"):
+    [alone] = again.predict_dataloader().dataset
+    found = predict_case(alone, data.task, network, again.cuts, again.channel_files)
+    assert "1_0000.mha is one of 3 channels, as in the training: give all" in found.reason
+    again.inputs = [image, image.with_name("1_0002.mha")]
+    with pytest.raises(ValueError, match=r"1 has the channel\(s\) 1_0000\.mha, 1_0002\.mha: give 3 as in the training"):
         again.predict_dataloader()
 
 

@@ -62,7 +62,7 @@ def join_channels(files: Sequence[Path], number: int) -> list[tuple[Path, ...]]:
     for case, found in cases.items():
         names = [path.name for path in found]
         wanted = [f"{case.name}_{channel:04d}" for channel in range(number)]
-        if found != [case] and [stem(path) for path in found] != wanted:
+        if len(found) > 1 and [stem(path) for path in found] != wanted:
             raise ValueError(
                 f"{case} has the channel(s) {', '.join(names)}: give {number} as in the training, {wanted[0]} to "
                 f"{wanted[-1]}, or one image that holds them"
