@@ -7,7 +7,9 @@ chunk are products of matrices (Dao and Gu, arXiv 2405.21060, section 6):
     y_i = \sum_{j \le i} e^{a_{j+1} + \dots + a_i}\, (C_i^\top B_j)\, \delta_j x_j
         + e^{a_1 + \dots + a_i}\, h C_i , \qquad a_t = \delta_t A ,
 
-with :math:`h` the state that enters the chunk. All of it runs in float32 at least.
+with :math:`h` the state that enters the chunk. These states are such sums too, over the chunks before, so that there
+is no loop; their memory grows with the square of the number of chunks, which have 64 positions. All of it runs in
+float32 at least.
 """
 
 import math
