@@ -232,6 +232,22 @@ class TestSizesAndDtypes:
         assert_close("out", out, layer(x, mask), 0.03)
         assert all(p.grad.isfinite().all() for p in layer.parameters())
 
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_volumes_in_half_precision_are_convolved_in_float32(self, autocast: bool) -> None:
+        """In bfloat16 PyTorch 2.13 gets the gradient of the weight wrong here, and now and then NaN."""
+        layer, u = SS3D(8, d_state=1), torch.randn(2, 16, 2, 3, 2)
+        conv = layer.conv3d if autocast else layer.bfloat16().conv3d
+        u = (u if autocast else u.bfloat16()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = conv(u)
+            out.float().square().sum().backward()
+        weight, bias, x = (p.detach().float().requires_grad_() for p in (conv.weight, conv.bias, u))
+        expected = F.conv3d(x, weight, bias, padding=1, groups=16)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, expected.bfloat16())
+        expected.backward(2 * out.detach().float())
+        for name, got, want in (("weight", conv.weight, weight), ("bias", conv.bias, bias), ("u", u, x)):
+            assert_close(name, got.grad.float(), want.grad, 1e-5 if autocast else 0.01)
+
 
 class TestCopies:
     @pytest.mark.parametrize("make", [partial(SS2D, walks=WINDOWS), SS3D], ids=["SS2D", "SS3D"])
