@@ -236,6 +236,20 @@ def test_the_text_on_ss2d_has_the_figures_of_the_recorded_scores():
     assert f"falls to {spines('no-ss2d', 'parts')['dice'].mean():.3f}" in readme
 
 
+def test_the_text_on_parts_has_the_verdicts_of_the_recorded_scores():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert "On skin lesions no part is missed" in text and "The mean without KAN, with three fifths" in text
+    assert "No effect of KAN or EMA is established** on spines" in text
+    skin, spine = without_parts("isic2017"), without_parts("lumbar_spine")
+    assert {difference["verdict"] for difference in skin["differences"].values()} == {"none"}
+    verdicts = {name: difference["verdict"] for name, difference in spine["differences"].items()}
+    assert verdicts == {"no-ema": "none", "no-kan": "none", "no-ss2d": "below", "no-ss2d-no-residual": "below"}
+    variants = skin["variants"]
+    assert max(variants, key=lambda name: variants[name]["per_image"]["dice"]["mean"]) == "no-kan"
+    parameters = [variants[name]["cost"]["parameters"] for name in ("no-kan", WHOLE)]
+    assert abs(parameters[0] / parameters[1] - 0.6) < 0.01
+
+
 def test_the_text_on_hard_images_has_the_correlations_of_the_recorded_scores():
     text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     skin, heads = agreement("isic2017"), agreement("fetal_head")
