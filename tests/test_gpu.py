@@ -14,22 +14,50 @@ from helpers import assert_close, gradients, relative_l2
 from kan_mamba_layers import (
     EMA,
     SS2D,
+    SS3D,
     KANBlock,
+    KANConv2d,
     KANLinear,
+    Mamba,
+    VSSBlock,
     create_model,
     cross_selective_scan,
     resolve,
     selective_scan,
+    walks,
 )
+from kan_mamba_layers.compat import mamba2
 from ops.selective_scan.calls import Call, Inputs, full_line_inputs, image_inputs, on_images, on_lines_with_state
 
 pytestmark = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-CASES = {
+
+def a_mask(*shape: int) -> torch.Tensor:
+    """Some of the places, never none of an image."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    return mask.index_fill(-1, torch.tensor([0]), True)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[object, ...]]] = {
     "KANLinear": (lambda: KANLinear(12, 7), (5, 9, 12), ()),
+    "KANLinear of degree 1": (lambda: KANLinear(12, 7, spline_order=1, grid_size=9), (5, 9, 12), ()),
+    "KANLinear outside its grid": (
+        lambda: KANLinear(12, 7, extrapolation="linear", grid_range=(-0.3, 0.3)),
+        (5, 9, 12),
+        (),
+    ),
+    "KANConv2d": (lambda: KANConv2d(6, 8, 3, padding=1), (2, 6, 9, 7), ()),
     "KANBlock": (lambda: KANBlock(16), (2, 6 * 5, 16), (6, 5)),
     "SS2D": (lambda: SS2D(12), (2, 9, 7, 12), ()),
+    "SS2D of a mask": (lambda: SS2D(12), (2, 9, 7, 12), (a_mask(2, 9, 7),)),
+    "SS2D along Hilbert's curve": (lambda: SS2D(12, walks=walks.hilbert), (2, 9, 7, 12), ()),
+    "SS3D": (lambda: SS3D(12), (2, 3, 5, 4, 12), ()),
+    "SS3D of a mask": (lambda: SS3D(12), (2, 3, 5, 4, 12), (a_mask(2, 3, 5, 4),)),
+    "VSSBlock": (lambda: VSSBlock(16), (2, 9, 7, 16), ()),
+    "Mamba": (lambda: Mamba(16), (2, 37, 16), ()),
+    "Mamba of a mask": (lambda: Mamba(16, bidirectional=True), (2, 37, 16), (a_mask(2, 37),)),
+    "Mamba2": (lambda: mamba2.Mamba2(32, d_state=16, headdim=16), (2, 150, 32), ()),
     "EMA": (lambda: EMA(16), (2, 16, 9, 7), ()),
     "km_unet_tiny": (lambda: create_model("km_unet_tiny"), (2, 3, 67, 50), ()),
     "km_unet_pp_tiny": (lambda: create_model("km_unet_pp_tiny"), (2, 3, 67, 50), ()),
@@ -38,7 +66,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers_as_on_the_cpu(name: str) -> None:
-    build, shape, sizes = CASES[name]
+    build, shape, others = CASES[name]
     on_cpu: nn.Module = build().eval()
     on_gpu = copy.deepcopy(on_cpu).cuda()
     x = torch.randn(shape)
@@ -46,11 +74,32 @@ def test_same_numbers_as_on_the_cpu(name: str) -> None:
     for module, image in ((on_cpu, x.clone()), (on_gpu, x.cuda())):
         image.requires_grad_()
         with torch.backends.cudnn.flags(allow_tf32=False):  # which rounds the inputs of convolutions to 10 bits
-            y = module(image, *sizes)
+            y = module(image, *(o.to(image.device) if isinstance(o, torch.Tensor) else o for o in others))
             y.square().sum().backward()
         outputs.append({"output": y, "input": image.grad, **{k: p.grad for k, p in module.named_parameters()}})
     for part, expected in outputs[0].items():
         assert_close(part, outputs[1][part].cpu(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["KANLinear", "KANLinear of degree 1", "SS2D", "SS2D of a mask"])
+def test_gradients_of_single_samples_as_on_the_cpu(name: str) -> None:
+    build, shape, others = CASES[name]
+    on_cpu = build().eval()
+    x = torch.randn(shape)
+
+    def sample_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+        device = next(module.parameters()).device
+
+        def loss(parameters: dict[str, torch.Tensor], *sample: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(module, parameters, tuple(s[None] for s in sample)).square().sum()
+
+        given = dict(module.named_parameters()), *(t.to(device) for t in (x, *others))
+        found = torch.func.vmap(torch.func.grad(loss), (None, *[0] * (len(given) - 1)))(*given)
+        return {key: value.cpu() for key, value in found.items()}
+
+    expected = sample_gradients(on_cpu)
+    for key, found in sample_gradients(copy.deepcopy(on_cpu).cuda()).items():
+        assert_close(key, found, expected[key], 1e-4)
 
 
 # The scans. Shapes: below a chunk, ragged, one wide, one long enough to be cut into chunks.
