@@ -290,7 +290,7 @@ class Lab(LightningCLI):
         say(f"{len(rows)} of {len(rows) + len(unreadable)} files predicted, in {out}")
         for entry in unreadable:
             say(f"skipped: {entry['reason']}", "yellow")
-        if self.checkpoint is None and self.writer.silent:
+        if self.writer.silent and (self.checkpoint is None or not datamodule.cuts):
             say(f"taken as stored, for no header says how they lie: {', '.join(self.writer.silent)}", "yellow")
         if not rows:
             raise SystemExit(1)

@@ -12,11 +12,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
 from segmentation.runs import Run, flatten, read_config, read_json
-from segmentation.scores import COUNTS, OVERLAP, RATES, SURFACE, TOLERANCE, number, overlap, rates, subject_dice
+from segmentation.scores import (
+    COUNTS,
+    OVERLAP,
+    RATES,
+    SURFACE,
+    TOLERANCE,
+    common_unit,
+    number,
+    overlap,
+    rates,
+    subject_dice,
+)
 
 LEAST_SUBJECTS = 10  # for a verdict
 TEXT = {"id": str, "group": str, "unit": str}  # columns of images.csv that hold no numbers
@@ -24,6 +36,7 @@ ALIKE = ("task", "image_size", "side", "options")  # what the scores of all runs
 # The recipe: all settings of model and data but those that a run may have of its own, and some of the trainer.
 FREE = {f"data.{name}" for name in ("folder", "split", "seed", "fold", "num_workers", "side", "inputs")}
 TRAINER = {f"trainer.{name}" for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches")}
+TRAINER |= {f"trainer.{name}" for name in ("callbacks", "devices", "limit_train_batches", "num_nodes")}
 TRAINER |= {f"trainer.gradient_clip_{name}" for name in ("val", "algorithm")}
 
 Numbers = dict[str, Any]
@@ -49,10 +62,14 @@ def compare(runs: list[Path], on: str, baseline: str | None) -> tuple[Numbers, d
     settings = dict.fromkeys(name for run in finished for name in run.recipe)
     own = [name for name in settings if any(differ(name, first, run) for run in finished)]
     results = {
-        **{name: first.scores[name] for name in ("task", "image_size", "side", "options", "unit")},
+        **{name: first.scores[name] for name in ("task", "image_size", "side", "options")},
+        "unit": common_unit(images),
         "classes": classes,
         "data": {name: first.facts[name] for name in ("data", "images", "subjects", "split_sha256")},
+        "scored": {"data": _distinct([run.scores["data"] for run in finished]), "images": images["id"].nunique()},
+        "fold": first.fold,
         "folds": sorted({run.fold for run in finished if run.fold is not None}),
+        "splits": len({run.facts["split_sha256"] for run in finished}),
         "tolerance": TOLERANCE,
         "unreadable": _distinct([image for run in finished for image in run.scores["unreadable_images"]]),
         "seeds": sorted({run.facts["seed"] for run in finished}),
@@ -91,10 +108,10 @@ def read_runs(folders: Iterable[Path], on: str) -> tuple[list[Run], list[str]]:
             missing.append(f"{folder.name} was trained on after it was scored: score it again with test")
         else:
             variant, history = re.sub(r"(-(fold|seed)\d+)+$", "", folder.name), pd.read_csv(folder / "history.csv")
-            images = read_images(folder / on / "images.csv").assign(variant=variant, seed=facts["seed"])
             settings = flatten(read_config(folder))
             recipe = {name: value for name, value in settings.items() if in_recipe(name)}
-            fold = settings.get("data.fold")
+            fold, of_run = settings.get("data.fold"), {"variant": variant, "seed": facts["seed"]}
+            images = read_images(folder / on / "images.csv").assign(**of_run, fold=fold or 0)
             finished.append(Run(folder, variant, fold, facts, recipe, scores, history, images))
     if not finished:
         raise ValueError(f"no run is finished ({'; '.join(missing)}): train with fit, then score with test")
@@ -124,19 +141,22 @@ def in_recipe(setting: str) -> bool:
 
 
 def group_alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by variant. All must be scored alike, those of a fold split alike, and a variant's trained alike."""
+    """The runs by variant: all scored alike, those of a fold and seed split alike, those of a variant trained alike."""
     folds, groups = dict[int | None, Run](), dict[str, list[Run]]()
+    trainings: dict[tuple[int | None, int], Run] = {}  # of each fold and seed, which may have images of its own
     for run in runs:
         first = folds.setdefault(run.fold, run)
-        for other, name in (*((runs[0], name) for name in ALIKE), (first, "split_sha256")):
+        alike = trainings.setdefault((run.fold, run.facts["seed"]), run)
+        for other, name in (*((runs[0], name) for name in ALIKE), (alike, "split_sha256")):
             if run.scores[name] != other.scores[name]:
                 raise ValueError(
                     f"{str(run.folder)!r} and {str(other.folder)!r} were scored with {name} {run.scores[name]!r} and "
                     f"{other.scores[name]!r}: score them alike, or compare them apart"
                 )
-        pair = f"{str(run.folder)!r} and {str(first.folder)!r}"
-        if run.facts["split_sha256"] != first.facts["split_sha256"]:
+        pair = f"{str(run.folder)!r} and {str(alike.folder)!r}"
+        if run.facts["split_sha256"] != alike.facts["split_sha256"]:
             raise ValueError(f"{pair} followed two splits (split_sha256): train them with one --data.split")
+        pair = f"{str(run.folder)!r} and {str(first.folder)!r}"
         shown = [sorted(zip(one.images["id"], one.images["group"], strict=True)) for one in (run, first)]
         if shown[0] != shown[1]:
             raise ValueError(f"{pair} were scored on different images: score them again with test")
@@ -200,7 +220,7 @@ def describe(group: Sequence[Run], images: pd.DataFrame, class_names: Sequence[s
             **{"seconds_per_epoch": float(warm.median()), "minutes": float(pd.concat(histories).sum() / 60)},
         },
     }
-    if group[0].scores["unit"] == "mixed":  # a mean over millimetres and pixels means nothing
+    if common_unit(images) == "mixed":  # a mean over millimetres and pixels means nothing
         numbers["per_image"] |= {score: over_seeds(images.iloc[:0], score) for score in SURFACE}
     if class_names:
         numbers["classes"] = {name: over_seeds(images, f"dice_{name}") for name in class_names}
@@ -233,16 +253,17 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
     """Dice of one variant minus Dice of another, image by image, averaged over the seeds that both have.
 
     `mean` is that of the subjects, each of which counts once. `low` and `high` bound it with 95 % confidence for other
-    subjects like these, and, with several seeds, for other seeds. `verdict` is "above" or "below" where zero lies
-    outside, else "none"; "too few subjects" where there are less than ten, whose spread says little of that of others.
+    subjects like these, and, with several seeds or folds, for other trainings. `verdict` is "above" or "below" where
+    zero lies outside, else "none"; "too few subjects" where there are fewer than ten, whose spread says little of that
+    of others.
     """
     pairs = images[images["variant"].isin([name, baseline])]
-    dice = pairs.pivot(index=["id", "group"], columns=["variant", "seed"], values="dice")
+    dice = pairs.pivot(index=["id", "group", "fold"], columns=["variant", "seed"], values="dice")
     seeds = sorted(set(dice[name]) & set(dice[baseline]))
     if not seeds:
         return None
     gains = dice[name][seeds] - dice[baseline][seeds]  # images x seeds
-    subjects = gains.groupby(level="group").mean()  # subjects x seeds
+    subjects = gains.groupby(level=["group", "fold"]).mean()  # subjects x seeds
     low, high = interval(subjects)
     verdict = "too few subjects"
     if low is not None and high is not None and len(subjects) >= LEAST_SUBJECTS:
@@ -254,28 +275,33 @@ def difference(images: pd.DataFrame, name: str, baseline: str) -> Numbers | None
 
 
 def interval(gains: pd.DataFrame) -> tuple[float | None, float | None]:
-    """95 % interval of the mean of gains, subjects x seeds, for other subjects and other seeds; None for one subject.
+    """95 % interval of the mean of gains, subjects x seeds, for other subjects and trainings; None for one subject.
 
-    With one seed it is Student's t over the subjects. With R seeds of S subjects both are random effects that cross:
-    from the mean squares of a two-way analysis of variance the variance of the mean is (MS_subjects + MS_seeds -
-    MS_rest) / (S R), with Satterthwaite's degrees of freedom, and never less than that of either effect alone.
+    The level `fold` of the index, if there is one, tells which subjects the same trainings scored, one for each seed.
+    Subjects and trainings are random effects that cross within a fold. With R seeds of S subjects the mean squares of
+    this analysis of variance give the variance of the mean, (MS_subjects + MS_trainings - MS_rest) / (S R), with
+    Satterthwaite's degrees of freedom. With one seed, Student's t over the folds covers the trainings. Few trainings
+    may be alike by chance, so the interval is never narrower than that of Student's t over either effect alone.
     """
     table = gains.to_numpy(dtype=float)
     (subjects, seeds), mean = table.shape, table.mean()
     if subjects < 2:
         return None, None
-    of_subjects, of_seeds = table.mean(axis=1) - mean, table.mean(axis=0) - mean
-    rest = table - mean - of_subjects[:, None] - of_seeds
-    degrees = subjects - 1, max(seeds - 1, 1), (subjects - 1) * max(seeds - 1, 1)
-    sums = seeds * (of_subjects**2).sum(), subjects * (of_seeds**2).sum(), (rest**2).sum()
-    squares = [total / degree for total, degree in zip(sums, degrees, strict=True)]
+    fold = gains.index.get_level_values("fold") if "fold" in gains.index.names else pd.Index([0] * subjects)
+    folds, same = fold.nunique(), np.equal.outer(fold.to_numpy(), fold.to_numpy())  # subjects x subjects
+    of_training = same / same.sum(axis=1) @ table  # subjects x seeds: the mean over the subjects of the fold
+    of_fold, of_subject = of_training.mean(axis=1, keepdims=True), table.mean(axis=1, keepdims=True)
+    trainings = (of_training - of_fold, folds * (seeds - 1)) if seeds > 1 else (of_fold - mean, folds - 1)
+    rest = (table - of_training - of_subject + of_fold, (subjects - folds) * (seeds - 1))
+    squares, degrees = [], []
+    for effect, freedom in ((of_subject - of_fold, subjects - folds), trainings, rest):
+        degrees.append(max(freedom, 1))  # without freedom there is no effect
+        squares.append((np.broadcast_to(effect, table.shape) ** 2).sum() / degrees[-1])
+    candidates = list(zip(squares[:2], degrees[:2], strict=True))
     both = squares[0] + squares[1] - squares[2]
-    weight = sum(square**2 / degree for square, degree in zip(squares, degrees, strict=True))
-    candidates = [(squares[0], degrees[0])]
-    if seeds > 1:
-        candidates += [(squares[1], degrees[1]), (both, both**2 / weight if weight else degrees[0])]
-    variance, degree = max(candidates)
-    half = stats.t.ppf(0.975, degree) * (variance / table.size) ** 0.5
+    if seeds > 1 and both > max(squares[:2]):
+        candidates.append((both, both**2 / sum(s**2 / d for s, d in zip(squares, degrees, strict=True))))
+    half = max(stats.t.ppf(0.975, degree) * (square / table.size) ** 0.5 for square, degree in candidates)
     return number(mean - half), number(mean + half)
 
 

@@ -72,7 +72,9 @@ def surface_scores(
 ) -> dict[str, float]:
     """HD95 and surface Dice of two masks (h w), in millimetres where the size of a pixel is known.
 
-    HD95 is the larger of two 95th percentiles: of the distances from each outline to the other.
+    HD95 is the larger of two 95th percentiles: of the distances from each outline to the other. Both take an outline
+    as its pixels, each of which counts once: where pixels are not square, a long side of a pixel counts no more than a
+    short one.
     """
     spacing = pixel_size or (1.0, 1.0)
     if not (prediction.any() and truth.any()):
@@ -86,6 +88,11 @@ def surface_scores(
         hd95 = compute_hausdorff_distance(**options, percentile=95)
         surface_dice = compute_surface_dice(**options, class_thresholds=[TOLERANCE])
     return {"hd95": hd95.item(), "surface_dice": surface_dice.item()}
+
+
+def common_unit(images: pd.DataFrame) -> str:
+    """The unit of the distances of all images; "mixed" where some are in millimetres and some in pixels."""
+    return str(images["unit"].iloc[0]) if images["unit"].nunique() == 1 else "mixed"
 
 
 def overlap_row(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Row:
@@ -127,7 +134,7 @@ def summarise(rows: Sequence[Row], class_names: Sequence[str]) -> dict[str, Any]
     if "group" in frame:  # not in validation, which knows images by their number only
         dice = subject_dice(frame)
         scores["per_subject"] = {"dice": mean_sd(dice), "subjects": len(dice)}
-        scores["unit"] = frame["unit"][0] if frame["unit"].nunique() == 1 else "mixed"
+        scores["unit"] = common_unit(frame)
         if scores["unit"] == "mixed":
             scores["per_image"] |= {name: {"mean": None, "sd": None} for name in SURFACE}
     if len(class_names) > 1:

@@ -142,7 +142,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def output_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """The files that come of a case: a volume, or mask and overlay."""
+    """The output files of a case: a volume, or mask and overlay."""
     name = case_stem(files)
     return (f"{name}.mha",) if files[0].name.lower().endswith(VOLUMES) else (f"{name}.png", f"{name}-overlay.png")
 

@@ -21,7 +21,7 @@ from segmentation.runs import flatten
 SUBJECTS, IMAGES = 40, 120
 SIDES = dict.fromkeys(("train", "val", "test"), 9)
 COMMON = {"task": "lumbar_spine", "image_size": 64, "split_sha256": "5" * 64}
-SCORES = COMMON | {"checkpoint": "best.ckpt", "epoch": 2, "side": "test", "options": [], "unit": "px"}
+SCORES = COMMON | {"checkpoint": "best.ckpt", "epoch": 2, "side": "test", "options": [], "data": "demo"}
 SCORES |= {"unreadable": 0, "unreadable_images": []}
 FACTS = COMMON | {"network": "unet", "model_args": {}, "parameters": 1_234_567, "multiply_adds": 3 * 10**9}
 FACTS |= {"data": "demo", "images": SIDES, "subjects": SIDES, "epochs": 2, "best_epoch": 2, "command": "lab.py fit"}
@@ -108,7 +108,7 @@ def test_means_and_deviations(tmp_path):
 
 
 def test_one_seed_has_no_deviation_and_mixed_units_no_mean(tmp_path):
-    mixed = {"unit": "mixed", "hd95": [1.0, 2.0]}
+    mixed = {"unit": ["mm", "px"], "hd95": [1.0, 2.0]}
     run = write_run(tmp_path / "net-seed0", [0.4, 0.6], **mixed)
     results = compare([run], "test", None)
     scores = results[0]["variants"]["net"]["per_image"]
@@ -148,18 +148,43 @@ def test_the_interval_covers_what_it_promises():
     assert interval(pd.DataFrame([0.3])) == interval(pd.DataFrame([[0.3, 0.4]])) == (None, None)
 
 
-@pytest.mark.parametrize("of_seeds", [0.0, 0.3, 1.0])
-def test_the_interval_covers_other_seeds_too(of_seeds):
-    """No difference in the mean; 30 subjects and 3 seeds, whose effects cross. Subjects alone would not do."""
-    rng, draws, false, narrow = np.random.default_rng(0), 1000, 0, 0
+@pytest.mark.parametrize("of_trainings", [0.0, 0.3, 0.6, 2.0])
+@pytest.mark.parametrize(("folds", "seeds"), [(1, 2), (1, 3), (5, 1), (5, 2), (5, 3)])
+def test_the_interval_covers_other_trainings_too(folds, seeds, of_trainings):
+    """No difference in the mean; 30 subjects, and a training for each fold and seed. Subjects alone would not do."""
+    rng, draws, false, narrow, fold = np.random.default_rng(0), 1000, 0, 0, np.arange(30) % folds
+    index = pd.MultiIndex.from_arrays([range(30), fold], names=["group", "fold"])
     for _ in range(draws):
-        effects = rng.normal(0, 1, (30, 1)), of_seeds * rng.normal(0, 1, (1, 3)), rng.normal(0, 1, (30, 3))
-        gains = sum(effects)
-        low, high = interval(pd.DataFrame(gains))
+        trainings = of_trainings * rng.normal(0, 1, (folds, seeds))
+        gains = rng.normal(0, 1, (30, 1)) + trainings[fold] + rng.normal(0, 1, (30, seeds))
+        low, high = interval(pd.DataFrame(gains, index))
         false += not low <= 0 <= high
         narrow += stats.ttest_1samp(gains.mean(axis=1), 0).pvalue < 0.05
-    assert 0.02 < false / draws < 0.08
-    assert of_seeds == 0 or narrow / draws > 0.1
+    assert false / draws < 0.07  # of one hundred of such draws none has more if 5 % are false
+    assert of_trainings < 1 or narrow / draws > 0.2
+
+
+def test_the_interval_over_folds_from_the_sums_of_squares():
+    """The same analysis inside each of three folds, by explicit sums; with one seed, Student's t over the folds."""
+    rng = np.random.default_rng(3)
+    parts = [rng.normal(0, 2, (n, 1)) + rng.normal(0, 1, (1, 2)) + rng.normal(0, 0.5, (n, 2)) for n in (5, 4, 6)]
+    gains, sums = np.concatenate(parts), np.zeros(3)
+    for part in parts:
+        a = sum(2 * (row.mean() - part.mean()) ** 2 for row in part)
+        b = sum(len(part) * (column.mean() - part.mean()) ** 2 for column in part.T)
+        sums += a, b, sum((x - part.mean()) ** 2 for x in part.flat) - a - b
+    ms = sums / (12, 3, 12)
+    both = ms[0] + ms[1] - ms[2]
+    assert both > max(ms[:2])
+    degrees = both**2 / (ms[0] ** 2 / 12 + ms[1] ** 2 / 3 + ms[2] ** 2 / 12)
+    widths = [stats.t.ppf(0.975, d) * np.sqrt(s / 30) for s, d in ((ms[0], 12), (ms[1], 3), (both, degrees))]
+    index = pd.MultiIndex.from_arrays([range(15), np.repeat([4, 0, 2], (5, 4, 6))], names=["group", "fold"])
+    expected = gains.mean() - max(widths), gains.mean() + max(widths)
+    assert interval(pd.DataFrame(gains, index)) == pytest.approx(expected)
+    means = np.array([3.0, 3.0, 4.0, 4.0, 8.0, 8.0])
+    index = pd.MultiIndex.from_arrays([range(6), [0, 0, 1, 1, 2, 2]], names=["group", "fold"])
+    expected = tuple(stats.ttest_1samp([3, 4, 8], 0).confidence_interval())
+    assert interval(pd.DataFrame(means, index)) == pytest.approx(expected)
 
 
 def test_the_interval_from_the_sums_of_squares():
@@ -173,7 +198,7 @@ def test_the_interval_from_the_sums_of_squares():
     both = ms[0] + ms[1] - ms[2]
     assert both > max(ms[:2])
     degrees = both**2 / (ms[0] ** 2 / 5 + ms[1] ** 2 / 1 + ms[2] ** 2 / 5)
-    half = stats.t.ppf(0.975, degrees) * np.sqrt(both / 12)
+    half = max(stats.t.ppf(0.975, d) * np.sqrt(s / 12) for s, d in ((ms[0], 5), (ms[1], 1), (both, degrees)))
     assert interval(pd.DataFrame(gains)) == pytest.approx((gains.mean() - half, gains.mean() + half))
 
 
@@ -272,10 +297,11 @@ def test_two_runs_of_one_variant(tmp_path):
     with pytest.raises(ValueError, match=r"are both 'unet', but differ in model.lr: give their folders names of two"):
         compared(first, other)
     assert compared(first, tmp_path / "one", first)["runs"] == 1
-    facts = json.loads((again / "metrics.json").read_text()) | {"split_sha256": "7" * 64, "seed": 1}
-    (again / "metrics.json").write_text(json.dumps(facts))
+    facts = json.loads((first / "metrics.json").read_text()) | {"split_sha256": "7" * 64}
+    apart = write_run(tmp_path / "four" / "ours-seed0", [0.5])
+    (apart / "metrics.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="followed two splits"):
-        compared(first, again)
+        compared(first, apart)
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path):
@@ -347,7 +373,7 @@ def folded(folder: Path, variant: str, dice: np.ndarray, seed: int, **more) -> N
         part = slice(fold, None, 3)
         names = {
             "id": [f"{n:03d}" for n in range(len(dice))][part],
-            "group": [f"{n // 2}" for n in range(len(dice))][part],
+            "group": [f"{n // 6 * 3 + n % 3}" for n in range(len(dice))][part],  # two images each
         }
         run = folder / f"{variant}-fold{fold}-seed{seed}"
         write_run(run, dice[part], seed, fold=fold, split_sha256=str(fold) * 64, **names, **more)
@@ -355,7 +381,8 @@ def folded(folder: Path, variant: str, dice: np.ndarray, seed: int, **more) -> N
 
 def test_the_folds_of_a_cross_validation_count_as_one_run(tmp_path, base):
     """The same numbers as from runs that scored all images at once."""
-    apart, whole, groups = tmp_path / "folds", tmp_path / "whole", [f"{n // 2}" for n in range(IMAGES)]
+    apart, whole = tmp_path / "folds", tmp_path / "whole"
+    groups = [f"{n // 6 * 3 + n % 3}" for n in range(IMAGES)]
     noise = np.random.default_rng(1).normal(0, 0.02, (2, IMAGES))
     for variant, more in (("unet", 0), ("ours", 0.05)):
         for seed in (0, 1):
@@ -370,8 +397,67 @@ def test_the_folds_of_a_cross_validation_count_as_one_run(tmp_path, base):
             found, wanted = (flatten({name: r["variants"][variant][name]}) for r in (together[0], expected))
             assert found == pytest.approx(wanted), name
     found, wanted = (r["differences"]["ours"] for r in (together[0], expected))
-    assert {**found, "seeds": None} == pytest.approx({**wanted, "seeds": None}) and found["seeds"] == [0, 1]
+    assert all(found[name] == pytest.approx(wanted[name]) for name in ("mean", "images", "subjects", "seeds"))
     assert "This is fold 0 of a cross-validation of 3 folds" in page_of(together, tmp_path / "out")
+    others = sorted(apart.iterdir(), key=lambda run: "fold2" not in run.name)
+    assert "This is fold 2 of a cross-validation of 3 folds" in page_of(compare(others, "test", None), tmp_path / "2")
+
+
+def test_the_interval_of_folds_covers_their_trainings(tmp_path, base):
+    """A gain that each fold has of its own: with one seed Student's t over the folds, not over the subjects."""
+    gains = np.array([0.01, 0.03, 0.08])[np.arange(IMAGES) % 3]
+    folded(tmp_path, "unet", base, 0)
+    folded(tmp_path, "ours", base + gains, 0)
+    found = compared(tmp_path)["differences"]["ours"]
+    expected = stats.ttest_1samp([0.01, 0.03, 0.08], 0).confidence_interval()
+    assert [found["low"], found["high"]] == pytest.approx(list(expected))
+    assert found["verdict"] == "none"
+
+
+def test_folds_of_two_units_have_no_mean_distance(tmp_path, base):
+    folded(tmp_path, "unet", base, 0)
+    table = tmp_path / "unet-fold1-seed0" / "test" / "images.csv"
+    table.write_text(table.read_text().replace(",px,", ",mm,"))
+    results = compared(tmp_path)
+    assert results["unit"] == "mixed" and results["variants"]["unet"]["per_image"]["hd95"]["mean"] is None
+
+
+def test_seeds_may_have_training_images_of_their_own(tmp_path):
+    for seed in (0, 1):
+        for name in ("unet", "ours"):
+            write_run(tmp_path / f"{name}-seed{seed}", [0.5, 0.6 + 0.1 * seed], seed, split_sha256=str(seed) * 64)
+    results = compare([tmp_path], "test", None)
+    assert results[0]["seeds"] == [0, 1]
+    assert "Every seed has a split of its own" in page_of(results, tmp_path / "out")
+
+
+def test_the_page_names_the_images_that_were_scored(tmp_path):
+    run = write_run(tmp_path / "unet", [0.5, 0.6], on="other-all", data="other", side="all")
+    facts = json.loads((run / "metrics.json").read_text()) | {"data": "own"}
+    (run / "metrics.json").write_text(json.dumps(facts))
+    page = page_of(compare([run], "other-all", None), tmp_path / "out")
+    words = "on the 2 images of side <code>all</code> of <code>other</code> at their own size"
+    assert words in " ".join(page.split()) and "The data in <code>own</code>" in page
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"callbacks": [{"class_path": "segmentation.callbacks.Patience"}]},
+        {"devices": 8},
+        {"num_nodes": 2},
+        {"limit_train_batches": 4},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_trainings_of_another_length_are_no_seeds_of_one_variant(tmp_path, setting):
+    write_run(tmp_path / "unet-seed0", [0.5, 0.6])
+    path = write_run(tmp_path / "unet-seed1", [0.5, 0.6], 1) / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["trainer"] |= setting
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"differ in trainer.{next(iter(setting))}"):
+        compared(tmp_path)
 
 
 def test_folds_that_do_not_fit_are_refused(tmp_path, base):
@@ -382,7 +468,7 @@ def test_folds_that_do_not_fit_are_refused(tmp_path, base):
         fold=1,
         split_sha256="1" * 64,
         id=[f"{n:03d}" for n in range(IMAGES)][1::3],
-        group=[f"{n // 2}" for n in range(IMAGES)][1::3],
+        group=[f"{n // 6 * 3 + n % 3}" for n in range(IMAGES)][1::3],
     )
     with pytest.raises(ValueError, match="'ours' with seed 0 lacks fold 0: train and score it"):
         compared(tmp_path / "a")

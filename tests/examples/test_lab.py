@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+import yaml
 from PIL import Image
 
 import lab
@@ -333,6 +334,21 @@ def test_images_of_ones_own(tmp_path, folder, capsys):
         score(run, f"--data.folder={enlarged}", "--data.side=test")
 
 
+def test_a_run_of_one_fold_scores_all_images_of_another_folder(skin, tmp_path):
+    """Whose sides are its own: the fold of the training is none of theirs."""
+    run = Path(shutil.copytree(skin, tmp_path / "run"))
+    config = read_config(run)
+    config["data"] |= {"fold": 1, "test_fraction": 0.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for number, side in enumerate(("train", "val", "test")):
+        image, mask = draw("isic2017", 0, number, (40, 33))
+        for kind, picture in (("images", image), ("masks", Image.fromarray(mask * 255))):
+            (tmp_path / "other" / side / kind).mkdir(parents=True)
+            picture.save(tmp_path / "other" / side / kind / f"{number}.png")
+    scores = score(run, f"--data.folder={tmp_path / 'other'}")
+    assert (scores["side"], scores["images"]) == ("all", 3)
+
+
 def test_a_folder_of_odd_images_with_a_broken_one(skin, tmp_path, capsys):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -434,12 +450,13 @@ def test_volumes_with_silent_headers_are_laid_as_those_of_the_training(copied, t
     assert predict(copied, tmp_path / "out", tmp_path / "volume.mha").rows
 
 
-def test_a_volume_is_cut_as_it_is_stored_where_the_training_saw_pictures(skin, tmp_path):
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_volume_is_cut_as_it_is_stored_where_the_training_saw_pictures(silent, skin, tmp_path, capsys):
     """Slices along the last axis give the masks of the same pictures, whatever the direction of the volume is."""
     planes = np.random.default_rng(0).integers(0, 255, (3, 40, 36)).astype(np.uint8)
     volume = SimpleITK.GetImageFromArray(planes)
     volume.SetSpacing((1.0, 1.0, 5.0))
-    volume.SetOrigin((3.0, 0.0, 0.0))
+    volume.SetOrigin((0.0 if silent else 3.0, 0.0, 0.0))
     SimpleITK.WriteImage(volume, str(tmp_path / "volume.mha"))
     for k, plane in enumerate(planes):
         Image.fromarray(plane).save(tmp_path / f"{k}.png")
@@ -447,6 +464,7 @@ def test_a_volume_is_cut_as_it_is_stored_where_the_training_saw_pictures(skin, t
     found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "out" / "volume.mha")))
     masks = [np.asarray(Image.open(tmp_path / "out" / f"{k}.png")) for k in range(3)]
     assert np.array_equal(found, np.stack(masks) // 255)
+    assert ("taken as stored, for no header says how they lie: volume.mha" in flat(capsys.readouterr().out)) == silent
 
 
 def test_a_name_that_no_table_can_hold_is_refused_before_anything_is_predicted(skin, tmp_path):

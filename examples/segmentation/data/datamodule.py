@@ -216,7 +216,7 @@ class SegmentationData(lightning.LightningDataModule):
             self._done.add(setup)
 
     def _setup_fit(self) -> None:
-        items = self._find()
+        items = self._find(self.fold)
         images, masks, *looks = load(items, self.image_size)
         if self.split is None:
             items = self._divide(items, splits.look_alikes(items, *looks, self.duplicate_bits))
@@ -258,6 +258,7 @@ class SegmentationData(lightning.LightningDataModule):
         return items
 
     def _setup_test(self) -> None:
+        # Without a fold: that of a run is one of the images it was trained on.
         items = self.items if self._setup_fit in self._done else self._find()
         self.test_items = [item for item in items if self.side in ("all", item.split)]
         if not self.test_items:
@@ -281,12 +282,12 @@ class SegmentationData(lightning.LightningDataModule):
             self.cuts = [(SAGITTAL, "")]
         self.channel_files = state_dict.get("channel_files", 1)
 
-    def _find(self) -> list[Item]:
+    def _find(self, fold: int | None = None) -> list[Item]:
         """The items, not read yet; those of `split` on its sides, refused when they are read where they changed."""
         if self.folder is None:
             items = demo_items(self.task, self.image_size)
         else:
-            items = find_items(self.task, self.folder, self.fold)
+            items = find_items(self.task, self.folder, fold)
         if len({item.id for item in items}) < len(items):
             raise ValueError(f"data.folder {str(self.folder)!r} holds two images of one id: rename one of them")
         if self.limit is not None and self.split is None:

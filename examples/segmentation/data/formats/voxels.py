@@ -184,6 +184,8 @@ def lay(volume: sitk.Image, cuts: Sequence[Cut], path: Path) -> sitk.Image:
 
     Slices are in the order of the file. A volume whose header is silent is laid as all other such volumes were.
     """
+    if not cuts:
+        return as_stored(volume)
     if is_silent(volume):
         ways = {way for _, way in cuts if way}
         if len(ways) != 1:
