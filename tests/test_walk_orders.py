@@ -144,6 +144,12 @@ def test_one_number_is_a_square_window() -> None:
     assert walks.windows(5, 6, 2) is walks.windows(5, 6, (2, 2))
 
 
+@pytest.mark.parametrize("size", [21, 2**33, 2**62, 2**64])
+def test_longer_than_the_image_changes_nothing(size: int) -> None:
+    assert np.array_equal(walks.windows(20, 21, size).orders, walks.windows(20, 21, (20, 21)).orders)
+    assert np.array_equal(walks.strided(20, 21, size).orders, walks.strided(20, 21, 21).orders)
+
+
 def test_orders_of_ones_own() -> None:
     order = np.array([3, 1, 0, 2])
     found = [walks.from_order(x, (2, 2)) for x in (order, torch.from_numpy(order), order.tolist(), order[None])]

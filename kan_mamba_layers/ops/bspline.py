@@ -33,7 +33,7 @@ def bspline_basis(
         B_{j,p}(x) = \frac{x - t_j}{t_{j+p} - t_j} B_{j,p-1}(x)
                    + \frac{t_{j+p+1} - x}{t_{j+p+1} - t_{j+1}} B_{j+1,p-1}(x), \qquad p = 1 \dots s .
 
-    The bases are non-negative, sum to 1 on :math:`[t_s, t_{g+s}]`, and vanish outside :math:`[t_0, t_{g+2s}]`. Their
+    The bases are non-negative, sum to 1 on :math:`[t_s, t_{g+s})`, and vanish outside :math:`[t_0, t_{g+2s}]`. Their
     derivatives of order :math:`\nu`, at a knot those from the right, are
 
     .. math::
@@ -94,8 +94,8 @@ def basis(
     # Far away powers would overflow. At the last knot all pieces have ended, so there every basis is zero. The slope of
     # torch.clamp at its bounds depends on the version of PyTorch; here it is that of the inside.
     held = torch.where(x > high, high, torch.where(x < low, high if zero else low, x))
-    even = uniform and not _is_differentiated(grid)
-    bases = _derivative(held, grid, _breakpoints(grid, margin), spline_order, even, nu)
+    even = uniform and not is_differentiated(grid)
+    bases = _derivative(held, grid, breakpoints(grid, margin), spline_order, even, nu)
     if extrapolation == "linear" and nu == 0:
         below, above = end_slopes(grid, spline_order)  # i g+s
         bases = bases - torch.relu(low - x)[..., None] * below + torch.relu(x - high)[..., None] * above
@@ -110,7 +110,7 @@ def basis(
 def end_slopes(grid: Tensor, spline_order: int) -> Tensor:  # i m -> 2 i g+s
     """Derivatives of the bases at both ends of the interval of the grid, from inside."""
     ends = torch.stack([grid[:, spline_order], grid[:, -spline_order - 1]])  # 2 i
-    return _derivative(ends, grid, _breakpoints(grid, spline_order), spline_order, False, 1)
+    return _derivative(ends, grid, breakpoints(grid, spline_order), spline_order, False, 1)
 
 
 def _derivative(
@@ -129,7 +129,7 @@ def _derivative(
     return bases if nu <= spline_order else torch.zeros_like(bases)
 
 
-def _is_differentiated(grid: Tensor) -> bool:
+def is_differentiated(grid: Tensor) -> bool:
     """Whether derivatives by the knots are wanted: the closed form has none by inner knots, which it never reads."""
     if torch.compiler.is_compiling():
         return grid.requires_grad
@@ -139,14 +139,13 @@ def _is_differentiated(grid: Tensor) -> bool:
     return grid.requires_grad or (in_forward_mode and forward_ad.unpack_dual(grid).tangent is not None)
 
 
-def _breakpoints(grid: Tensor, margin: int) -> Tensor:  # i m
+def breakpoints(grid: Tensor, margin: int) -> Tensor:  # i m
     """Where a piece ends and the next begins: a knot belongs to the piece on its right.
 
-    With a margin, the splines are only evaluated inside it, and its end belongs to the last piece there.
+    With a margin, the splines are only evaluated inside it, and its end belongs to the last piece there that has a
+    width.
     """
-    if margin == 0:
-        return grid
-    return torch.cat([grid[:, : -margin - 1], torch.full_like(grid[:, -margin - 1 :], math.inf)], 1)
+    return grid if margin == 0 else torch.where(grid < grid[:, -margin - 1, None], grid, math.inf)
 
 
 def cox_de_boor(x: Tensor, grid: Tensor, breakpoints: Tensor, degree: int) -> Tensor:  # ... i, i m -> ... i m-1-degree

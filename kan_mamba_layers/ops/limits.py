@@ -3,25 +3,24 @@
 Every function returns the reason, or an empty string if it finds none. It judges by the arguments that it is given.
 """
 
-from math import prod
+from math import lcm, prod
 
+import torch
 from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
+from kan_mamba_layers.ops.bspline import is_differentiated
 
 # Limits of the Triton kernels.
 ADDRESSES = 2**31 - 1  # in one image or sequence: addresses are computed in 32 bits
 STATES = 1024
 SPLINE_ORDER = 5
-BLOCKS = 65_535  # in the second dimension of a launch, of 16 features or 16 outputs at least
+BLOCKS = 65_535  # in the second dimension of a launch: groups, or blocks of 16 features or 16 outputs at least
 
 
 def count_groups(B: Tensor, C: Tensor, channels: int) -> int:
     """The coarsest grouping of channels that serves both ``B`` and ``C`` of ``selective_scan``."""
-    channels = max(1, channels)
-    counts = [channels if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)]
-    largest = max(counts)
-    return largest if all(largest % count == 0 for count in counts) else channels
+    return lcm(*(max(1, channels) if x.ndim == 2 else 1 if x.ndim == 3 else x.shape[1] for x in (B, C)))
 
 
 def against_selective_scan(
@@ -41,8 +40,11 @@ def against_selective_scan(
         return against_states("A", states)
     check_shape("u", u, ("any", "any", "any"), "b, d, l")
     _, channels, length = u.shape
-    coefficients = count_groups(B, C, channels) * 2 * states
-    return against_states("A", states) or against_addresses("u", length, channels, max(channels, coefficients))
+    groups = count_groups(B, C, channels)
+    if groups > BLOCKS:
+        return f"B and C have {groups} groups of channels, and it computes up to {BLOCKS}"
+    values = max(channels, groups * 2 * states)
+    return against_states("A", states) or against_addresses("u", length, channels, values)
 
 
 def against_cross_selective_scan(
@@ -78,7 +80,7 @@ def against_kan_linear(
     """Why ``backend`` cannot run this call of ``kan_linear``."""
     if backend == "reference" or grid is None:
         return ""
-    if grid.requires_grad:
+    if torch.is_grad_enabled() and is_differentiated(grid):
         return "grid requires a gradient, which only backend='reference' computes"
     if backend == "triton" and spline_weight is not None:
         check_shape("grid", grid, ("any", "any"), "i, g+2s+1")

@@ -97,11 +97,7 @@ def register(record: type, op: FusedOp) -> Callable[[Call, str], Tensors]:
             "with backend='reference'"
         )
 
-    def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
-        raise RuntimeError(
-            f"the fused {op.name} has no forward-mode derivatives; differentiate in reverse mode, or call it with "
-            "backend='reference'"
-        )
+    refuse_forward_mode = refusal_of_forward_mode(f"the fused {op.name}")
 
     for name in (op.name, f"{op.name}_backward"):
         _LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
@@ -231,6 +227,18 @@ def explained(load: Callable[[str], FusedBackend]) -> Callable[[str], FusedBacke
 def contiguous(values: Sequence[Any]) -> list[Any]:
     """The same arguments, tensors among them contiguous."""
     return [x.contiguous() if isinstance(x, Tensor) else x for x in values]
+
+
+def refusal_of_forward_mode(name: str) -> Callable[..., Any]:
+    """A ``jvp`` that raises."""
+
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        raise RuntimeError(
+            f"{name} has no forward-mode derivatives; differentiate in reverse mode, or call it with "
+            "backend='reference'"
+        )
+
+    return jvp
 
 
 def transformed() -> bool:

@@ -73,8 +73,17 @@ def _is_jagged(x: Any) -> bool:
 
 
 def _on_jagged(op: Any, x: Any, *arguments: Any, **options: Any) -> Any:  # b j i -> b j o
-    y = op(x.values(), *arguments, **options)  # rows o
+    values = x.values() if x.lengths() is None else _without_gaps(x)
+    y = op(values, *arguments, **options)  # rows o
     return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
+
+
+def _without_gaps(x: Any) -> Tensor:  # rows i
+    """The values with zeros between the sequences, where a NaN would get into the gradients of the weights."""
+    values, starts = x.values(), x.offsets()[:-1]
+    steps = torch.zeros(len(values) + 1, dtype=starts.dtype, device=starts.device)
+    steps.index_add_(0, starts, torch.ones_like(starts)).index_add_(0, starts + x.lengths(), -torch.ones_like(starts))
+    return values.masked_fill((steps.cumsum(0) == 0)[:-1, None], 0)
 
 
 def _refuse_distributed(arguments: Mapping[str, Any]) -> None:

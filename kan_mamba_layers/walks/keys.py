@@ -43,6 +43,8 @@ def table_of(name: str, grid: Sequence[int], parameters: Sequence[int]) -> NDArr
     if name == "hilbert":
         forwards = [hilbert_curve(*grid), _transposed(hilbert_curve(*grid[::-1]), *grid)]
     else:
+        longest = {"windows": grid, "strided": (max(grid),)}.get(name, ())  # longer ones give the same order
+        parameters = [min(number, max(1, most)) for number, most in zip(parameters, longest, strict=True)]
         coordinates = list(np.indices(grid).reshape(len(grid), -1))
         forwards = [key.argsort() for key in keys_of(name, grid, parameters, coordinates)]
     return np.stack([*forwards, *(order[::-1] for order in forwards)]).astype(np.int32)

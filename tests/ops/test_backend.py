@@ -234,6 +234,17 @@ class TestOnAGpu:
             monkeypatch.setattr(limits, "BLOCKS", 65_536)
             assert resolve("kan_linear", "auto", **given) == "triton"
 
+    def test_groups(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernels of the step sizes are launched over the groups along the second dimension."""
+        monkeypatch.setitem(choice._HAS, "triton", True)
+        with FakeTensorMode():
+            shapes = {"u": (1, 65_536, 1), "A": (65_536, 2), "B": (1, 65_536, 2, 1), "C": (1, 2, 1)}
+            u, *others = (torch.empty(shape, device="cuda") for shape in shapes.values())
+            given = dict(zip("ABC", others, strict=True))
+            assert resolve("selective_scan", "auto", u, **given) == "chunked"
+            with pytest.raises(ValueError, match=says("B and C have 65536 groups of channels", "up to 65535")):
+                resolve("selective_scan", "triton", u, **given)
+
     def test_large_images_run(self, gpu: Entries, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beyond a limit that is lowered for the test."""
         for op, fitting, larger in (
@@ -301,7 +312,50 @@ class TestArguments:
             answer(op, "auto", on_gpu({**MAKE[op](), name: bad}))
 
 
+@pytest.mark.parametrize("groups", [(1, 1), (2, 3), (4, 6), (2, 4), (12, 5)])
+def test_the_coarsest_grouping(groups: tuple[int, int]) -> None:
+    """The fewest groups into which those of B and of C can both be divided."""
+    B, C = (torch.empty(1, number, 2, 7) for number in groups)
+    fewest = next(number for number in range(1, 61) if all(number % count == 0 for count in groups))
+    assert limits.count_groups(B, C, 60) == fewest
+    assert limits.count_groups(B[0, 0], C, 60) == limits.count_groups(B, C[0, 0], 60) == 60
+
+
 class TestOnTheCpu:
+    def test_numba_without_its_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(choice._HAS, "numba", True)
+        monkeypatch.setattr(choice, "_NUMBA_IS_OFF", True)
+        for op, make in MAKE.items():
+            assert answer(op, "auto", make()) == "chunked"
+            with pytest.raises(ValueError, match=says("backend='cpu'", "NUMBA_DISABLE_JIT")):
+                answer(op, "cpu", make())
+
+    def test_a_grid_that_learns_is_fast_where_no_gradient_is_wanted(self) -> None:
+        inputs = kan_call(learned_grid=True)
+        assert answer("kan_linear", "auto", inputs) == "reference"
+        with torch.no_grad():
+            assert answer("kan_linear", "auto", inputs) == ON_CPU
+            expected = kml.kan_linear(**inputs, backend="reference")
+            for backend in {ON_CPU, "chunked"}:
+                torch.testing.assert_close(kml.kan_linear(**inputs, backend=backend), expected)
+
+    @pytest.mark.parametrize("backend", ["auto", ON_CPU, "chunked"])
+    def test_a_mapped_grid_that_learns(self, backend: str) -> None:
+        """A batched tensor does not tell that it requires a gradient."""
+        inputs = kan_call()
+        grids = inputs.pop("grid").repeat(2, 1, 1).requires_grad_()
+
+        def run(grid: Tensor) -> Tensor:
+            return kml.kan_linear(**inputs, grid=grid, backend=backend)
+
+        if backend != "auto":
+            with pytest.raises(ValueError, match="grid requires a gradient"):
+                torch.vmap(run)(grids)
+            return
+        (found,) = torch.autograd.grad(torch.vmap(run)(grids).square().sum(), grids)
+        (expected,) = torch.autograd.grad(sum(run(grid).square().sum() for grid in grids), grids)
+        torch.testing.assert_close(found, expected)
+
     def test_limits_of_triton_are_not_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They would tie compiled and exported graphs to their sizes."""
 

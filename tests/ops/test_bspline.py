@@ -155,7 +155,7 @@ class TestProperties:
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_coincident_knots(self, order: int) -> None:
-        """A clamped grid, which an adaptive update may make of tied data: 0/0 counts as 0 and the bases sum to 1."""
+        """A clamped grid: 0/0 counts as 0 and the bases sum to 1."""
         grid = torch.cat([torch.zeros(order), torch.linspace(0, 1, 6), torch.ones(order)]).double()[None]
         x = torch.linspace(0, 0.999, 500, dtype=torch.float64)[:, None]
         bases = bspline_basis(x, grid, order)

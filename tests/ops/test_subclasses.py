@@ -104,6 +104,22 @@ def test_jagged_rows() -> None:
     torch.testing.assert_close(x.grad.values(), plain.grad)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+def test_nan_between_jagged_rows_is_no_part_of_them(backend: str) -> None:
+    """A batch that is padded with NaN, as a jagged tensor with lengths."""
+    layer, padded = KANLinear(3, 2, backend=backend), torch.full((3, 6, 3), torch.nan)
+    starts, lengths = torch.tensor([0, 2, 1]), torch.tensor([3, 4, 2])
+    for row, start, length in zip(padded, starts.tolist(), lengths.tolist(), strict=True):
+        row[start : start + length] = torch.randn(length, 3)
+    y = layer(torch.nested.narrow(padded, 1, starts, lengths, layout=torch.jagged))
+    sum(row.square().sum() for row in y.unbind()).backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    layer(padded[padded.isfinite().all(-1)]).square().sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
 def nested(layout: torch.layout) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.nested.nested_tensor([x[0], x[0]], layout=layout)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
 class KANCall(NamedTuple):
@@ -40,11 +41,20 @@ class Wanted(NamedTuple):
 
 
 def is_silu(base_activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether it is the function that the fused backends compute themselves. A module with hooks is called."""
+    """Whether it is the function that the fused backends compute themselves.
+
+    A module with hooks, or with a ``forward`` of its own, is called.
+    """
     if type(base_activation) is torch.nn.SiLU:
         module = base_activation
         return not (
-            module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+            "forward" in module.__dict__
+            or module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_pre_hooks
+            or module._backward_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
         )
     return base_activation is F.silu
 

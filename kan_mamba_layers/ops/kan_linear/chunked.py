@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kan_mamba_layers.ops.bspline import end_slopes, reciprocal
+from kan_mamba_layers.ops.bspline import breakpoints, end_slopes, reciprocal
 from kan_mamba_layers.ops.kan_linear.call import KANCall, Wanted
 from kan_mamba_layers.ops.operator import contiguous
 
@@ -110,6 +110,8 @@ class _Splines:
             self.centres = (bases + (self.degree + 1) / 2)[:, None]  # g+s 1
         else:
             self.evaluate = self._cox_de_boor
+            margin = 0 if call.extrapolation == "zero" else self.degree
+            self.breakpoints = breakpoints(call.grid, margin).T.contiguous()  # m i
             widths = (self.knots[p:] - self.knots[:-p] for p in range(1, self.degree + 1))
             self.per_width = [reciprocal(width) for width in widths]  # m-p i
 
@@ -149,12 +151,7 @@ class _Splines:
     def _cox_de_boor(self, x: Tensor, into: Tensor, slopes: Tensor) -> None:
         """For any knots the recursion, with the reciprocals of all widths made beforehand."""
         x = x[:, None]  # rows 1 i
-        cells = (x >= self.knots[:-1]) & (x < self.knots[1:])  # rows m-1 i
-        if self.extrapolation != "zero":  # the end of the interval belongs to its last cell
-            last = cells.shape[1] - self.degree - 1
-            cells[:, last] = (x >= self.knots[last])[:, 0]
-            cells[:, last + 1 :] = False
-        bases = cells.to(x.dtype)
+        bases = ((x >= self.breakpoints[:-1]) & (x < self.breakpoints[1:])).to(x.dtype)  # rows m-1 i
         x = torch.clamp(x, self.knots[0], self.knots[-1])  # an infinity times 0 would be NaN
         for p, per_width in enumerate(self.per_width, 1):
             shares = bases * per_width  # rows m-p i

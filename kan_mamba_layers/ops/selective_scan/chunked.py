@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kan_mamba_layers.ops.operator import one_by_one, pull_back, replaced, transformed
+from kan_mamba_layers.ops.operator import one_by_one, pull_back, refusal_of_forward_mode, replaced, transformed
 
 # Values of the state, b k l n d, that one segment holds: 4 MiB of float32, so that its few temporaries stay in cache.
 _SEGMENT_VALUES = 1 << 20
@@ -63,11 +63,7 @@ def _scan_segments(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, st
     return torch.cat(outputs, 2), state
 
 
-def _refuse(ctx: Any, *grad_inputs: Any) -> Any:
-    raise RuntimeError(
-        "backend='chunked' of the scan has no forward-mode derivatives; differentiate in reverse mode, or call it with "
-        "backend='reference'"
-    )
+_refuse = refusal_of_forward_mode("backend='chunked' of the scan")
 
 
 class _Recomputed(torch.autograd.Function):
@@ -161,7 +157,8 @@ class _LinearScan(torch.autograd.Function):
         state = torch.empty_like(end)  # before each chunk
         for m in chunks:
             state[:, :, m] = start
-            start = torch.addcmul(end[:, :, m], product[:, :, m], start)
+            # A product may be infinite where there is no state yet: 0 times infinity would be NaN.
+            start = torch.where(start == 0, end[:, :, m], torch.addcmul(end[:, :, m], product[:, :, m], start))
 
         states = torch.empty_like(b)
         for t in times:

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -126,7 +125,9 @@ def c_function(
     digest = _digest(sources)
     try:
         code = build(cache=True)(entry(digest, *constants))
-    except (RuntimeError, OSError, EOFError, UnpicklingError):  # there is no such folder, or what it holds is damaged
+    except (
+        Exception
+    ):  # there is no such folder, or what it holds is damaged or outdated; a fault of `entry` comes again
         code = build()(entry(digest, *constants))
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(int(code.address))
     function.code = code  # type: ignore[attr-defined]  # keeps the machine code alive

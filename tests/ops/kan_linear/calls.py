@@ -14,6 +14,16 @@ from kan_mamba_layers import kan_linear
 FUSED = ("cpu", "chunked")
 ALL = ("auto", "reference", *FUSED)
 fused = pytest.mark.parametrize("backend", FUSED)
+# Spline orders and knots: all coincide at the ends of the interval, or two at its upper or lower end.
+KNOTS_THAT_COINCIDE = (
+    (1, [0.0, 0, 1, 2, 3, 3]),
+    (2, [0.0, 0, 0, 1, 2, 3, 3, 3]),
+    (3, [-1.0, -1, -1, -1, 0.2, 1, 1, 1, 1]),
+    (3, [0.0] * 4 + [1.0] * 4),
+    (2, [0.0, 1, 2, 3, 4, 4, 5, 6]),
+    (3, [-3.0, -2, -1, 0, 1, 2, 2, 3, 4, 5]),
+    (3, [-3.0, -2, -1, 0, 0, 1, 2, 3, 4, 5]),
+)
 
 
 def kan_inputs(

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, says, to_array
 from kan_mamba_layers import bspline_basis, kan_linear, resolve
 from kan_mamba_layers.ops import backend as choice
-from ops.kan_linear.calls import kan, kan_inputs
+from ops.kan_linear.calls import KNOTS_THAT_COINCIDE, kan, kan_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -204,6 +205,25 @@ def test_gradient_exactly_at_the_ends_of_linear_extrapolation(order: int, unifor
     assert_close("slope", slope, bases @ to_array(x["spline_weight"])[0, 0], 1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
+@pytest.mark.parametrize(("order", "knots"), KNOTS_THAT_COINCIDE)
+def test_the_upper_end_where_knots_coincide(order: int, knots: list[float], extrapolation: str, backend: str) -> None:
+    """At the end and beyond, the function goes on from the last cell that has a width: SciPy's values just inside."""
+    low, high = knots[order], knots[-order - 1]
+    x = torch.tensor([low, low + 0.2, high - 0.2, high, high + 0.7], dtype=WIDE)[:, None].requires_grad_()
+    grid = torch.tensor([knots], dtype=WIDE)
+    weight = torch.randn(1, 1, len(knots) - 1 - order, dtype=WIDE)
+    y = kan_linear(x, x.new_zeros(1, 1), weight, None, grid, extrapolation=extrapolation, backend=backend)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    inside = np.minimum(to_array(x), np.nextafter(high, low))
+    values, slopes = (basis_oracle(inside, to_array(grid), order, nu)[:, 0] @ to_array(weight)[0, 0] for nu in (0, 1))
+    beyond = np.maximum(to_array(x)[:, 0] - high, 0)
+    assert_close("y", y[:, 0], values + beyond * slopes * (extrapolation == "linear"), 1e-9)
+    expected = np.where((beyond > 0) & (extrapolation == "clamp"), 0, slopes)
+    assert_close("slope", slope[:, 0], expected, 1e-9)
+
+
 class TestForms:
     @pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3), (2, 3, 4), (0, 5)])
     def test_any_leading_dimensions(self, batch: tuple[int, ...]) -> None:
@@ -272,6 +292,21 @@ class TestChoice:
         monkeypatch.setitem(choice._HAS, "triton", True)
         with pytest.raises(ValueError, match=says("backend='triton'", "float64", "backend='auto'")):
             kan_linear(**{k: v.double() for k, v in inputs.items()}, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_silu_that_was_changed_is_called(backend: str) -> None:
+    """By a `forward` of its own, as tools for tracing and offloading give it, or by a hook on all modules."""
+    inputs = make_inputs((4,), scaler=False) | {"spline_scaler": None, "backend": backend}
+    expected = kan_linear(**inputs, base_activation=torch.zeros_like)
+    changed = torch.nn.SiLU()
+    changed.forward = torch.zeros_like
+    assert_close("forward", kan_linear(**inputs, base_activation=changed), expected, 1e-12)
+    hook = register_module_forward_hook(lambda module, _, y: y * 0)
+    try:
+        assert_close("hook", kan_linear(**inputs, base_activation=torch.nn.SiLU()), expected, 1e-12)
+    finally:
+        hook.remove()
 
 
 class TestDerivatives:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers import LAYOUTS, assert_budget, assert_close, fresh_process, gradients, largest, max_error
 from kan_mamba_layers import resolve, selective_scan
+from kan_mamba_layers.ops.selective_scan import looped, reference
 from ops.selective_scan.calls import line_inputs, line_oracle, on_lines
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -289,6 +290,33 @@ class TestNumerics:
         first, second = (gradients(on_lines(backend), x) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+@pytest.mark.parametrize("direction", ["forwards", "backwards"])
+def test_growing_states_that_begin_late(direction: str) -> None:
+    """Decays of whole chunks are infinite where the state is still zero, or where its gradient is."""
+    length, late = 4096, 4070
+    u, ones = torch.zeros(1, 2, length), torch.ones(1, 1, length)
+    u[:, :, late:] = 1
+    u.requires_grad_()
+    results = []
+    for backend in ("chunked", "reference"):
+        y = selective_scan(u, torch.full_like(u, 1.5), torch.ones(2, 1), ones, ones, backend=backend)
+        if direction == "backwards":  # the gradient of the first outputs by the inputs
+            (y,) = torch.autograd.grad(y[:, :, : length - late].sum(), u)
+        results.append(y.detach())
+    assert results[1].isfinite().all() and results[1].abs().max() > 1e10
+    assert_close("chunked", *results, 1e-4)
+
+
+def test_growing_states_that_begin_late_in_exported_loops() -> None:
+    u, ones = torch.zeros(1, 1, 4096, 2), torch.ones(1, 1, 4096, 1)  # b k l d
+    u[:, :, 4070:] = 1
+    inputs = u, torch.full_like(u, 1.5), torch.ones(1, 2, 1), ones, ones
+    (y, last), (expected, expected_last) = looped.scan(*inputs), reference.scan(*inputs)
+    assert expected.isfinite().all()
+    assert_close("y", y, expected, 1e-4)
+    assert_close("last", last, expected_last, 1e-4)
 
 
 class TestBackends:

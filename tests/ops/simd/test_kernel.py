@@ -73,6 +73,17 @@ def test_no_folder_to_keep_it_in() -> None:
     assert fresh_process(nowhere + CODE) == "True 0"
 
 
+def test_what_is_kept_is_outdated_or_damaged(tmp_path: Path) -> None:
+    """An index that names a type by another name, or is no index at all, raises many kinds of errors."""
+    assert fresh_process(CODE, NUMBA_CACHE_DIR=str(tmp_path)) == "True 0"
+    indices = list(tmp_path.rglob("*.nbi"))
+    kept = [index.read_bytes() for index in indices]
+    assert any(b"Call" in content for content in kept)
+    for index, content in zip(indices, kept, strict=True):
+        index.write_bytes(content.replace(b"Call", b"Gone"))
+    assert fresh_process(CODE, NUMBA_CACHE_DIR=str(tmp_path)) == "True 0"
+
+
 def test_an_address_of_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="a kernel for CPUs got a tensor on meta; move all of them"):
         kernel._address(torch.empty(1, device="meta"))

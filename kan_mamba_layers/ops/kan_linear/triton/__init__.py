@@ -235,6 +235,7 @@ class _Launch:
         table[0] = knots
         for p in range(1, s + 1):
             table[p, :-p] = reciprocal(knots[p:] - knots[:-p])
+        table[s, -1] = torch.nextafter(knots[-s - 1], knots[s])  # see `last_inside`
         if self.constants["EXTRAPOLATION"] != "linear":
             return table, knots
         return table, end_slopes(grid, s).mT.contiguous()  # 2 g+s i

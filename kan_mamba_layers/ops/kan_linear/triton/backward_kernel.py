@@ -13,6 +13,7 @@ from kan_mamba_layers.ops.kan_linear.triton.forward_kernel import (
     cox_de_boor,
     end_slope,
     ends,
+    last_inside,
     locate,
     product,
 )
@@ -79,14 +80,13 @@ def grad_input(
     xi = product(zero, tl.zeros((16, INS), weight.dtype.element_ty), xi, PRECISION, INTERPRETED)
     first, rate, low, high = ends(knots + i, inside, IN, BASES + S + 1, S)
     z = (xi - first) * (rate * (2 / S)) if UNIFORM else xi
-    if S == 1:  # The slope jumps at a knot, which belongs to the cell on its right; the last one to the cell inside.
-        if UNIFORM:
-            z += 2.0**-20 * (rate * (tl.abs(first) + tl.abs(high)) + 1.0)  # more than what is rounded in z
+    # A knot belongs to the cell on its right, and the last one to the cell inside.
+    if UNIFORM and S == 1:  # whose slope jumps at a knot
+        z += 2.0**-20 * (rate * (tl.abs(first) + tl.abs(high)) + 1.0)  # more than what is rounded in z
         if EXTRAPOLATION != "zero":
-            inside_last = (
-                2.0 * BASES - 1.0 if UNIFORM else tl.load(knots + (BASES - 1) * IN + i, mask=inside, other=0.0)
-            )
-            z = tl.where(xi >= high, inside_last, z)
+            z = tl.where(xi >= high, 2.0 * BASES - 1.0, z)
+    if not UNIFORM and EXTRAPOLATION != "zero":
+        z = tl.where(xi >= high, last_inside(knots + i, inside, IN, BASES + S + 1, S), z)
     gy = tl.load(grad_y + r * OUT + k[None, :], mask=(r < rows) & (k[None, :] < OUT), other=0.0)
     sums = tl.zeros((ROWS, INS), tl.float32)
     left = lower_spline(z, 0, knots + i, inside, IN, S, BASES, UNIFORM)

@@ -68,7 +68,7 @@ def cardinal(d, S: tl.constexpr):
 def blend(lower, upper, x, j, knots, inside, IN, KNOTS: tl.constexpr, P: tl.constexpr):
     """Basis j of degree P from those of degree P - 1 at j and j + 1.
 
-    ``knots`` is s+1 m i: the knots, and in table p the reciprocals of p intervals.
+    ``knots`` is s+1 m i: the knots, and in table p the reciprocals of p intervals; the last row is `last_inside`.
     """
     rising = x - tl.load(knots + j * IN, mask=inside, other=0.0)
     falling = tl.load(knots + (j + P + 1) * IN, mask=inside, other=0.0) - x
@@ -159,6 +159,15 @@ def ends(knots, inside, IN, KNOTS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def last_inside(knots, inside, IN, KNOTS: tl.constexpr, S: tl.constexpr):
+    """The last number below the end of the grid's interval, kept in the last row of the tables of the knots.
+
+    Cells are half open, and of knots that coincide at the end no cell would hold it.
+    """
+    return tl.load(knots + ((S + 1) * KNOTS - 1) * IN, mask=inside, other=0.0)
+
+
+@triton.jit
 def end_slope(j, S: tl.constexpr):
     """Slope of basis j of equally spaced knots at the lower end of the grid, over ``unit(S - 1)``, a scalar.
 
@@ -181,7 +190,7 @@ def locate(
     below = 0.0
     above = 0.0
     if EXTRAPOLATION != "zero":
-        z = tl.minimum(tl.maximum(x, low), high)
+        z = tl.minimum(tl.maximum(x, low), high if UNIFORM else last_inside(knots, inside, IN, BASES + S + 1, S))
     elif not UNIFORM:
         z = hold(x, knots, inside, IN, BASES + S + 1)
     if EXTRAPOLATION == "linear":

@@ -83,10 +83,11 @@ def backward(
         direction_groups = _direction_groups(threads, k)
         tile_groups = launch.tile_groups(threads / direction_groups)
         total = launch.target(grad_u[images], direction_groups)
-        new = u.new_zeros if tile_groups > 1 and launch.groups > 1 else u.new_empty
-        total_coeffs = new(tile_groups, count, l, k * launch.groups, r + 2 * n)
+        parts = launch.parts(tile_groups)
+        new = u.new_zeros if parts > 1 and launch.groups > 1 else u.new_empty
+        total_coeffs = new(parts, count, l, k * launch.groups, r + 2 * n)
         fields = weights | launch.inputs(call, images) | {name: grad[images] for name, grad in per_image.items()}
-        fields |= {"saved": states[images], "grad_u": total, "grad_coeffs": total_coeffs}
+        fields |= {"saved": states[images], "grad_u": total, "grad_coeffs": total_coeffs, "parts": parts}
         fields |= {"grad_y": launch.pad(grad_y[images]), "grad_last": launch.pad(grad_last[images].mT)}
         launch.run(backward_kernel.entry, count, tile_groups, direction_groups, fields)
         launch.collect(total, grad_u[images])
@@ -134,6 +135,11 @@ class _Launch:
     def tile_groups(self, wanted: float) -> int:
         """Number of groups of tiles: ``wanted`` to give all threads work, and no group too large."""
         return max(1, min(self.tiles, math.ceil(max(wanted, self.tiles / _GROUP_TILES))))
+
+    def parts(self, tile_groups: int) -> int:
+        """Most groups of tiles in one group of channels; those take turns at the parts of its gradients."""
+        tiles, fewest = self.tiles // self.groups, self.tiles // tile_groups
+        return 1 if tiles == 1 else min(tile_groups, (tiles - 2) // fewest + 2)
 
     def weights(self, call: ScanCall) -> Fields:
         """Fields that all images share."""

@@ -247,7 +247,7 @@ def _store_rows(call, image, tile_group, k, tile, steps, positions, work, sums):
     """Bring the sums, one row of times for each map, to the rows of the chunk's positions."""
     grad_coeffs = call.grad_coeffs
     first, length, distance = block.row_of(call, image, k, tile)
-    first += tile_group * call.batch * call.height * call.width * distance
+    first += tile_group % call.parts * call.batch * call.height * call.width * distance
     whole = length // LANES * LANES
     for m in range(0, whole, LANES):
         for t in range(0, steps, LANES):

@@ -29,7 +29,7 @@ TIMES = CHUNK * LANES  # elements of one vector for each time of a chunk
 
 LAYOUT = Layout(
     numbers=(
-        *("direction_groups", "tile_groups", "softplus", "save"),
+        *("direction_groups", "tile_groups", "parts", "softplus", "save"),
         *("batch", "height", "width", "channels", "states", "rank", "directions", "groups"),
     ),
     arrays=(

@@ -20,6 +20,7 @@ from torch import Tensor
 from helpers import assert_budget, assert_close, basis_oracle, to_array
 from kan_mamba_layers import kan_linear
 from kan_mamba_layers.ops.kan_linear import reference
+from ops.kan_linear.calls import KNOTS_THAT_COINCIDE
 from test_golden import LAYER_FILES, check_layer
 
 if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
@@ -306,12 +307,14 @@ def test_nothing_of_the_size_of_the_bases_is_stored(buffers: list[Tensor]) -> No
     assert max(buffer.numel() - 2 * BAND for buffer in buffers) <= case.rows * case.i
 
 
-def test_coinciding_knots() -> None:
-    """A grid whose outer knots all lie on the ends, as is usual in SciPy."""
-    case = Case(uniform=False, extrapolation="clamp", g=2)
+@pytest.mark.parametrize("extrapolation", ["zero", "clamp", "linear"])
+@pytest.mark.parametrize(("order", "knots"), KNOTS_THAT_COINCIDE)
+def test_coinciding_knots(order: int, knots: list[float], extrapolation: str) -> None:
+    case = Case(s=order, g=len(knots) - 1 - 2 * order, uniform=False, extrapolation=extrapolation)
     inputs = make_inputs(case)
-    inputs["grid"].copy_(torch.tensor([-1.0, -1, -1, -1, 0.2, 1, 1, 1, 1]))
-    inputs["x"].clamp_(-0.99, 0.99)
+    inputs["grid"].copy_(torch.tensor(knots))
+    low, high = knots[order], knots[-order - 1]
+    inputs["x"][:5] = torch.tensor([low, low + 0.2, high - 0.2, high, high + 0.7])[:, None]
     got, exact = run(case, inputs), expected(case, inputs, torch.float64)
     for name, value in exact.items():
         assert_close(name, got[name], value, 2e-6)

@@ -10,6 +10,7 @@ import torch
 
 from helpers import assert_close, gradients, nan_filled_empty, relative_error, relative_l2
 from kan_mamba_layers import SS2D, cross_selective_scan, selective_scan
+from kan_mamba_layers.ops.selective_scan import cpu
 from ops.selective_scan.calls import (
     Call,
     Inputs,
@@ -199,6 +200,22 @@ class TestStress:
         expected = selective_scan(u, u, A, ones, ones, backend="reference")
         assert out[..., -1].isposinf().all()
         assert torch.equal(out.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("tiles", range(1, 30))
+def test_groups_of_tiles_share_no_part_of_a_group_of_channels(tiles: int) -> None:
+    """For every number of groups of channels and of tiles, by going through all tiles."""
+    for groups in (number for number in range(1, tiles + 1) if tiles % number == 0):
+        launch = object.__new__(cpu._Launch)
+        launch.tiles, launch.groups = tiles, groups
+        for tile_groups in range(1, tiles + 1):
+            meeting: dict[int, set[int]] = {}  # groups of tiles in each group of channels
+            for number in range(tile_groups):
+                for tile in range(tiles * number // tile_groups, tiles * (number + 1) // tile_groups):
+                    meeting.setdefault(tile * groups // tiles, set()).add(number)
+            parts = launch.parts(tile_groups)
+            assert all(len({number % parts for number in numbers}) == len(numbers) for numbers in meeting.values())
+            assert parts <= 2 * max(map(len, meeting.values()))
 
 
 class TestNotANumber:
