@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kan_mamba_layers._check import check_choice
 from kan_mamba_layers.compat.mamba2 import Mamba2
 from kan_mamba_layers.compat.modules import Mamba
 from kan_mamba_layers.compat.normalization import RMSNorm, layer_norm_fn
@@ -89,13 +91,43 @@ class FirstBlock(Block):
         super().__init__(dim, mixer_cls, nn.Identity, norm_cls, fused_add_norm, residual_in_fp32)
 
 
+class GatedMLP(nn.Module):
+    """Stand in for ``mamba_ssm.modules.mlp.GatedMLP``: ``fc2(y * activation(gate))``, with both from ``fc1``.
+
+    The hidden width, by default 8/3 of ``in_features``, is rounded up to a multiple of ``multiple_of``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        bias: bool = False,
+        multiple_of: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = 8 * in_features // 3 if hidden_features is None else hidden_features
+        hidden = math.ceil(hidden / multiple_of) * multiple_of
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, **factory)
+        self.activation = activation
+        self.fc2 = nn.Linear(hidden, in_features if out_features is None else out_features, bias=bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:  # ... c
+        y, gate = self.fc1(x).chunk(2, -1)
+        return self.fc2(y * self.activation(gate))
+
+
 def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = None, **options: Any) -> Block:
     """Stand in for ``create_block`` of either version: a block of ``Mamba`` and LayerNorm or RMSNorm.
 
     Version 1 has ``(d_model, ssm_cfg, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm, layer_idx, device,
-    dtype)``. Version 2 has ``d_intermediate``, the width of a second layer, behind ``d_model``, and ``attn_layer_idx,
-    attn_cfg`` behind ``ssm_cfg``, in which ``layer`` may be ``"Mamba2"``. There is no second layer and no attention:
-    their arguments must be empty.
+    dtype)``. Version 2 has ``d_intermediate`` behind ``d_model``, the width of a ``GatedMLP`` as a second layer unless
+    0, and ``attn_layer_idx, attn_cfg`` behind ``ssm_cfg``, in which ``layer`` may be ``"Mamba2"``. There is no
+    attention: its arguments must be empty.
     """
     names = ["norm_epsilon", "rms_norm", "residual_in_fp32", "fused_add_norm", "layer_idx", "device", "dtype"]
     if d_intermediate is not None or (arguments and isinstance(arguments[0], int)):
@@ -103,24 +135,30 @@ def create_block(d_model: int, *arguments: Any, d_intermediate: int | None = Non
         options |= {} if d_intermediate is None else {"d_intermediate": d_intermediate}
     else:
         names = ["ssm_cfg", *names]
-    given = dict(zip(names, arguments, strict=False)) | options
+    given = dict(zip(names, arguments, strict=False))
+    if twice := given.keys() & options:
+        raise TypeError(f"create_block got {', '.join(sorted(twice))} by position and by name; pass it once")
+    given |= options
     if len(arguments) > len(names):
         raise TypeError(f"create_block takes {len(names)} arguments behind d_model, {', '.join(names)}")
     if odd := given.keys() - names:
         raise TypeError(f"create_block takes no {', '.join(sorted(odd))}; its arguments are {', '.join(names)}")
     ssm = dict(given.get("ssm_cfg") or {})
     kind = ssm.pop("layer", "Mamba1")
-    if kind not in _MIXERS or any(given.get(name) for name in ("d_intermediate", "attn_layer_idx", "attn_cfg")):
-        raise NotImplementedError(f"create_block has no second layer and no attention, got {given}; leave them out")
+    check_choice("ssm_cfg['layer']", kind, _MIXERS)
+    for name in ("attn_layer_idx", "attn_cfg"):
+        if given.get(name):
+            raise NotImplementedError(f"create_block has no attention, got {name}={given[name]!r}; leave it out")
     factory: dict[str, Any] = {name: given.get(name) for name in ("device", "dtype")}
     kind_of_norm: Any = RMSNorm if given.get("rms_norm") else nn.LayerNorm
-    block = FirstBlock(
-        d_model,
-        partial(_MIXERS[kind], layer_idx=given.get("layer_idx"), **ssm, **factory),
-        partial(kind_of_norm, eps=given.get("norm_epsilon", 1e-5), **factory),
-        fused_add_norm=given.get("fused_add_norm", False),
-        residual_in_fp32=given.get("residual_in_fp32", False),
-    )
+    make_mixer = partial(_MIXERS[kind], layer_idx=given.get("layer_idx"), **ssm, **factory)
+    make_norm = partial(kind_of_norm, eps=given.get("norm_epsilon", 1e-5), **factory)
+    added = (given.get("fused_add_norm", False), given.get("residual_in_fp32", False))
+    if width := given.get("d_intermediate"):
+        make_mlp = partial(GatedMLP, hidden_features=width, out_features=d_model, **factory)
+        block = Block(d_model, make_mixer, make_mlp, make_norm, *added)
+    else:
+        block = FirstBlock(d_model, make_mixer, make_norm, *added)
     block.layer_idx = given.get("layer_idx")
     return block
 

@@ -3,10 +3,29 @@
 Rows may be picked by index; negative indices mark padding.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class InferenceParams:
+    """Stand in for the class of ``mamba_ssm.utils.generation``: the caches of all layers, and where a sequence is."""
+
+    max_seqlen: int
+    max_batch_size: int
+    seqlen_offset: int = 0
+    batch_size_offset: int = 0
+    key_value_memory_dict: dict[Any, Any] = field(default_factory=dict)
+    lengths_per_sample: Tensor | None = None
+
+    def reset(self, max_seqlen: int, max_batch_size: int) -> None:
+        """Begin other sequences; the caches stay, and are cleared by the layers."""
+        self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
+        if self.lengths_per_sample is not None:
+            self.lengths_per_sample.zero_()
 
 
 class CachedStates:
@@ -36,8 +55,13 @@ class CachedStates:
 
 
 def read_rows(cache: Tensor, indices: Tensor | None) -> Tensor:
-    """The rows of the batch; of padding any."""
-    return cache if indices is None else cache[indices.clamp_min(0)]
+    """The rows of the batch; for padding, an arbitrary row.
+
+    They are a copy if gradients are recorded: a backward pass reads them after the cache is overwritten.
+    """
+    if indices is None:
+        return cache.clone() if torch.is_grad_enabled() else cache
+    return cache[indices.clamp_min(0)]
 
 
 @torch.no_grad()

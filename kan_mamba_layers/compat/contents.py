@@ -6,6 +6,7 @@ from typing import Any
 
 from kan_mamba_layers.compat import (
     blocks,
+    caches,
     convolution,
     convolution_extension,
     directions,
@@ -29,12 +30,20 @@ def _named(*objects: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 _CONVOLUTION = _named(convolution.causal_conv1d_fn, convolution.causal_conv1d_update)
 _STATES = _named(convolution.causal_conv1d_varlen_states)
+_WRAPPERS = _named(
+    convolution_extension.causal_conv1d_fwd_function,
+    convolution_extension.causal_conv1d_bwd_function,
+    convolution_extension.causal_conv1d_update_function,
+)
 _CONVOLUTION_EXTENSION: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fwd": convolution_extension.causal_conv1d_fwd,
     "causal_conv1d_bwd": convolution_extension.causal_conv1d_bwd,
     "causal_conv1d_update": convolution_extension.causal_conv1d_update_extension,
 }
 _INNER = _named(inner.mamba_inner_fn, inner.bimamba_inner_fn)
+_STEP = _named(state_update.selective_state_update)
+_NORMS = _named(normalization.RMSNorm, normalization.layer_norm_fn, normalization.rms_norm_fn)
+_SSD = _named(ssd.mamba_chunk_scan_combined, ssd.mamba_split_conv1d_scan_combined)
 _EXTENSION: dict[str, Callable[..., Any]] = {"fwd": extensions.oflex_fwd, "bwd": extensions.oflex_bwd}
 
 # Of earlier versions of VMamba's file.
@@ -57,9 +66,20 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": _named(modules.Mamba, mamba2.Mamba2, functions.selective_scan_fn) | _INNER,
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.block": _named(blocks.Block),
-    "mamba_ssm.modules.mamba_simple": _named(modules.Mamba) | {"Block": blocks.FirstBlock},
-    "mamba_ssm.modules.mamba2": _named(mamba2.Mamba2),
+    # With the functions that the originals import, which programs read from here.
+    "mamba_ssm.modules.mamba_simple": _named(modules.Mamba, functions.selective_scan_fn, inner.mamba_inner_fn)
+    | {"Block": blocks.FirstBlock}
+    | _CONVOLUTION
+    | _STEP
+    | _NORMS,
+    "mamba_ssm.modules.mamba2": _named(mamba2.Mamba2)
+    | {"RMSNormGated": gated_norm.RMSNorm}
+    | _CONVOLUTION
+    | _STATES
+    | _STEP
+    | _SSD,
     "mamba_ssm.modules.mamba2_simple": _named(mamba2.Mamba2Simple),
+    "mamba_ssm.modules.mlp": _named(blocks.GatedMLP),
     "mamba_ssm.models": {},
     "mamba_ssm.models.mixer_seq_simple": _named(blocks.create_block, modules.Mamba, normalization.RMSNorm)
     | {"_init_weights": blocks.init_weights, "Block": blocks.FirstBlock},
@@ -70,26 +90,24 @@ MODULES: dict[str, dict[str, Any]] = {
     | {"SelectiveScanFn": directions.Applied(functions.selective_scan_fn)}
     | _INNER,
     "mamba_ssm.ops.triton": {},
-    "mamba_ssm.ops.triton.layer_norm": _named(
-        normalization.RMSNorm, normalization.layer_norm_fn, normalization.rms_norm_fn
-    ),
+    "mamba_ssm.ops.triton.layer_norm": _NORMS | {"_layer_norm_fwd": normalization.layer_norm_fwd},
     "mamba_ssm.ops.triton.layernorm": {
-        "RMSNorm": normalization.RMSNorm,
+        "RMSNorm": normalization.FirstRMSNorm,
         "layer_norm_fn": normalization.layernorm_layer_norm_fn,
         "rms_norm_fn": normalization.layernorm_rms_norm_fn,
     },
     "mamba_ssm.ops.triton.layernorm_gated": _named(
         gated_norm.LayerNorm, gated_norm.RMSNorm, gated_norm.layernorm_fn, gated_norm.rmsnorm_fn
     ),
-    "mamba_ssm.ops.triton.ssd_combined": _named(ssd.mamba_chunk_scan_combined, ssd.mamba_split_conv1d_scan_combined),
-    "mamba_ssm.ops.triton.selective_state_update": _named(state_update.selective_state_update),
+    "mamba_ssm.ops.triton.ssd_combined": _SSD,
+    "mamba_ssm.ops.triton.selective_state_update": _STEP,
     "mamba_ssm.utils": {},
-    "mamba_ssm.utils.generation": _named(language.GenerationMixin),
+    "mamba_ssm.utils.generation": _named(caches.InferenceParams, language.GenerationMixin),
     "mamba_ssm.utils.hf": _named(language.load_config_hf, language.load_state_dict_hf),
     "causal_conv1d": _CONVOLUTION | _STATES,
     "causal_conv1d.causal_conv1d_interface": _CONVOLUTION,
     "causal_conv1d.causal_conv1d_varlen": _STATES,
-    "causal_conv1d.cpp_functions": {f"{name}_function": made for name, made in _CONVOLUTION_EXTENSION.items()},
+    "causal_conv1d.cpp_functions": _WRAPPERS,
     "causal_conv1d_cuda": _CONVOLUTION_EXTENSION,
     "selective_scan": {
         "selective_scan_fn": functions.vmamba_selective_scan_fn,

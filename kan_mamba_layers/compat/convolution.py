@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kan_mamba_layers._check import check_shape
 from kan_mamba_layers.compat.caches import read_rows, without_padding, write_rows
+from kan_mamba_layers.compat.targets import put
 from kan_mamba_layers.ops.precision import autocast_off, compute_dtype
 
 Activation = str | None
@@ -45,7 +46,7 @@ def causal_conv1d_fn(
     if not return_final_states:
         return out
     final = padded[..., padded.shape[-1] - (width - 1) :]
-    return out, final if final_states_out is None else final_states_out.copy_(final)
+    return out, put("final_states_out", final, final_states_out, "b, d, w-1")
 
 
 def causal_conv1d_update(
@@ -86,10 +87,11 @@ def causal_conv1d_update(
     return out[..., 0] if single else out
 
 
+@torch.no_grad()
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:  # l d, b+1 -> b d s
     """The last ``state_len`` positions of each sequence in ``x``, behind zeros if it is shorter.
 
-    Sequence ``i`` lies at ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+    Sequence ``i`` lies at ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. As in the original, there is no gradient.
     """
     states = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], state_len)
     bounds = cu_seqlens.tolist()
@@ -101,6 +103,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
 def _check(x: Tensor, weight: Tensor, activation: Activation) -> None:
     check_shape("x", x, ("any", "any", "any"), "b, d, l")
+    if x.shape[2] < 1:
+        raise ValueError(f"x must have at least one position, got shape {tuple(x.shape)}; pass l >= 1")
     check_shape("weight", weight, (x.shape[1], "any"), "d, w")
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")

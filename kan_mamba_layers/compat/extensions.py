@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kan_mamba_layers.compat.functions import scan
+from kan_mamba_layers.compat.targets import put
 from kan_mamba_layers.ops.precision import compute_dtype
 
 
@@ -100,7 +101,7 @@ def with_gate(grads: list[Tensor | None], dz: Tensor | None, out_z: Tensor | Non
     grad_z = grads.pop(6)
     if grad_z is None:
         return grads
-    grads.append(grad_z if dz is None else dz.copy_(grad_z))
+    grads.append(put("dz", grad_z, dz, "b, d, l"))
     return grads if out_z is None else [*grads, out_z]
 
 

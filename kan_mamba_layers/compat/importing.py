@@ -42,6 +42,7 @@ class _StandIns(MetaPathFinder, Loader):
             return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
         parent, _, name = fullname.rpartition(".")
         if parent in MODULES:
+            # For any other package importlib.util.find_spec returns None: the list of names costs that.
             raise ModuleNotFoundError(_missing(parent, name), name=parent)
         return None
 
@@ -63,14 +64,15 @@ def _key(module: str) -> str:
 
 
 _FINDER = _StandIns()
+_KERNELS = tuple(f"{name}." for name in MODULES if name.startswith("mamba_ssm.ops.triton."))
 
 
 def _is_kept(name: str) -> bool:
-    """Whether a module is of ``mamba_ssm`` itself, and none of its files in Triton."""
-    return name.partition(".")[0] == "mamba_ssm" and not (name in MODULES and name.startswith("mamba_ssm.ops.triton."))
+    """Whether a module is of ``mamba_ssm`` itself, and none of its files in Triton or a name in one."""
+    return name.partition(".")[0] == "mamba_ssm" and not f"{name}.".startswith(_KERNELS)
 
 
-def _is_ours(module: ModuleType) -> bool:
+def _is_ours(module: ModuleType | None) -> bool:
     return getattr(getattr(module, "__spec__", None), "loader", None) is _FINDER
 
 
@@ -82,6 +84,14 @@ def _original(name: str) -> str | None:
     spec = importlib.util.find_spec(name)
     # A folder without __init__.py, such as the sources of VMamba's kernels, is not an installed package.
     return None if spec is None or spec.loader is _FINDER or spec.origin is None else f"found at {spec.origin}"
+
+
+def _forget(name: str) -> None:
+    """Remove a module, also from its parent, where ``from parent import name`` looks first."""
+    module = sys.modules.pop(name)
+    parent, _, last = name.rpartition(".")
+    if parent in sys.modules and vars(sys.modules[parent]).get(last) is module:
+        delattr(sys.modules[parent], last)
 
 
 def install(*, force: bool = False, keep: bool = False) -> None:
@@ -101,20 +111,25 @@ def install(*, force: bool = False, keep: bool = False) -> None:
 
     Raises:
         ImportError: a real module of one of these names is installed or imported, and neither ``force`` nor ``keep``
-            allows it.
+            allows it; or ``keep`` comes too late, after a call that put a stand-in in the place of ``mamba_ssm``.
 
     Example:
         >>> from kan_mamba_layers import compat
         >>> compat.install()  # doctest: +SKIP
         >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # doctest: +SKIP
     """
+    hidden = PathFinder.find_spec("mamba_ssm") if _is_ours(sys.modules.get("mamba_ssm")) else None
+    if keep and hidden is not None and hidden.origin is not None:
+        raise ImportError("keep=True comes after an install() that replaced mamba_ssm; call uninstall() first")
     keep = keep and _original("mamba_ssm") is not None
-    replaced = [name for name in MODULES if name not in YIELDING and not (keep and name.startswith("mamba_ssm"))]
+    replaced = [name for name in MODULES if name not in YIELDING and not (keep and _is_kept(name))]
     for name in replaced:
-        if not force and "." not in name and (found := _original(name)):
+        asked = "." not in name or (keep and name in sys.modules)
+        if not force and asked and (found := _original(name)):
+            shadowing = "install(keep=True, force=True)" if keep else "install(force=True)"
             raise ImportError(
                 f"{_ORIGIN} will not stand in for {name!r}, which is {found}; use that one and leave install() out, "
-                "uninstall it, or shadow it with install(force=True)"
+                f"uninstall it, or shadow it with {shadowing}"
                 + (", or keep it with install(keep=True)" if name == "mamba_ssm" else ""),
                 name=name,
             )
@@ -124,11 +139,14 @@ def install(*, force: bool = False, keep: bool = False) -> None:
     _FINDER.force |= force
     _FINDER.keep = keep or (_FINDER.keep and not force)
     if force:
+        tops = {name for name in replaced if "." not in name}
         for name, module in list(sys.modules.items()):
-            if (name.partition(".")[0] in replaced or _key(name) in YIELDING) and not _is_ours(module):
-                del sys.modules[name]
+            shadowed = name in replaced or name.partition(".")[0] in tops or _key(name) in YIELDING
+            if shadowed and not _is_ours(module):
+                _forget(name)
     for name in replaced:
-        importlib.import_module(name)
+        if not (keep and name.startswith("mamba_ssm.")):  # whose parents are theirs, and not to be imported yet
+            importlib.import_module(name)
 
 
 def uninstall() -> None:
@@ -137,4 +155,4 @@ def uninstall() -> None:
         sys.meta_path.remove(_FINDER)
     for name in list(sys.modules):
         if _key(name) in MODULES and _is_ours(sys.modules[name]):
-            del sys.modules[name]
+            _forget(name)

@@ -15,7 +15,7 @@ from kan_mamba_layers.compat.functions import scan
 
 
 class Scanned(NamedTuple):
-    """What a scan reads but for its recurrence."""
+    """The inputs of a scan other than ``A``, ``D`` and the bias of the steps."""
 
     x: Tensor  # b d l
     delta: Tensor  # b d l

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kan_mamba_layers._check import check_divisible, check_int, check_shape
+from kan_mamba_layers._check import check_divisible, check_int, check_number, check_shape
 from kan_mamba_layers.compat.caches import CachedStates
 from kan_mamba_layers.compat.convolution import causal_conv1d_update
 from kan_mamba_layers.compat.gated_norm import RMSNorm
 from kan_mamba_layers.compat.ssd import mamba_split_conv1d_scan_combined
 from kan_mamba_layers.compat.state_update import selective_state_update
-from kan_mamba_layers.layers.dynamics import reset_steps
+from kan_mamba_layers.layers.dynamics import check_steps, reset_steps
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.ops.precision import compute_dtype
 
@@ -24,7 +24,8 @@ class Mamba2(CachedStates, Layer):
     """The layer of Mamba-2, with the constructor, the parts and the keys of the original.
 
     ``d_ssm`` channels are scanned, by default all ``expand * d_model``; the others are a gated layer. ``chunk_size``
-    and ``use_mem_eff_path`` tune the original and have no effect. There is no ``process_group``.
+    and ``use_mem_eff_path`` tune the original and have no effect. There is no ``process_group``, so
+    ``sequence_parallel`` has none either.
     """
 
     undecayed = ("A_log", "D", "dt_bias", "init_states")
@@ -62,8 +63,18 @@ class Mamba2(CachedStates, Layer):
         super().__init__()
         if process_group is not None:
             raise NotImplementedError("process_group has no stand-in; leave it out, or install mamba_ssm itself")
-        for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim)):
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "headdim": headdim, "ngroups": ngroups}
+        for name, size in sizes.items():
             check_int(name, size, 1)
+        check_number("expand", expand, 1 / d_model)
+        if expand * d_model % 1:
+            raise ValueError(
+                f"expand * d_model must be a whole number, got expand={expand} and d_model={d_model}; "
+                f"use expand={math.ceil(expand * d_model)}/{d_model}"
+            )
+        check_number("A_init_range[0]", A_init_range[0], 0.0, open_low=True)
+        check_number("A_init_range[1]", A_init_range[1], A_init_range[0])
+        check_steps(dt_min, dt_max, dt_init_floor)
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
@@ -85,7 +96,10 @@ class Mamba2(CachedStates, Layer):
         self.chunk_size = chunk_size
         self.use_mem_eff_path = use_mem_eff_path
         self.layer_idx = layer_idx
+        # Read by subclasses with a forward pass of their own.
         self.activation, self.act = "silu", nn.SiLU()
+        self.process_group, self.sequence_parallel = None, sequence_parallel
+        self.world_size, self.local_rank = 1, 0
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         convolved = self.d_ssm + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner - self.d_ssm + convolved + self.nheads, bias=bias, **factory)
@@ -93,7 +107,7 @@ class Mamba2(CachedStates, Layer):
             convolved, convolved, d_conv, groups=convolved, padding=d_conv - 1, bias=conv_bias, **factory
         )
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **factory))
-        self.A_log = nn.Parameter(torch.empty(self.nheads, **factory))
+        self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype or torch.float32))
         skips = self.d_ssm if D_has_hdim else self.nheads
         self.D = nn.Parameter(torch.empty(skips, device=device, dtype=compute_dtype(self.A_log)))
         if rmsnorm:
@@ -213,7 +227,10 @@ class Mamba2(CachedStates, Layer):
 
 
 class Mamba2Simple(Mamba2):
-    """The same with other defaults, and states to begin with that can be learned."""
+    """The same with other defaults, and states to begin with that can be learned.
+
+    Its norm takes each of ``ngroups`` groups for itself, as the original does with ``use_mem_eff_path=True`` alone.
+    """
 
     def __init__(
         self,
@@ -257,10 +274,12 @@ class Mamba2Simple(Mamba2):
             bias=bias,
             conv_bias=conv_bias,
             chunk_size=chunk_size,
+            use_mem_eff_path=use_mem_eff_path,
             layer_idx=layer_idx,
             device=device,
             dtype=dtype,
         )
+        self.activation = activation
         self.learnable_init_states = learnable_init_states
         if learnable_init_states:
             shape = (self.nheads, headdim, d_state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kan_mamba_layers import Mamba as Layer
 from kan_mamba_layers._check import check_choice, check_int
-from kan_mamba_layers.compat.caches import CachedStates
+from kan_mamba_layers.compat.caches import CachedStates, read_rows
 from kan_mamba_layers.compat.inner import Scanned
 from kan_mamba_layers.layers.mamba import MambaState, StepProjection
 from kan_mamba_layers.ops.precision import compute_dtype
@@ -39,7 +39,7 @@ class Mamba(CachedStates, Layer):
     """
 
     _step_projection = BiasedStepProjection
-    _is_padded_by_conv = True
+    _conv_has_padding = True
     _has_wide_dynamics = True
     A_b_log: nn.Parameter
     gamma: nn.Parameter | None
@@ -182,7 +182,7 @@ class Mamba(CachedStates, Layer):
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the next positions (b l c), update the two states in place, and return the output and them."""
-        out, state = super().step(hidden_states, MambaState(conv_state, ssm_state))
+        out, state = super().step(hidden_states, MambaState(conv_state, read_rows(ssm_state, None)))
         with torch.no_grad():
             conv_state.copy_(state.conv)
             ssm_state.copy_(state.scan)

@@ -78,6 +78,23 @@ def rms_norm_fn(
     return layer_norm_fn(*inputs, *options, is_rms_norm=True, return_dropout_mask=return_dropout_mask)
 
 
+def layer_norm_fwd(
+    x: Tensor,  # ... c
+    weight: Tensor,  # c
+    bias: Tensor | None,  # c
+    eps: float,
+    residual: Tensor | None = None,  # ... c
+    *,
+    residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False,
+) -> tuple[Normalized]:
+    """Stand in for ``_layer_norm_fwd``, which ``mamba_ssm`` calls for the first of its results, the normalised values.
+
+    ``residual_dtype`` is that of another result.
+    """
+    return (layer_norm_fn(x, weight, bias, residual, eps=eps, is_rms_norm=is_rms_norm),)
+
+
 def layernorm_layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -152,11 +169,25 @@ class RMSNorm(nn.Module):
         )
 
 
+class FirstRMSNorm(RMSNorm):
+    """Stand in for ``RMSNorm`` of the module ``layernorm``, of version 1, which has no dropout."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, device=device, dtype=dtype)
+
+
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     if p == 0:
         return x, None
     kept = torch.rand_like(x) >= p
-    return x * kept / (1 - p), kept
+    scaled = x / (1 - p) if p < 1 else x
+    return scaled.masked_fill(~kept, 0), kept  # not a product, in which infinity times 0 is NaN
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:

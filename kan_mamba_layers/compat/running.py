@@ -17,17 +17,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
     parser.add_argument("--force", action="store_true", help="shadow modules of these names that are installed")
-    parser.add_argument("--keep", action="store_true", help="keep a mamba_ssm that there is, without its kernels")
-    parser.add_argument("target", metavar="TARGET", help="the script to run")
-    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="passed to the program")
+    parser.add_argument("--keep", action="store_true", help="keep an existing mamba_ssm and replace only its kernels")
+    # REMAINDER would drop a "--" that follows the target.
+    parser.add_argument("program", metavar="TARGET", nargs=argparse.PARSER, help="the script to run, and its arguments")
     options = parser.parse_args(arguments)
-    script = Path(options.target)
+    program = options.program
+    if program[0] == "--":  # as in python -- SCRIPT; argparse may leave it
+        program = program[1:]
+    target = program[0]
+    script = Path(target)
     if not (options.module or script.is_file()):
-        parser.error(f"no such script: {options.target!r}; give the path of a Python file, or -m and a module")
-    sys.argv = [options.target, *options.arguments]
+        parser.error(f"no such script: {target!r}; give the path of a Python file, or -m and a module")
+    sys.argv = program
     if options.module:
         install(force=options.force, keep=options.keep)
-        run_module(options.target, run_name="__main__", alter_sys=True)
+        run_module(target, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(script.resolve().parent))
         install(force=options.force, keep=options.keep)

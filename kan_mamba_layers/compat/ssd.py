@@ -53,7 +53,8 @@ def mamba_chunk_scan_combined(
 
     ``seq_idx`` numbers the sequences packed into a row: no state passes from one to the next. With
     ``return_final_states`` the last states (b h p n) are returned too. ``chunk_size`` and ``state_dtype`` tune the
-    original and have no effect; the states of sequences of several lengths (``return_varlen_states``) are not returned.
+    original and have no effect. The states of sequences of several lengths (``return_varlen_states``) are not returned,
+    and ``cu_seqlens``, which as in the original counts for these alone, is not read.
     """
     if return_varlen_states:
         raise NotImplementedError("return_varlen_states=True has no stand-in; scan the sequences one by one")

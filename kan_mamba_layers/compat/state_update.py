@@ -22,15 +22,17 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,  # b
 ) -> Tensor:  # b d | b h d
-    """Take one step from ``state``, which is updated in place; ``state_batch_indices`` picks its rows.
+    """Take one step from ``state``, which is updated in place.
 
-    A negative index marks padding, whose output is 0.
-    The second form has ``h`` heads, of which ``h / g`` neighbours share ``B`` and ``C``.
+    ``state`` (b h d n) has ``h`` heads, of which ``h / g`` neighbours share ``B`` and ``C``. An argument without the
+    axis of the heads or groups has one of them. ``state_batch_indices`` picks the rows of ``state``; a negative index
+    marks padding, whose output is 0.
     """
     many = state.ndim == 4
-    if not many:
-        x, dt, z, B, C = (None if v is None else v[:, None] for v in (x, dt, z, B, C))  # type: ignore[assignment]
-        A, D, dt_bias = (None if v is None else v[None] for v in (A, D, dt_bias))  # type: ignore[assignment]
+    x, dt, B, C = (v[:, None] if v.ndim == 2 else v for v in (x, dt, B, C))
+    z = z[:, None] if z is not None and z.ndim == 2 else z
+    A = A[None] if A.ndim == 2 else A
+    D, dt_bias = (v[None] if v is not None and v.ndim == 1 else v for v in (D, dt_bias))
     old = state if many else state[:, None]  # b h d n
     old = read_rows(old, state_batch_indices)
     check_shape("state", old, (x.shape[0], "any", "any", "any"), "b, [h,] d, n")

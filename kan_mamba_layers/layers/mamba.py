@@ -120,9 +120,9 @@ class Mamba(Layer):
         the two directions. The parameter names are those of ``mamba_ssm`` and of Vim, whose weights load strictly.
     """
 
-    # What the stand-in for the class of mamba_ssm, whose parts are called from outside, has otherwise.
+    # Overridden by compat.modules.Mamba, whose submodules are called from outside, as those of the original are.
     _step_projection: type[StepProjection] = StepProjection
-    _is_padded_by_conv = False
+    _conv_has_padding = False
     _has_wide_dynamics = False  # A_log and D in float32 at least, whatever the other weights are in
     conv1d: nn.Conv1d
     x_proj: nn.Linear
@@ -188,7 +188,7 @@ class Mamba(Layer):
         bounds = (bound if self.dt_init == "constant" else -bound, bound)
         dt_proj = self._step_projection(self.dt_rank, d, bounds, steps, **factory)
         self.undecayed += (f"A{suffix}_log", f"D{suffix}")
-        padding = self.d_conv - 1 if self._is_padded_by_conv else 0
+        padding = self.d_conv - 1 if self._conv_has_padding else 0
         conv = nn.Conv1d(d, d, self.d_conv, padding=padding, groups=d, bias=conv_bias, **factory)
         self.add_module(f"conv1d{suffix}", conv)
         self.add_module(f"x_proj{suffix}", nn.Linear(d, self.dt_rank + 2 * self.d_state, bias=False, **factory))

@@ -1,7 +1,6 @@
 """Which implementation of an op runs: a pure function of the call's arguments and of what is installed."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,7 +34,6 @@ _LIMITS: dict[str, Callable[..., str]] = {
     "cross_selective_scan": limits.against_cross_selective_scan,
     "kan_linear": limits.against_kan_linear,
 }
-_NUMBA_IS_OFF = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # which Numba reads when it is imported
 _HAS = {package: importlib.util.find_spec(package) is not None for package in ("numba", "triton")}
 
 
@@ -153,8 +151,6 @@ def _reason_against(op: str, backend: str, x: Tensor, arguments: dict[str, Tenso
     if backend == "cpu":
         if not _HAS["numba"]:
             return "it needs Numba, which is not installed (pip install numba, or -e '.[cpu]' in a checkout)"
-        if _NUMBA_IS_OFF:
-            return "it needs Numba's compiler, which the environment variable NUMBA_DISABLE_JIT turns off"
         if device != "cpu":
             return f"x is on {device!r}, and it computes on 'cpu'"
     if backend == "triton":

@@ -96,6 +96,15 @@ class TestWholeSequences:
             fn(**x, initial_states=torch.zeros(2, 3, 4))
         with pytest.raises(ValueError, match=says("seq_idx", "initial_states")):
             fn(**x, seq_idx=torch.zeros(2, 9), return_final_states=True)
+        for shape in ((2, 3, 4), (1, 3, 3), (2, 3, 1)):
+            with pytest.raises(ValueError, match=says("final_states_out must", r"\(2, 3, 3\)")):
+                fn(**x, return_final_states=True, final_states_out=torch.zeros(shape).double())
+
+    @pytest.mark.parametrize("name", ["causal_conv1d_fn", "causal_conv1d_update"])
+    def test_empty_sequences(self, name: str) -> None:
+        state = [torch.zeros(2, 3, 4)] if name == "causal_conv1d_update" else []
+        with pytest.raises(ValueError, match=says("x must", "at least one position", r"\(2, 3, 0\)")):
+            function("causal_conv1d", name)(torch.zeros(2, 3, 0), *state, torch.zeros(3, 4))
 
 
 class TestUpdates:

@@ -92,12 +92,55 @@ def test_the_next_positions() -> None:
             now = x["x"][..., t]
             out = update(now, state, x["weight"], x["bias"], *([torch.empty_like(now)] if late else []), True)
             assert_close("out", out, line[..., t], 1e-13)
-    assert function("causal_conv1d.cpp_functions", "causal_conv1d_update_function") is update
+
+
+def test_the_next_positions_build_no_graph() -> None:
+    x = {name: value.requires_grad_() for name, value in make(length=9).items()}
+    room, update = torch.empty(2, 3).double(), function("causal_conv1d_cuda", "causal_conv1d_update")
+    out = update(x["x"][..., 0], torch.zeros(2, 3, 4).double(), x["weight"], x["bias"], room, True)
+    assert out is room and not room.requires_grad
+
+
+def test_wrappers_take_the_names_of_their_arguments() -> None:
+    module, x = importlib.import_module("causal_conv1d.cpp_functions"), make(length=9)
+    before = torch.randn(2, 3, 3).double()
+    line, grads = gradients(lambda **v: plain(**v, silu=True), {**x, "before": before})
+    x = {name: value.detach() for name, value in x.items()}
+    rest = {"seq_idx": None, "initial_states": before.detach(), "silu_activation": True}
+    assert_close("out", module.causal_conv1d_fwd_function(**x, **rest, final_states_out=None), line, 1e-13)
+    dout = torch.randint(-8, 9, line.shape, generator=torch.Generator().manual_seed(0)).double() / 8
+    for wanted in (True, False):
+        *found, dbefore = module.causal_conv1d_bwd_function(
+            **x, **rest, dout=dout, dfinal_states=None, dx=None, return_dinitial_states=wanted
+        )
+        for name, grad in zip(x, found, strict=True):
+            assert_close(f"d{name}", grad, grads[name], 1e-12)
+        assert (dbefore is not None) is wanted
+        if wanted:
+            assert_close("dbefore", dbefore, grads["before"], 1e-12)
+    last = {name: value[..., -1] if name == "x" else value for name, value in x.items()}
+    now = module.causal_conv1d_update_function(
+        **last, conv_state=x["x"][..., 4:8].clone(), silu_activation=True, cache_seqlens=None, conv_state_indices=None
+    )
+    assert_close("now", now, line[..., -1], 1e-13)
+
+
+def test_results_have_the_shape_of_their_place() -> None:
+    module, x = importlib.import_module("causal_conv1d_cuda"), make(length=9)
+    wide, state = torch.empty(2, 2, 3, 9).double(), torch.zeros(2, 3, 4).double()
+    with pytest.raises(ValueError, match=says("out must", r"\(2, 3, 9\)")):
+        module.causal_conv1d_fwd(*x.values(), None, None, wide, None, True)
+    with pytest.raises(ValueError, match=says("out must", r"\(2, 3\)")):
+        module.causal_conv1d_update(x["x"][..., 0], state, x["weight"], None, wide[..., 0], True)
+    for place, name in ((0, "dx"), (1, "dweight"), (2, "dbias"), (3, "dinitial_states")):
+        targets = [wide if i == place else None for i in range(4)]
+        with pytest.raises(ValueError, match=says(f"{name} must")):
+            module.causal_conv1d_bwd(*x.values(), x["x"], None, torch.zeros(2, 3, 3).double(), None, *targets, True)
 
 
 def test_states_of_packed_sequences() -> None:
-    x = torch.randn(9, 3)
+    x = torch.randn(9, 3, requires_grad=True)
     found = function("causal_conv1d", "causal_conv1d_varlen_states")(x, torch.tensor([0, 1, 1, 9]), 4)
     zeros = torch.zeros(3, 3)
     expected = [torch.cat([zeros, x[:1]]), torch.cat([zeros, zeros[:1]]), x[5:]]
-    assert torch.equal(found, torch.stack([rows.T for rows in expected]))
+    assert torch.equal(found, torch.stack([rows.T for rows in expected])) and not found.requires_grad

@@ -10,7 +10,7 @@ import torch
 from stand_ins import EXTENSIONS, assert_equals_reference, function, make_inputs, without_originals
 from torch import Tensor
 
-from helpers import assert_close, gradients
+from helpers import assert_close, gradients, says
 from kan_mamba_layers import selective_scan
 
 pytestmark = [without_originals, pytest.mark.usefixtures("stand_ins")]
@@ -146,3 +146,5 @@ class TestExtensions:
         assert_close("out_z", again, gated, 1e-14)
         silu = x["z"].sigmoid() * (1 + x["z"] * (1 - x["z"].sigmoid()))
         assert_close("dz", dz, out * silu, 1e-12)
+        with pytest.raises(ValueError, match=says("dz must", r"\(2, 6, 11\)")):
+            module.bwd(*common, torch.ones_like(out), states, out, both[None, :, :6], True, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +17,21 @@ from kan_mamba_layers import compat
 
 INNER = ["mamba_inner_fn", "bimamba_inner_fn"]
 CONVOLUTION = ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"]
+NORMS, STEP = ["RMSNorm", "layer_norm_fn", "rms_norm_fn"], ["selective_state_update"]
+SSD = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
+CONVOLUTIONS = ["causal_conv1d_fn", "causal_conv1d_update"]
 FUNCTIONS = {
     "mamba_ssm": ["Mamba", "Mamba2", "selective_scan_fn", *INNER],
     "mamba_ssm.modules.block": ["Block"],
-    "mamba_ssm.modules.mamba_simple": ["Mamba", "Block"],
-    "mamba_ssm.modules.mamba2": ["Mamba2"],
+    "mamba_ssm.modules.mlp": ["GatedMLP"],
+    "mamba_ssm.modules.mamba_simple": [
+        *("Mamba", "Block", "selective_scan_fn", "mamba_inner_fn"),
+        *(*CONVOLUTIONS, *NORMS, *STEP),
+    ],
+    "mamba_ssm.modules.mamba2": [
+        *("Mamba2", "RMSNormGated", "causal_conv1d_varlen_states"),
+        *(*CONVOLUTIONS, *SSD, *STEP),
+    ],
     "mamba_ssm.modules.mamba2_simple": ["Mamba2Simple"],
     "mamba_ssm.models.mixer_seq_simple": ["_init_weights", "create_block", "Block", "Mamba", "RMSNorm"],
     "mamba_ssm.ops.selective_scan_interface": [
@@ -29,15 +40,15 @@ FUNCTIONS = {
         "mamba_inner_fn_no_out_proj",
         *INNER,
     ],
-    "mamba_ssm.ops.triton.layer_norm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
-    "mamba_ssm.ops.triton.layernorm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
+    "mamba_ssm.ops.triton.layer_norm": [*NORMS, "_layer_norm_fwd"],
+    "mamba_ssm.ops.triton.layernorm": NORMS,
     "mamba_ssm.ops.triton.layernorm_gated": ["LayerNorm", "RMSNorm", "layernorm_fn", "rmsnorm_fn"],
-    "mamba_ssm.ops.triton.ssd_combined": ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"],
-    "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update"],
-    "mamba_ssm.utils.generation": ["GenerationMixin"],
+    "mamba_ssm.ops.triton.ssd_combined": SSD,
+    "mamba_ssm.ops.triton.selective_state_update": STEP,
+    "mamba_ssm.utils.generation": ["GenerationMixin", "InferenceParams"],
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
-    "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"],
-    "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_update"],
+    "causal_conv1d": [*CONVOLUTIONS, "causal_conv1d_varlen_states"],
+    "causal_conv1d.causal_conv1d_interface": CONVOLUTIONS,
     "causal_conv1d.causal_conv1d_varlen": ["causal_conv1d_varlen_states"],
     "causal_conv1d.cpp_functions": [f"{name}_function" for name in CONVOLUTION],
     "causal_conv1d_cuda": CONVOLUTION,
@@ -45,7 +56,35 @@ FUNCTIONS = {
     "selective_scan": ["selective_scan_fn", "selective_scan_ref"],
     **{name: ["fwd", "bwd"] for name in (*EXTENSIONS, "selective_scan_cuda_oflex_rh", "v2dmamba_scan")},
 }
+# What the sources of mamba_ssm, from version 1.0 to 2.3, import of the files that have stand-ins.
+IMPORTS = (
+    "from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states",
+    *(f"from causal_conv1d.cpp_functions import {name}_function" for name in CONVOLUTION),
+    "from causal_conv1d import causal_conv1d_fn, causal_conv1d_update",
+    "from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn",
+    "from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn",
+    "from mamba_ssm.ops.triton.layer_norm import _layer_norm_fwd",
+    "from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated, LayerNorm",
+    "from mamba_ssm.ops.triton.selective_state_update import selective_state_update",
+    "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined",
+    "import causal_conv1d_cuda, selective_scan_cuda",
+)
 pytestmark = without_originals
+
+
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A `mamba_ssm` of a repository, with files in Triton."""
+    for folder in ("mamba_ssm", "mamba_ssm/modules", "mamba_ssm/ops", "mamba_ssm/ops/triton"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    for name in ("layernorm", "another"):
+        (tmp_path / f"mamba_ssm/ops/triton/{name}.py").write_text("kernel = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "mamba_ssm"
+    compat.uninstall()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
 
 
 class TestInstalling:
@@ -144,37 +183,73 @@ class TestInstalling:
             sys.modules.pop("their_models", None)
             sys.modules.pop(name, None)
 
-    @pytest.mark.parametrize("force", [False, True])
-    def test_keeps_a_mamba_ssm_without_its_kernels(
-        self, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for folder in ("mamba_ssm", "mamba_ssm/modules", "mamba_ssm/ops", "mamba_ssm/ops/triton"):
-            (tmp_path / folder).mkdir()
-            (tmp_path / folder / "__init__.py").write_text("")
-        simple = "import selective_scan_cuda, causal_conv1d_cuda\nfrom mamba_ssm.ops.triton.layernorm import RMSNorm\n"
-        (tmp_path / "mamba_ssm/modules/mamba_simple.py").write_text(simple + "class Mamba:\n    theirs = True")
-        for name in ("layernorm", "another"):
-            (tmp_path / f"mamba_ssm/ops/triton/{name}.py").write_text("kernel = True")
+    def test_a_package_hands_out_the_file_in_force(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "their_models").mkdir()
+        (tmp_path / "their_models" / "__init__.py").write_text("")
+        (tmp_path / "their_models" / "csm_triton.py").write_text("theirs = True")
         monkeypatch.syspath_prepend(tmp_path)
+        found: dict = {}
+        for force in (False, True, False):
+            if force:
+                compat.install(force=True)
+            else:
+                compat.uninstall()
+            exec("from their_models import csm_triton", found)
+            assert hasattr(found["csm_triton"], "cross_scan_fn") is force
+        for name in ("their_models", "their_models.csm_triton"):
+            del sys.modules[name]
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_keeps_a_mamba_ssm_without_its_kernels(self, force: bool, fork: Path) -> None:
+        simple = "import selective_scan_cuda, causal_conv1d_cuda\nfrom mamba_ssm.ops.triton.layernorm import RMSNorm\n"
+        (fork / "modules/mamba_simple.py").write_text(simple + "class Mamba:\n    theirs = True")
         with pytest.raises(ImportError, match=says("mamba_ssm", "keep=True")):
             compat.install()
         for _ in range(2):
             compat.install(keep=True, force=force)
-        try:
-            simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
-            assert simple.Mamba.theirs
-            assert simple.RMSNorm.__module__ == "kan_mamba_layers.compat.normalization"
-            assert "Stand-in" in simple.selective_scan_cuda.__doc__ and callable(
-                simple.causal_conv1d_cuda.causal_conv1d_fwd
-            )
-            assert importlib.import_module("mamba_ssm.ops.triton.another").kernel
-            with pytest.raises(ModuleNotFoundError):
-                importlib.import_module("mamba_ssm.models")
-        finally:
-            compat.uninstall()
-            for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
-                del sys.modules[name]
-        assert not set(TOP) & set(sys.modules)
+        simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
+        assert simple.Mamba.theirs
+        assert simple.RMSNorm.__module__ == "kan_mamba_layers.compat.normalization"
+        assert "Stand-in" in simple.selective_scan_cuda.__doc__ and callable(
+            simple.causal_conv1d_cuda.causal_conv1d_fwd
+        )
+        assert importlib.import_module("mamba_ssm.ops.triton.another").kernel
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("mamba_ssm.models")
+        with pytest.raises(ImportError, match=says("stand-in", "layernorm", "which has RMSNorm")):
+            exec("from mamba_ssm.ops.triton.layernorm import layer_norm_ref", {})
+        compat.uninstall()
+        assert set(TOP) & set(sys.modules) == {"mamba_ssm"}
+        kept = importlib.import_module("mamba_ssm.ops.triton.layernorm")
+        assert kept.kernel and importlib.import_module("mamba_ssm.ops.triton").layernorm is kept
+
+    @pytest.mark.parametrize("line", IMPORTS)
+    def test_a_kept_mamba_ssm_finds_what_it_imports(self, line: str, fork: Path) -> None:
+        (fork / "modules/mamba2.py").write_text(line)
+        compat.install(keep=True)
+        assert "mamba_ssm" not in sys.modules
+        importlib.import_module("mamba_ssm.modules.mamba2")
+
+    def test_kernels_imported_before_are_replaced_by_force_alone(self, fork: Path) -> None:
+        (fork / "modules/mamba_simple.py").write_text("from mamba_ssm.ops.triton import layernorm")
+        simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
+        assert simple.layernorm.kernel
+        with pytest.raises(ImportError, match=says("layernorm", "already imported", "keep=True, force=True")):
+            compat.install(keep=True)
+        for _ in range(2):
+            compat.install(keep=True, force=True)
+            made: dict = {}
+            exec("from mamba_ssm.ops.triton import layernorm", made)
+            assert callable(made["layernorm"].rms_norm_fn)
+            assert sys.modules["mamba_ssm.modules.mamba_simple"] is simple
+
+    def test_keep_is_refused_after_the_package_was_replaced(self, fork: Path) -> None:
+        compat.install(force=True)
+        with pytest.raises(ImportError, match=says("keep=True", "call uninstall")):
+            compat.install(keep=True)
+        compat.uninstall()
+        compat.install(keep=True)
+        assert str(fork) in importlib.import_module("mamba_ssm").__file__
 
     def test_force_after_keep_replaces_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "mamba_ssm").mkdir()

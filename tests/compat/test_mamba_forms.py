@@ -195,10 +195,12 @@ class TestMamba:
     def test_generation(self) -> None:
         """A prompt, then position by position, with the cache that `mamba_ssm` hands from layer to layer."""
         layer, x = mamba(d_model=6, layer_idx=2, init_layer_scale=0.5), torch.randn(2, 9, 6)
-        memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+        memory = function("mamba_ssm.utils.generation", "InferenceParams")(max_seqlen=9, max_batch_size=2)
+        memory.lengths_per_sample = torch.ones(2)
         with torch.no_grad():
             for _ in range(2):  # a second prompt begins anew in the same cache
-                memory.seqlen_offset = 0
+                memory.reset(9, 2)
+                assert memory.seqlen_offset == 0 and not memory.lengths_per_sample.any()
                 pieces = [layer(x[:, :3], inference_params=memory)]
                 for t in range(3, 9):
                     memory.seqlen_offset = t
@@ -209,6 +211,26 @@ class TestMamba:
         assert layer.allocate_inference_cache(2, 100, dtype=torch.bfloat16)[1].dtype == torch.bfloat16
         out, *states = layer.step(x[:, :1], conv_state, ssm_state)
         assert out.shape == (2, 1, 6) and states[0] is conv_state and states[1] is ssm_state
+
+    @pytest.mark.parametrize("length", [1, 5])
+    def test_gradients_through_a_cache(self, length: int) -> None:
+        """The state is overwritten before the backward pass reads it."""
+        layer = mamba(d_model=6, d_state=3, layer_idx=0, dtype=torch.float64)
+        x, wanted = torch.randn(2, 5, 6).double(), list(layer.parameters())
+        true = torch.autograd.grad(expected(layer, x)[:, :length].cos().sum(), wanted)
+        memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+        cache = layer.allocate_inference_cache(2, 0)
+        for out in (layer(x[:, :length], inference_params=memory), layer.step(x[:, :length], *cache)[0]):
+            grads = torch.autograd.grad(out.cos().sum(), wanted)
+            for name, grad, true_grad in zip(dict(layer.named_parameters()), grads, true, strict=True):
+                assert_close(f"d{name}", grad, true_grad, 1e-11)
+
+    def test_steps_without_gradients_copy_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, x = mamba(d_model=6), torch.randn(2, 1, 6)
+        cache = layer.allocate_inference_cache(2, 0)
+        monkeypatch.setattr(Tensor, "clone", None)
+        with torch.no_grad():
+            layer.step(x, *cache)
 
     def test_steps_are_scaled_as_the_whole_is(self) -> None:
         layer, x = mamba(d_model=8, init_layer_scale=0.5), torch.randn(2, 3, 8)

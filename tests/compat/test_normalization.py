@@ -75,6 +75,31 @@ def test_dropout(name: str) -> None:
     assert 0.1 < 1 - torch.cat([mask, mask1]).double().mean() < 0.4 and not torch.equal(mask, mask1)
 
 
+@pytest.mark.parametrize("name", ["layer_norm_fn", "rms_norm_fn"])
+def test_dropped_values_are_zeros_whatever_they_were(name: str) -> None:
+    fn = function(MODULE, name)
+    x = {**make("weight", "bias"), "x": torch.full((2, 5, 8), torch.inf, dtype=torch.float64, requires_grad=True)}
+    _, total, kept, _ = fn(**x, dropout_p=0.5, prenorm=True, return_dropout_mask=True)
+    assert torch.equal(total, torch.where(kept, torch.inf, 0.0)) and kept.any() and not kept.all()
+    x["x"] = make("x")["x"].requires_grad_()
+    y, total = fn(**x, eps=0.1, dropout_p=1.0, prenorm=True)
+    assert not total.any()
+    assert_close("y", y, plain(total, x["weight"], x["bias"], 0.1, name), 1e-12)
+    y.square().sum().backward()
+    assert not x["x"].grad.any()
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+def test_the_function_beneath(is_rms_norm: bool) -> None:
+    """`mamba_ssm` calls it itself, for the first of its results."""
+    fn, x = function(MODULE, "_layer_norm_fwd"), make("x", "weight", "bias", "residual")
+    name = "rms_norm_fn" if is_rms_norm else "layer_norm_fn"
+    for residual in (None, x["residual"]):
+        total = x["x"] if residual is None else x["x"] + residual
+        y = fn(x["x"], x["weight"], x["bias"], 0.1, residual, residual_dtype=None, is_rms_norm=is_rms_norm)[0]
+        assert_close("y", y, plain(total, x["weight"], x["bias"], 0.1, name), 1e-12)
+
+
 @pytest.mark.parametrize(("module", "name"), CASES)
 def test_dtypes(module: str, name: str) -> None:
     """The sum keeps the residual's dtype; the first of a chain is widened on request; nothing is rounded on the way."""
@@ -121,5 +146,11 @@ def test_the_module(module: str) -> None:
     y, total = norm(x["x"], x["residual"], prenorm=True)
     assert_close("sum", total, x["x"] + x["residual"], 1e-14)
     assert_close("y", y, plain(total, norm.weight, None, 0.1, "rms_norm_fn"), 1e-12)
-    dropped = function(module, "RMSNorm")(8, dropout_p=0.5)
-    assert max_error(dropped(x["x"].float()), dropped.eval()(x["x"].float())) > 0.1
+
+
+def test_the_modules_differ_in_the_third_argument() -> None:
+    x, norm = make("x", dtype=torch.float32)["x"], function(MODULE, "RMSNorm")
+    dropped = norm(8, 1e-5, 0.5)
+    assert max_error(dropped(x), dropped.eval()(x)) > 0.1
+    old = function(OLD, "RMSNorm")(8, 1e-5, "cpu", torch.float16)
+    assert isinstance(old, norm) and old.weight.dtype == torch.float16

@@ -60,15 +60,33 @@ def test_blocks_that_there_are_not() -> None:
     assert type(create_block(DIM).norm) is nn.LayerNorm
     second = create_block(DIM, 0, {"layer": "Mamba2", "headdim": 4}).mixer
     assert type(second) is function("mamba_ssm", "Mamba2") and second.nheads == 3
-    for options in (
-        {"d_intermediate": 8},
-        {"ssm_cfg": {"layer": "Mamba3"}},
-        {"d_intermediate": 0, "attn_cfg": {"a": 1}},
-    ):
-        with pytest.raises(NotImplementedError, match="no second layer and no attention"):
-            create_block(DIM, **options)
+    with pytest.raises(NotImplementedError, match=says("no attention", "got attn_cfg=")):
+        create_block(DIM, d_intermediate=0, attn_cfg={"a": 1})
+    with pytest.raises(ValueError, match=says("layer", "'Mamba1', 'Mamba2'", "got 'Mamba3'")):
+        create_block(DIM, ssm_cfg={"layer": "Mamba3"})
+    for options, twice in (({"ssm_cfg": {"d_state": 8}}, "ssm_cfg"), ({"d_intermediate": 0}, "d_intermediate")):
+        with pytest.raises(TypeError, match=f"got {twice} by position and by name"):
+            create_block(DIM, {"d_state": 4}, **options)
     with pytest.raises(TypeError, match="takes no attn_cfg; its arguments are ssm_cfg, norm_epsilon"):
         create_block(DIM, attn_cfg={})
+
+
+def test_a_second_layer_with_a_gate() -> None:
+    make_mlp = function("mamba_ssm.modules.mlp", "GatedMLP")
+    assert [p.shape for p in make_mlp(100).parameters()] == [(768, 100), (100, 384)]  # 266 hidden channels, rounded up
+    mlp = make_mlp(DIM, 5, 3, torch.tanh, bias=True, multiple_of=4, dtype=torch.float64)
+    x, p = torch.randn(2, 7, DIM).double(), dict(mlp.named_parameters())
+    y, gate = (x @ p["fc1.weight"].T + p["fc1.bias"]).chunk(2, -1)
+    assert gate.shape[-1] == 8
+    assert_close("mlp", mlp(x), (y * gate.tanh()) @ p["fc2.weight"].T + p["fc2.bias"], 1e-13)
+
+    block = function("mamba_ssm.models.mixer_seq_simple", "create_block")(DIM, 8, dtype=torch.float64)
+    assert type(block) is function("mamba_ssm.modules.block", "Block")
+    hidden, p = block.mixer(normalized(block.norm, x)), dict(block.mlp.named_parameters())
+    y, gate = (normalized(block.norm2, x + hidden) @ p["fc1.weight"].T).chunk(2, -1)
+    found, residual = block(x)
+    assert_close("hidden", found, (y * gate / (1 + (-gate).exp())) @ p["fc2.weight"].T, 1e-6)  # of the scan
+    assert_close("residual", residual, x + hidden, 1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])

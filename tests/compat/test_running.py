@@ -42,6 +42,12 @@ class TestCommandLine:
         assert (result.returncode, result.stderr) == (3, "")
         assert result.stdout.splitlines() == ["__main__ 7 ['-m', '--lr', '1'] True", "torch.Size([1, 2, 3])"]
 
+    @pytest.mark.parametrize("before", [(), ("--",)])
+    def test_dashes_are_passed_on(self, before: tuple, tmp_path: Path) -> None:
+        (tmp_path / "show.py").write_text("import sys; print(sys.argv[1:])")
+        result = python(*self.RUNNER, *before, "show.py", "--", "a", "--force", "--", cwd=tmp_path)
+        assert (result.stdout, result.stderr) == ("['--', 'a', '--force', '--']\n", "")
+
     def test_module(self, program: Path) -> None:
         result = python(*self.RUNNER, "-m", "train", "--lr", "1", cwd=program.parent)
         assert (result.returncode, result.stderr) == (3, "")

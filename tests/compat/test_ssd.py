@@ -231,6 +231,32 @@ class TestLayer:
         assert_close("y", torch.cat(pieces, 1), made(u), 1e-11)
         assert list(memory.key_value_memory_dict) == [3]
 
+    def test_gradients_through_a_cache(self) -> None:
+        """The state is overwritten before the backward pass reads it."""
+        made, u = layer(layer_idx=0), torch.randn(2, 1, 6).double()
+        wanted = list(made.parameters())
+        true = torch.autograd.grad(expected(made, u).cos().sum(), wanted)
+        out = made.step(u, *made.allocate_inference_cache(2, 0))[0]
+        for name, a, b in zip(
+            dict(made.named_parameters()), torch.autograd.grad(out.cos().sum(), wanted), true, strict=True
+        ):
+            assert_close(f"d{name}", a, b, 1e-11)
+
+    def test_attributes_of_the_originals(self) -> None:
+        made = layer(sequence_parallel=False)
+        assert (made.process_group, made.sequence_parallel, made.world_size, made.local_rank) == (None, False, 1, 0)
+        simple = layer("Mamba2Simple", activation="swish", use_mem_eff_path=False)
+        assert (simple.activation, simple.use_mem_eff_path) == ("swish", False)
+
+    def test_rates_stay_in_float32_under_another_default(self) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            made = layer(dtype=None)
+        finally:
+            torch.set_default_dtype(before)
+        assert (made.A_log.dtype, made.in_proj.weight.dtype) == (torch.float32, torch.bfloat16)
+
     def test_flat_sequences(self) -> None:
         made, u = layer(), torch.randn(2, 5, 6, dtype=torch.float64)
         assert torch.equal(made(u.flatten(0, 1), seqlen=5), made(u).flatten(0, 1))
@@ -256,6 +282,15 @@ class TestLayer:
     def test_wrong_calls(self) -> None:
         with pytest.raises(ValueError, match=says("d_ssm", "headdim")):
             layer(headdim=5)
+        for options, told in (
+            ({"expand": 1.25}, ("expand", "d_model=6", "whole number")),
+            ({"A_init_range": (0, 1)}, (r"A_init_range\[0\]", "got 0")),
+            ({"A_init_range": (2, 1)}, (r"A_init_range\[1\]", "got 1")),
+            ({"dt_min": 0.0}, ("dt_min", "got 0.0")),
+            ({"ngroups": 0}, ("ngroups", "got 0")),
+        ):
+            with pytest.raises(ValueError, match=says(*told)):
+                layer(**options)
         with pytest.raises(ValueError, match=says("number of heads", "ngroups")):
             layer(ngroups=3)
         with pytest.raises(NotImplementedError, match="process_group"):

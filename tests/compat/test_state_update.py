@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -86,6 +87,40 @@ def test_one_head_and_chosen_rows() -> None:
     assert_close("out", out[1:], update(**single, dt_softplus=True)[1:], 1e-14)
     assert_close("state", larger[2], single["state"][1], 1e-14)
     assert torch.equal(larger[[0, 1, 3, 4]], kept[[0, 1, 3, 4]])
+
+
+BARE = ("x", "dt", "z", "B", "C", "A", "D", "dt_bias")
+
+
+@pytest.mark.parametrize(
+    ("heads", "bare"), [*product((0, 1), [*((name,) for name in BARE), BARE]), (H, ("B",)), (H, ("B", "C"))], ids=str
+)
+def test_every_argument_may_lack_the_axis_of_heads(heads: int, bare: tuple[str, ...]) -> None:
+    """The state may lack it too, which is 0 heads here; `B` and `C` without the axis are one group."""
+    axes = {name: 0 if name in ("A", "D", "dt_bias") else 1 for name in ("state", *BARE)}
+    v = {name: x if name in "BC" else x.narrow(axes[name], 0, heads or 1) for name, x in make(1).items()}
+    wide = {name: x if name in "BC" else x.expand_as(make(1)[name]) for name, x in v.items()}
+    expected, last = (x[:, : heads or 1] for x in plain(wide, True))
+    given = {name: x.select(axes[name], 0) if name in bare else x for name, x in v.items()}
+    given["state"] = (v["state"] if heads else v["state"][:, 0]).clone()
+    update = function("mamba_ssm.ops.triton.selective_state_update", "selective_state_update")
+    out = update(**given, dt_softplus=True)
+    assert out.shape == given["state"].shape[:-1]
+    assert_close("out", out.view_as(expected), expected, 1e-13)
+    assert_close("state", given["state"].view_as(last), last, 1e-13)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([1, 0])])
+def test_gradients_although_the_state_is_overwritten(rows: Tensor | None) -> None:
+    update = function("mamba_ssm.ops.triton.selective_state_update", "selective_state_update")
+    v = {k: x.abs() if k == "dt" else x for k, x in make(2).items()}
+    names = [name for name in v if name != "state"]
+
+    def run(*values: Tensor) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        return update(v["state"].clone(), **given, dt_softplus=True, state_batch_indices=rows)
+
+    assert torch.autograd.gradcheck(run, [v[name].requires_grad_() for name in names])
 
 
 def test_half_precision_states() -> None:

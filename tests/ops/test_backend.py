@@ -322,14 +322,6 @@ def test_the_coarsest_grouping(groups: tuple[int, int]) -> None:
 
 
 class TestOnTheCpu:
-    def test_numba_without_its_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(choice._HAS, "numba", True)
-        monkeypatch.setattr(choice, "_NUMBA_IS_OFF", True)
-        for op, make in MAKE.items():
-            assert answer(op, "auto", make()) == "chunked"
-            with pytest.raises(ValueError, match=says("backend='cpu'", "NUMBA_DISABLE_JIT")):
-                answer(op, "cpu", make())
-
     def test_a_grid_that_learns_is_fast_where_no_gradient_is_wanted(self) -> None:
         inputs = kan_call(learned_grid=True)
         assert answer("kan_linear", "auto", inputs) == "reference"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, config, njit, types
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, lower_getattr_generic, models, register_model
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch import Tensor
 from kan_mamba_layers.ops.simd.lanes import INT64, llvm_type
 from kan_mamba_layers.ops.simd.threads import run_threads, thread_count
 from kan_mamba_layers.ops.simd.vector import fetch_increment, integers
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT turns its compiler off")
 
 Entry = Callable[..., Callable[..., None]]
 Fields = dict[str, Tensor | int | None]

@@ -73,6 +73,20 @@ def test_no_folder_to_keep_it_in() -> None:
     assert fresh_process(nowhere + CODE) == "True 0"
 
 
+def test_numba_without_its_compiler() -> None:
+    code = (
+        "import torch\n"
+        "from kan_mamba_layers import selective_scan\n"
+        "u, A, B = torch.rand(1, 3, 40), -torch.rand(3, 2), torch.rand(1, 2, 40)\n"
+        "try:\n"
+        "    selective_scan(u, u, A, B, B)\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    said = fresh_process(code, NUMBA_DISABLE_JIT="1")
+    assert "'cpu' needs numba" in said and "NUMBA_DISABLE_JIT turns its compiler off" in said
+
+
 def test_what_is_kept_is_outdated_or_damaged(tmp_path: Path) -> None:
     """An index that names a type by another name, or is no index at all, raises many kinds of errors."""
     assert fresh_process(CODE, NUMBA_CACHE_DIR=str(tmp_path)) == "True 0"
