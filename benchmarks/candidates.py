@@ -78,11 +78,10 @@ class Candidate:
         if self.module is None:
             raise ValueError(f"candidate {self.name!r} cannot run: {self.absent}")
         module, x = self.module(case, device)
-        is_layer = case.op == "kan_linear"  # whose input has the dtype of the case, and a gradient
-        x = x.to(dtype) if is_layer else x
+        x = x.to(dtype) if case.op == "kan_linear" else x
         if exact:
             module, x = module.double(), x.double()
-        leaves = {"x": x.requires_grad_()} if is_layer else {}
+        leaves = {"x": x.requires_grad_()} if case.suite != "models" else {}  # an image has none
         leaves |= {self.renamed.get(name, name): p for name, p in module.named_parameters() if p.requires_grad}
         fixed = [p for p in module.parameters() if not p.requires_grad]
         context = torch.autocast(device, dtype) if dtype != torch.float32 and not exact else nullcontext()

@@ -16,6 +16,7 @@ import fnmatch
 import importlib
 import importlib.util
 import json
+import math
 import os
 import random
 import subprocess
@@ -181,9 +182,11 @@ def _seed() -> None:
 
 
 def error(found: dict[str, Tensor], true: dict[str, Tensor]) -> float:
-    """The largest difference over the largest value, of all tensors together."""
+    """The largest difference over the largest value, of all tensors together; infinite where a value is not finite."""
     if found.keys() != true.keys():
         raise ValueError(f"only one of the two runs has {sorted(found.keys() ^ true.keys())}")
+    if not all(torch.isfinite(value).all() for value in (*found.values(), *true.values())):
+        return math.inf
     some = [name for name, value in true.items() if value.numel()]
     difference = max(float((found[name] - true[name]).abs().max()) for name in some)
     return difference / max(float(true[name].abs().max()) for name in some)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,22 +107,25 @@ def _restored(name: str, value: Tensor, bound: Bound) -> Tensor:
 
 
 def time_in_rounds(
-    bounds: Mapping[str, Bound], mode: Mode, device: str, rounds: int, budget: float
-) -> dict[str, list[float]]:
-    """Seconds per call of every candidate, once in each round, in varying order, until its budget of seconds is used.
+    calls: Mapping[Any, Callable[[], object]],
+    device: str,
+    rounds: int,
+    budget: float = math.inf,
+    sample: float = SAMPLE_SECONDS,
+) -> dict[Any, list[float]]:
+    """Seconds per call of each, once in every round, until its budget of seconds is used.
 
-    A sample repeats a short call until it lasts `SAMPLE_SECONDS`.
+    A sample repeats a short call until it lasts `sample` seconds. Every round has an order of its own, lest a call
+    always find the caches as the same neighbour leaves them.
     """
-    samples: dict[str, list[float]] = {name: [] for name in bounds}
-    calls = {name: call_of(bound, mode) for name, bound in bounds.items()}
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
     repeats = {}
     for name, call in calls.items():
         call()  # compiles, and fills caches
         seconds = max(seconds_per_call(call, 1, device), 1e-6)
-        repeats[name] = max(1, min(1000, math.ceil(SAMPLE_SECONDS / seconds)))
-    names = list(bounds)
-    for turn in range(rounds if names else 0):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        repeats[name] = max(1, min(1000, math.ceil(sample / seconds)))
+    for turn in range(rounds):
+        for name in random.Random(turn).sample(list(calls), len(calls)):
             if len(samples[name]) < 2 or sum(samples[name]) * repeats[name] <= budget:
                 samples[name].append(seconds_per_call(calls[name], repeats[name], device))
     return samples
@@ -138,6 +143,12 @@ def call_of(bound: Bound, mode: Mode) -> Callable[[], object]:
         return lambda: bound.step(mode)
     grad = output_gradient(bound.run())
     return lambda: bound.step(mode, grad)
+
+
+def seconds_of_one(call: Callable[[], object], device: str, longest: float) -> float:
+    """Seconds of a call, and of a second one if the first, which may compile, takes longer than `longest`."""
+    seconds = seconds_per_call(call, 1, device)
+    return seconds if seconds <= longest else seconds_per_call(call, 1, device)
 
 
 def seconds_per_call(call: Callable[[], object], repeats: int, device: str) -> float:

@@ -99,6 +99,8 @@ def count(case: cases.Case, candidate: Candidate, options: run.Options) -> tuple
     bound, flops = candidate.bind(case, options.device, run.DTYPES[options.dtype]), {}
     for mode in options.modes:
         bound.train(mode == "training")
+        for leaf in bound.leaves.values():  # without gradients the counter fails at a view of one that needs them
+            leaf.requires_grad_(mode == "training")
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(mode == "training"):
             out = bound.run()
             if mode == "training":  # torch.autograd.grad would break the counter's hooks at a leaf

@@ -36,18 +36,13 @@ def save(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def rows_of(cases: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One row for each case, mode and candidate; ratios are to the first candidate that was timed."""
+    """One row for each case, mode and candidate."""
     rows = []
     for case in cases:
         shared = {name: value for name, value in case.items() if name != "rows"}
-        first: dict[str, Row] = {}
         for kept in case["rows"]:
             errors = {name: float(error) for name, error in kept.get("errors", {}).items()}  # JSON holds no infinity
-            row = {**shared, "status": "ok", "reason": "", **kept, "errors": errors}
-            if row["status"] == "ok":
-                base = first.setdefault(row["mode"], row)
-                row["ratios"] = [t / b for t, b in zip(times(row), times(base), strict=True)]
-            rows.append(row)
+            rows.append({**shared, "status": "ok", "reason": "", **kept, "errors": errors})
     return rows
 
 

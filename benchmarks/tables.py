@@ -31,8 +31,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) 
 def measurements(rows: list[Row]) -> Iterator[str]:
     """Times, shares of the limit, memory and errors: a section for each suite, dtype, number of threads and mode."""
     yield (
-        "Times are median milliseconds, with the ratio to the first column; of two runs both are given. Memory is the "
-        "peak above the inputs, in MiB. Errors are relative L2 errors against float64."
+        "Times are median milliseconds, with the ratio to the first column where that has a time; of two runs both "
+        "are given. Memory is the peak above the inputs, in MiB. Errors are relative L2 errors against float64."
     )
     for suite, title in SUITES.items():
         of_suite = [row for row in rows if row["suite"] == suite]
@@ -46,7 +46,7 @@ def measurements(rows: list[Row]) -> Iterator[str]:
                 if not of_mode:
                     continue
                 yield f"## {title}, {dtype}, {name}{where}"
-                yield pivot(of_mode, _time)
+                yield times_table(of_mode)
                 yield from notes(of_mode)
                 if mode == "forward" and any("limit_s" in row for row in of_mode):
                     yield "Share of the physical limit:"
@@ -54,8 +54,9 @@ def measurements(rows: list[Row]) -> Iterator[str]:
                 if any(row.get("peak_bytes") is not None for row in of_mode):
                     yield "Peak memory:"
                     yield pivot(of_mode, lambda row: mebibytes(row.get("peak_bytes")))
-    yield "## Largest errors"
-    yield errors(rows)
+    if any(row["errors"] for row in rows):
+        yield "## Largest errors"
+        yield errors(rows)
 
 
 def _threads(row: Row) -> str:
@@ -64,16 +65,32 @@ def _threads(row: Row) -> str:
     return ", 1 thread" if row["threads"] == 1 else f", {row['threads']} threads"
 
 
-def _time(row: Row) -> str:
-    return f"{span(1e3 * t for t in times(row))} ({span(row['ratios'])}x)"
+def times_table(rows: list[Row]) -> str:
+    """Milliseconds, and ratios to the first column in the cases in which that was timed."""
+    first = columns(rows)[:1]
+    bases = {row["case"]: row for row in rows if row["candidate"] in first and row["status"] == "ok"}
+
+    def cell(row: Row) -> str:
+        text = span(1e3 * t for t in times(row))
+        if row["case"] not in bases:
+            return text
+        ratios = (t / b for t, b in zip(times(row), times(bases[row["case"]]), strict=True))
+        return f"{text} ({span(ratios)}x)"
+
+    return pivot(rows, cell)
+
+
+def columns(rows: list[Row]) -> list[str]:
+    """The candidates that were run on one case at least."""
+    tried = {row["candidate"] for row in rows if row["status"] not in ("not run", "not measured")}
+    return [name for name in dict.fromkeys(row["candidate"] for row in rows) if name in tried]
 
 
 def pivot(rows: list[Row], cell: Callable[[Row], str], limit: bool = False) -> str:
     """Cases by the candidates that were run on one of them at least."""
     frame = pd.DataFrame(rows)
     frame["cell"] = [cell(row) if row["status"] == "ok" else SHORT[row["status"]] for row in rows]
-    untried = frame.status.isin(["not run", "not measured"]).groupby(frame.candidate, sort=False).all()
-    names = list(untried.index[~untried])
+    names = columns(rows)
     wide = frame.pivot(index="case", columns="candidate", values="cell").reindex(frame.case.unique(), columns=names)
     if limit:
         wide.insert(0, "limit, ms", (1e3 * frame.groupby("case").limit_s.first()).map(three_digits))
@@ -135,7 +152,7 @@ def errors(rows: list[Row]) -> str:
     groups = frame.groupby(["candidate", "dtype"], sort=False)
     worst = groups.agg(output=("output", "max"), gradients=("gradients", "max"), wrong=("wrong", "sum"))
     lines = [[*key, _error(output), _error(grad), str(wrong)] for key, output, grad, wrong in worst.itertuples()]
-    return table(["candidate", "dtype", "output", "gradients", "not timed as wrong"], lines, 3)
+    return table(["candidate", "dtype", "output", "gradients", "refused as wrong"], lines, 3)
 
 
 def _error(value: float | None) -> str:

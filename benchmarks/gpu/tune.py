@@ -25,7 +25,7 @@ from benchmarks.gpu.journal import WRONG, Journal
 from benchmarks.gpu.processes import run
 from benchmarks.gpu.rules import RULES, best_rules, sizes
 from benchmarks.gpu.tasks import Setting, Task, find_program
-from benchmarks.measure import relative_l2, seconds_per_call
+from benchmarks.measure import relative_l2, time_in_rounds
 
 Calls = dict[Any, Callable[[], Any]]  # by plan or tiles
 # b h w d n r: the levels of a base KMUNet and two stages of VMamba, one image and a batch.
@@ -140,14 +140,7 @@ def timed(make: Callable[[Setting], Calls], setting: Setting) -> dict[str, Any]:
 
 def medians(calls: Calls, setting: Setting) -> dict[Any, float]:
     """Seconds per call of each, all of them in every round."""
-    samples: dict[Any, list[float]] = {plan: [] for plan in calls}
-    repeats = {}
-    for plan, call in calls.items():
-        once = seconds_per_call(call, 1, setting.device)
-        repeats[plan] = 1 if setting.rehearsal else max(1, min(200, round(SAMPLE_SECONDS / max(once, 1e-6))))
-    for _ in range(1 if setting.rehearsal else ROUNDS):
-        for plan, call in calls.items():
-            samples[plan].append(seconds_per_call(call, repeats[plan], setting.device))
+    samples = time_in_rounds(calls, setting.device, 1 if setting.rehearsal else ROUNDS, sample=SAMPLE_SECONDS)
     return {plan: statistics.median(values) for plan, values in samples.items()}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CROSS = cases.cross(2, 3, 5, 4, 3, 2)
 SCAN = cases.scan(2, 4, 13, 3)
 TINY = cases.cross(1, 4, 4, 16, 2, 1)
+LAYERS = [cases.block(1, 4, 3, 4, 2), cases.Case("ema", "blocks", "ema", {"b": 1, "h": 4, "w": 3, "c": 8})]
 SECRET = "/home/alice/checkout/kernels.py"
 ODD_LENGTHS = [1, 2, 3, 4, 7, 16, 33]
 EVERY = [*cases.CASES, *cases.QUICK]
@@ -180,13 +182,80 @@ class TestMeasuring:
         rows = run.measure_case(TINY, [planted(1.0)], options(longest=0.0))
         assert {row["status"] for row in rows} == {"not run"}
 
+    @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.op)
+    def test_a_layer_without_the_gradient_of_its_input_is_not_timed(self, case):
+        class Detached(torch.nn.Module):
+            def __init__(self, layer: torch.nn.Module) -> None:
+                super().__init__()
+                self.inner = layer
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x.detach() + 0 * x)
+
+        def module(case: cases.Case, device: str) -> tuple[torch.nn.Module, Tensor]:
+            layer, x = cases.make_module(case, device)
+            return Detached(layer), x
+
+        names = {f"inner.{name}": name for name, _ in cases.make_module(case)[0].named_parameters()}
+        rows = run.measure_case(case, [candidates.Candidate("planted", module=module, renamed=names)], options())
+        assert [row["status"] for row in rows] == ["ok", "wrong"]
+
+    @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.op)
+    def test_the_gradient_of_a_layers_input_is_its_slope(self, case):
+        bound = run.candidates_of(case, options(whole=True))[0].bind(case, "cpu", exact=True)
+        _, *grads = bound.step("training", torch.ones_like(bound.run()))
+        x, step = bound.leaves["x"], 1e-5
+        along = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+        grad = dict(zip(bound.leaves, grads, strict=True))["x"]
+        with torch.no_grad():
+            x += step * along
+            above = bound.run().sum()
+            x -= 2 * step * along
+            below = bound.run().sum()
+        assert float((grad * along).sum()) == pytest.approx(float(above - below) / (2 * step), rel=1e-6)
+
+    def test_images_of_a_model_have_no_gradient(self):
+        case = cases.model("km_unet_tiny", side=32)
+        assert "x" not in candidates.whole(case)[2].bind(case, "cpu").leaves
+
+    @pytest.mark.parametrize(
+        ("estimate", "call", "status", "reason"),
+        [
+            (4.0, 99.0, "ok", ""),
+            (40.0, 4.0, "ok", ""),
+            (40.0, 7.0, "not run", "not timed (a call took 7 s)"),
+            (60.0, 4.0, "not run", "not run (an estimated 60 s per call)"),
+        ],
+    )
+    def test_an_estimate_near_the_limit_is_not_believed(self, estimate, call, status, reason, monkeypatch):
+        whole, part = cases.cross(1, 4, 8, 16, 2, 1), TINY
+        checker = measure.Checker(part, "cpu", torch.float32, run.ground_truth(part))
+        monkeypatch.setattr(checker, "errors", lambda *_: ({"output": 0.0}, estimate / 2))
+        monkeypatch.setattr(run, "seconds_of_one", lambda *_: call)
+        rows = run.measure_case(whole, [planted(1.0)], options(longest=5.0), checker)
+        assert {(row["status"], row["reason"]) for row in rows} == {(status, reason)}
+
+    def test_a_case_that_was_checked_whole_is_not_estimated(self):
+        rows = run.measure_case(TINY, [planted(1.0)], options(longest=1e-9))
+        assert all(row["reason"].startswith("not timed (a call took ") for row in rows)
+
     def test_rounds_are_counted_and_bounded_by_the_budget(self):
         bounds = {"a": planted(1.0).bind(TINY, "cpu"), "b": planted(1.0).bind(TINY, "cpu")}
-        samples = measure.time_in_rounds(bounds, "training", "cpu", rounds=3, budget=1e9)
+        calls = {name: measure.call_of(bound, "training") for name, bound in bounds.items()}
+        samples = measure.time_in_rounds(calls, "cpu", rounds=3)
         assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in samples.values())
-        samples = measure.time_in_rounds(bounds, "forward", "cpu", rounds=5, budget=0.0)
+        samples = measure.time_in_rounds(calls, "cpu", rounds=5, budget=0.0)
         assert all(len(seconds) == 2 for seconds in samples.values())
-        assert measure.time_in_rounds({}, "forward", "cpu", rounds=2, budget=1.0) == {}
+        assert measure.time_in_rounds({}, "cpu", rounds=2, budget=1.0) == {}
+
+    def test_no_candidate_always_follows_the_same_one(self):
+        called: list[str] = []
+        calls = {name: partial(called.append, name) for name in "abc"}
+        measure.time_in_rounds(calls, "cpu", rounds=7, sample=0.0)
+        rounds = ["".join(called[i : i + 3]) for i in range(6, len(called), 3)]  # a call and one timed come before
+        assert len(rounds) == 7 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
+        for name in "abc":
+            assert len({order[order.index(name) - 1] for order in rounds if order[0] != name}) == 2
 
     @pytest.mark.parametrize(
         ("samples", "expected"),
@@ -204,6 +273,10 @@ class TestMeasuring:
         calls: list[dict[str, Tensor]] = []
         checker = measure.Checker(TINY, "cpu", torch.float32, run.ground_truth(TINY))
         assert checker.errors(candidates.Candidate("planted", slow_once), "training", longest=0.2)[1] < 0.3
+        calls.clear()
+        inputs = cases.make_inputs(TINY)
+        assert measure.seconds_of_one(lambda: slow_once(**inputs), "cpu", longest=0.2) < 0.3 and len(calls) == 2
+        assert measure.seconds_of_one(lambda: slow_once(**inputs), "cpu", longest=math.inf) and len(calls) == 3
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
     def test_peak_memory_sees_a_large_tensor(self):
@@ -282,7 +355,7 @@ class TestRecord:
             if row["status"] == "ok":
                 assert ("limit_s" in row) == (row["suite"] != "blocks")
                 low, middle, high = row["quartiles_s"]
-                assert 0 < low <= middle == row["median_s"] <= high and row["ratios"][0] > 0
+                assert 0 < low <= middle == row["median_s"] <= high
                 assert max(row["errors"].values()) <= measure.LIMITS[torch.float32]
 
     def test_says_with_what_and_nothing_private(self, result):
@@ -316,11 +389,45 @@ class TestReport:
     def test_the_page_has_every_time(self, result, tmp_path):
         report.main([str(result), "--out", str(tmp_path)])
         text = (tmp_path / "tiny.md").read_text(encoding="utf-8")
+        first: dict[tuple[str, str], float] = {}
         for row in record.rows_of(record.load(result)["cases"]):
             assert f"`{row['case']}`" in text
             if row["status"] == "ok":
-                median, ratio = 1e3 * row["median_s"], row["ratios"][0]
-                assert f"{tables.three_digits(median)} ({tables.three_digits(ratio)}x)" in text
+                median = row["median_s"]
+                ratio = median / first.setdefault((row["case"], row["mode"]), median)
+                assert f"{tables.three_digits(1e3 * median)} ({tables.three_digits(ratio)}x)" in text
+
+    @pytest.mark.parametrize("name", ["cpu", "cpu-1-thread", "cpu-b8", "cpu-models", "cpu-scaling"])
+    def test_ratios_on_record_are_to_the_first_column(self, name):
+        text = report.render(record.load(BENCHMARKS / "results" / f"{name}.json"))
+        rows = [line.split("|")[2:-1] for line in text.splitlines() if "x) |" in line]
+        assert rows
+        for first, *others in ([cell.removesuffix("x) ").split(" (") for cell in row] for row in rows):
+            assert first[1:] == ["1"]
+            for seconds, ratio in (cell for cell in others if len(cell) == 2 and " to " not in "".join(cell + first)):
+                assert float(ratio) == pytest.approx(float(seconds) / float(first[0]), rel=0.02)
+
+    def test_a_ratio_needs_the_time_of_the_first_column(self):
+        names, seconds = ("absent", "ours", "other"), {"a": (1.0, 3.0), "b": (None, 3.0)}
+        rows = []
+        for case, values in seconds.items():
+            for name, value in zip(names, (None, *values), strict=True):
+                status = {"status": "ok", "median_s": value} if value else {"status": "not run"}
+                rows.append({"case": case, "candidate": name, **status})
+        assert tables.times_table(rows).splitlines() == [
+            "| case | ours | other |",
+            "|---|---:|---:|",
+            "| `a` | 1000 (1x) | 3000 (3x) |",
+            "| `b` | – | 3000 |",  # noqa: RUF001
+        ]
+
+    def test_a_record_in_which_nothing_was_checked(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(limit, "measure", lambda device: RATES)
+        out = tmp_path / "none.json"
+        run.measure([cases.cross(1, 33, 32, 2, 1, 1)], [1], options(candidates="reference"), out)
+        report.main([str(out), "--out", str(tmp_path)])
+        text = (tmp_path / "none.md").read_text(encoding="utf-8")
+        assert "Not run (one step at a time" in text and "errors\n" not in text
 
     def test_two_runs_are_a_range(self, result):
         first, *_ = record.load(result)["cases"]
@@ -330,13 +437,13 @@ class TestReport:
         assert "| 2 to 4 (1x) | 2 (0.5 to 1x) |" in "\n".join(tables.measurements(rows))
 
     def test_a_candidate_without_a_time_says_why(self):
-        row = {"case": "a", "candidate": "x", "status": "not run", "reason": "not run (about 9 s per call)"}
-        other = {**row, "candidate": "y", "status": "ok", "reason": "", "median_s": 1.0, "ratios": [1.0]}
+        row = {"case": "a", "candidate": "x", "status": "not run", "reason": "not run (an estimated 9 s per call)"}
+        other = {**row, "candidate": "y", "status": "ok", "reason": "", "median_s": 1.0}
         assert tables.pivot([row, other], lambda row: "1 | <2").splitlines()[::2] == [
             "| case | y |",
             "| `a` | 1 &#124; &lt;2 |",
         ]
-        assert tables.notes([row, other]) == ["* Not run (about 9 s per call): x."]
+        assert tables.notes([row, other]) == ["* Not run (an estimated 9 s per call): x."]
 
 
 class TestCommandLine:
@@ -349,6 +456,15 @@ class TestCommandLine:
         assert [row["mode"] for row in rows] == ["forward", "training"]
         assert all(row["peak_bytes"] is not None and row["peak_bytes"] >= 0 for row in rows)
         assert "chunked" in capsys.readouterr().out
+
+    def test_a_case_without_a_chosen_candidate_is_passed_over(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(limit, "measure", lambda device: RATES)
+        block, out = cases.block(1, 4, 4, 4, 2), tmp_path / "one.json"
+        chosen = options(candidates="parallel scan")
+        run.measure([block, TINY], [1], chosen, out)
+        assert {row["case"] for row in record.rows_of(record.load(out)["cases"])} == {TINY.name}
+        with pytest.raises(SystemExit, match=r"matches --candidates 'parallel scan'"):
+            run.measure([block], [1], chosen)
 
     def test_list(self, capsys):
         run.main(["ops", "--list"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -91,5 +93,8 @@ def test_the_error() -> None:
     true = {"a": torch.tensor([1.0, -4.0]), "b": torch.zeros(3)}
     assert clients.error(true, true) == 0
     assert clients.error({"a": torch.tensor([1.0, -3.5]), "b": torch.full((3,), 1.0)}, true) == 0.25
+    for value, name in product((math.nan, math.inf), "ab"):
+        spoiled = {**true, name: torch.full_like(true[name], value)}
+        assert clients.error(spoiled, true) == clients.error(true, spoiled) == math.inf
     with pytest.raises(ValueError, match=says("only one", "b")):
         clients.error({"a": true["a"]}, true)

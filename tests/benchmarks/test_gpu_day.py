@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -397,6 +398,16 @@ class TestRules:
         calls = {Variant(0): lambda: x, Variant(1): lambda: x + 1, Variant(2): lambda: x.clone()}
         found = tune.timed(lambda setting: calls, Setting(out=tmp_path, device="cpu"))
         assert found["status"] == WRONG and found["wrong"] == [[1]] and [row[0] for row in found["times"]] == [[0], [2]]
+
+
+def test_variants_take_turns_in_another_order_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(Setting, "rehearsal", False)
+    called: list[int] = []
+    times = tune.medians({k: partial(called.append, k) for k in range(4)}, Setting(out=tmp_path, device="cpu"))
+    rounds = [tuple(called[i : i + 4]) for i in range(8, len(called), 4)]
+    assert list(times) == [0, 1, 2, 3] and len(rounds) == 7 and len(set(rounds)) > 4
+    assert len({before for order in rounds for before, k in pairwise(order) if k == 2}) == 3
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:

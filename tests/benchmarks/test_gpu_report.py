@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from benchmarks import gpu_report, report
-from benchmarks.gpu import page
+from benchmarks.gpu import chart, page
 from benchmarks.gpu.failures import kernels_of
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.summary import pick_counters, summarise
 from benchmarks.gpu.tasks import Setting
-from benchmarks.record import rows_of
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132, "memory_bytes": 80 << 30}
 CROSS, KAN = "cross-b8-d32-128x128-n16-r1", "kan-65536x64-64-g5-bfloat16"
@@ -200,11 +199,9 @@ class TestFile:
         assert scan[3]["status"] == "not measured" and kan[3]["saved_bytes"] == 7
         assert "curves" not in content["parts"]["train"]["runs"][0]
 
-    def test_ratios_are_to_the_first_that_was_timed(self, content):
+    def test_a_scan_has_a_limit(self, content):
         scan, kan = content["parts"]["speed"]["cases"]
-        assert [row.get("ratios") for row in rows_of([scan])] == [[1.0], [4.0], [2.0], None] * 2
         assert scan["limit_s"] == pytest.approx(LIMIT, rel=1e-3) and "limit_s" not in kan
-        assert [row.get("ratios") for row in rows_of([kan])[2:]] == [None, [1.0], [4.0]]
 
     def test_names_no_user_host_or_path(self, written):
         for name in ("gpu-h100.json", "gpu-h100.md", "gpu-h100-speed.svg"):
@@ -320,6 +317,13 @@ class TestPlotAndTerminal:
     def test_the_plot_is_written_and_shown(self, written, text):
         assert "](gpu-h100-speed.svg)" in text
         assert "128x128, 32 channels, 16 states" in (written / "gpu-h100-speed.svg").read_text(encoding="utf-8")
+
+    def test_the_plot_has_multiples_of_our_time_whatever_came_first(self, content, tmp_path):
+        speed = content["parts"]["speed"]
+        cases = [{**case, "rows": case["rows"][::-1]} for case in speed["cases"]]
+        assert chart.plot({"parts": {"speed": {**speed, "cases": cases}}}, tmp_path / "speed.svg")
+        found = re.findall(r"<!-- ([\d.]+(?:x| ms)) -->", (tmp_path / "speed.svg").read_text(encoding="utf-8"))
+        assert sorted(found) == ["2x", "3 ms", "4x"]
 
     def test_no_plot_without_times(self, tmp_path):
         day = Day(tmp_path / "day")

@@ -147,6 +147,13 @@ class TestProfile:
         parameters, flops = profile.count(case, candidate, options(modes=("forward",)))
         assert parameters == 3 * 2 * (1 + 8 + 1) and flops == {"forward": 2 * 7 * 3 * 2 * 9}
 
+    def test_operations_of_training_include_the_gradient_of_the_input(self):
+        """A convolution of 1 and one of 3x3, for each of 8 groups: backward has as many again, for each factor."""
+        case = cases.Case("ema", "blocks", "ema", {"b": 2, "h": 3, "w": 5, "c": 16})
+        _, flops = profile.count(case, run.candidates_of(case, options())[0], options())
+        forward = 2 * 8 * 2 * (2 * 2 * (3 + 5) + 9 * 2 * 2 * 3 * 5)
+        assert flops == {"forward": forward, "training": 3 * forward}
+
     def test_the_table_of_the_readme(self, monkeypatch, capsys):
         monkeypatch.setattr(profile, "list_models", lambda: ["u_kan_tiny", "u_kan"])
         arguments = profile._parser().parse_args(["models", "--size", "32", "32"])
