@@ -38,9 +38,9 @@ DATA = {
         "MyoSegmenTUM spine, sagittal T2-weighted MRI of healthy subjects (Burian et al., BMC Musculoskeletal "
         "Disorders 20, 2019)",
         "article CC BY 4.0; the data's own licence is not verified",
-        "Sagittal slices of 1 mm and 224x224 pixels with the five lumbar vertebrae of healthy adults. Their numbers "
-        "hold where the image is moved by a tenth of its height, but of one of 34 subjects, whose last vertebra is a "
-        "wedge, all have the number of the next. "
+        "Sagittal slices of 1 mm and 224x224 pixels with the five lumbar vertebrae of healthy adults. The numbering "
+        "survives moving the image by a tenth of its height. In one of 34 subjects, whose last vertebra is "
+        "wedge-shaped, every vertebra gets its neighbour's number. "
         "Images of another kind need weights of their own: on three volumes of another source, twice as tall as wide "
         "and with seven vertebrae, Dice of vertebra against rest was 0.01 to 0.14. The scores below are of one fold of "
         "five, chosen on its validation subjects; over all 34 subjects the five have 0.917, and a mean of the classes "

@@ -279,7 +279,7 @@ def _calls(layer: nn.Module, x: Tensor) -> list[dict[str, Any]]:
             return super().__torch_function__(func, types, args, kwargs or {})
 
     with evaluating(layer):
-        layer.forward(x.as_subclass(Recorded))
+        layer._call_impl(x.as_subclass(Recorded))  # with its hooks, which prune weights, but not compiled
     return calls
 
 

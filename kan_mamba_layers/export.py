@@ -84,6 +84,8 @@ def export_onnx(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {str(path)!r} is in a folder that does not exist; create it")
+    if path.is_dir():
+        raise ValueError(f"path {str(path)!r} is a folder; name a file in it, such as model.onnx")
     check_int("opset", opset, _LEAST_OPSET)
     halves = {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.itemsize < 4}
     if halves:
@@ -92,15 +94,15 @@ def export_onnx(
     names = _names(model, sizes, inputs)
     runtime = _onnxruntime()
     with torch.no_grad():
-        model(*inputs)  # an input that does not fit is refused here, in the model's own words
-        program = _program(model, inputs, names, opset)
+        model(*_copies(inputs))  # an input that does not fit is refused here, in the model's own words
+        program = _program(model, _copies(inputs), names, opset)
         graph = program.model_proto.SerializeToString()
         session = _session(runtime, graph)
         error, shapes = 0.0, []
         for case, optional in _cases(inputs, names):
             shape = tuple(case[0].shape)
             try:
-                wanted = pytree.tree_leaves(model(*case))
+                wanted = pytree.tree_leaves(model(*_copies(case)))
             except (RuntimeError, ValueError) as refused:
                 if isinstance(refused, torch.cuda.OutOfMemoryError):
                     raise
@@ -124,6 +126,11 @@ def export_onnx(
     return OnnxReport(path, opset, len(program.model_proto.graph.node), error, tuple(shapes))
 
 
+def _copies(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a model is given, which may write into it."""
+    return tuple(x.clone() for x in inputs)
+
+
 def _session(runtime: ModuleType, graph: bytes) -> Any:
     try:
         return runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -135,7 +142,7 @@ def _session(runtime: ModuleType, graph: bytes) -> Any:
 
 def _program(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[dict[int, str], ...], opset: int) -> Any:
     try:
-        return torch.onnx.export(
+        program: Any = torch.onnx.export(
             model, inputs, dynamo=True, dynamic_shapes=names, opset_version=opset, verbose=False, external_data=False
         )
     except Exception as error:
@@ -145,6 +152,10 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[dict[int
             "model scans along walks.hilbert, which has no arithmetic for an ONNX file of any size; leave height and "
             "width out of sizes, or take another walk"
         ) from error
+    (written,) = (used.version for used in program.model_proto.opset_import if used.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise ValueError(f"torch.onnx cannot write model with opset={opset} and took {written}; pass opset={written}")
+    return program
 
 
 def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
@@ -156,6 +167,8 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None) -> tupl
         draw = torch.Generator().manual_seed(0)
         return (torch.randn(shape, generator=draw, device="cpu").to(like),)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not inputs:
+        raise ValueError(f"example must have at least one tensor, got {example!r}; pass the inputs of model")
     for n, x in enumerate(inputs):
         if not isinstance(x, Tensor) or x.is_floating_point():
             check_tensor(f"example[{n}]", x)
@@ -222,7 +235,10 @@ def _default_names(model: nn.Module, x: Tensor) -> Sizes:
         return {0: "batch", 1: "length"}
     if isinstance(model, SS3D):
         return {0: "batch", 1: "depth", 2: "height", 3: "width"}
-    dims = (0, 1, 2) if takes_channels_last(model) else (0, 2, 3)
+    if isinstance(model, KANConv2d) and x.ndim == 3:  # an image without batch
+        return {1: "height", 2: "width"}
+    is_mask = isinstance(model, VSSBlock) and x.ndim == 3
+    dims = (0, 1, 2) if is_mask or takes_channels_last(model) else (0, 2, 3)
     return {dim: name for dim, name in zip(dims, ("batch", "height", "width"), strict=True) if dim < x.ndim}
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_int
 from kan_mamba_layers.layers.module import evaluating
 from kan_mamba_layers.models.factory import from_pretrained
-from kan_mamba_layers.models.model import Model, stored_state
+from kan_mamba_layers.models.model import Model, store
 from kan_mamba_layers.models.pretrained import folder_of
-from kan_mamba_layers.models.storage import read_settings, write_model
+from kan_mamba_layers.models.storage import read_settings
 from kan_mamba_layers.ops.backend import Backend
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -38,12 +38,13 @@ class Segmenter:
         p = \sigma(z) \text{ for one class}, \qquad
         p = \mathrm{softmax}(z) \text{ for several, the background first.}
 
-    Depth, scale and offset of the image do not matter. A model of one channel sees the luma of a colour image, one of
-    three channels sees a grey image three times; an alpha channel is dropped.
+    Depth, scale and offset of the image do not matter, to the precision of float64. A model of one channel sees the
+    luma of a colour image, one of three channels sees a grey image three times; an alpha channel is dropped.
 
     Args:
         model: from ``b in_channels h w`` to logits of one class, or of the background and two or more classes. It is
-            put in evaluation mode, in which it also works if it is trained on, and works on its own device.
+            put in evaluation mode. Each call runs it in that mode, on its own device, and then restores the mode that
+            it was in; while it is trained on, call from one thread at a time.
         classes: names of the classes that are not background, at most 255; pixels of the first are labelled 1.
         size: side of the squares.
         in_channels: 1 for grey images, 3 for colour.
@@ -75,9 +76,12 @@ class Segmenter:
                 f"classes must be at most {_MOST_CLASSES}, for labels of 8 bits, got {len(classes)}; join some"
             )
         check_int("size", size, 2)
+        check_int("in_channels", in_channels, 1)
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (colour), got {in_channels!r}; pass one of them")
-        if sorted(flip_axes) not in ([], [-2], [-1], [-2, -1]):
+        if not isinstance(flip_axes, (Sequence, np.ndarray)):
+            raise TypeError(f"flip_axes must be a sequence of axes, got {flip_axes!r}; pass e.g. [-1]")
+        if list(flip_axes) not in ([], [-2], [-1], [-2, -1], [-1, -2]):
             raise ValueError(f"flip_axes may hold -2 (up and down) and -1 (left and right), got {flip_axes!r}")
         self.model = model.eval()
         self.classes = tuple(map(str, classes))
@@ -90,12 +94,13 @@ class Segmenter:
         """Load weights that this library brings, or a folder that :meth:`save_pretrained` wrote.
 
         Args:
-            name: one of :func:`list_pretrained`, or the folder.
+            name: one of :func:`list_pretrained`, or the folder. A ``Path`` is always a folder.
             backend: another backend than the stored one.
 
         Raises:
             FileNotFoundError: there are no such weights and no such folder, or one of its files is missing.
-            ValueError: the folder holds no segmenter, or its files are damaged.
+            ValueError: the folder holds no segmenter, its files are damaged, or ``name`` is one of
+                :func:`list_pretrained` and also a folder that holds a model.
         """
         folder = folder_of(name)
         return cls(from_pretrained(folder, backend=backend), **read_settings(folder))
@@ -114,9 +119,8 @@ class Segmenter:
         """
         if not isinstance(self.model, Model):
             raise TypeError(f"model is a {type(self.model).__name__}, which is not of this library; use torch.save")
-        model = self.model
         settings = {name: getattr(self, name) for name in ("classes", "size", "in_channels", "flip_axes")}
-        write_model(folder, type(model).__name__, model.config, stored_state(model, dtype), settings)
+        store(self.model, folder, dtype, settings)
 
     def __call__(self, image: Any, *, flips: bool = False, windows: bool = False) -> NDArray[np.uint8]:
         """Return the label of every pixel, ``(h, w)``: 0 for background, 1 for the first class.
@@ -195,11 +199,11 @@ class Segmenter:
         x = F.pad(x, (before[1], after[1], before[0], after[0]))
         height, width = x.shape[2:]
         corners = list(itertools.product(_starts(height, size), _starts(width, size)))
-        t = torch.arange(size, device=x.device) - (size - 1) / 2
+        t = torch.arange(size, device=x.device, dtype=torch.float32) - (size - 1) / 2
         bell = torch.exp(-(t**2) / (2 * (size / 8) ** 2))  # size
         weight = torch.outer(bell, bell).clamp(min=_FAINTEST)  # size size
-        total = torch.zeros(self._num_logits, height, width, device=x.device)
-        weights = torch.zeros(height, width, device=x.device)
+        total = torch.zeros(self._num_logits, height, width, device=x.device, dtype=torch.float32)
+        weights = torch.zeros(height, width, device=x.device, dtype=torch.float32)
         for first in range(0, len(corners), _WINDOWS_AT_ONCE):
             together = corners[first : first + _WINDOWS_AT_ONCE]
             batch = torch.cat([x[..., i : i + size, j : j + size] for i, j in together])  # n c size size
@@ -270,7 +274,7 @@ def _unit(pixels: NDArray[Any]) -> Tensor:  # h w c -> c h w
         unit = pixels / 255.0
     else:
         step = np.finfo(pixels.dtype).eps if pixels.dtype.kind == "f" else 0.0
-        pixels = pixels.astype(np.float64)
+        pixels = pixels.astype(np.float64) / 2  # halves, whose differences are finite
         low, high = pixels.min((0, 1)), pixels.max((0, 1))  # c
         is_constant = high - low <= _ROUNDING * step * np.maximum(abs(low), abs(high))
         unit = (pixels - low) / np.where(is_constant, np.inf, high - low)

@@ -98,6 +98,13 @@ def with_meta(layer: torch.nn.Module, name: str) -> torch.nn.Module:
     return layer
 
 
+def steep() -> KANLinear:
+    """A layer whose coefficients are nearly the largest of their dtype, with alternating signs."""
+    layer = KANLinear(2, 2, dtype=torch.float16)
+    layer.spline_weight.data = (60000 * (-1) ** torch.arange(8)).half().expand(2, 2, 8).clone()
+    return layer
+
+
 def vmamba() -> VMamba:
     return VMamba(depths=(1, 1, 1, 1), dims=8)
 
@@ -249,6 +256,8 @@ WRONG_LAYERS = [
     Bad(lambda: KANLinear(4, 4).update_grid(z(9, 4).double() + 1e300), ValueError, ("x must", "float32", r"1e\+300")),
     Bad(lambda: KANLinear(4, 4).update_grid(z(9, 4) - 3e38), ValueError, ("x must", "float32", r"3\.0+\d*e\+38")),
     Bad(lambda: KANLinear(1, 1).update_grid(torch.tensor([[-7e37], [7e37]])), ValueError, ("x must", "float32")),
+    Bad(lambda: KANLinear(4, 4).update_grid(z(9, 4), margin=1e38), ValueError, ("margin=1e\\+38", "smaller margin")),
+    Bad(lambda: steep().extend_grid(7), ValueError, ("new_grid_size=7", "too large for .*float16", "float()")),
     Bad(lambda: KANLayer(0), ValueError, ("in_features must", "0", ">= 1")),
     Bad(lambda: KANLayer(4, hidden_features=0), ValueError, ("hidden_features must", "0", ">= 1")),
     Bad(lambda: KANLayer(4)(z(2, 12, 4), 3, 5), ValueError, ("x must", r"\(2, 12, 4\)", "H\\*W", "15")),

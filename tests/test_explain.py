@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from helpers import Array, assert_close, largest, pixel_order, says, scan_oracle, softplus, to_array
 from kan_mamba_layers import EMA, SS2D, SS3D, KMUNetPP, Mamba, effective_receptive_field, scan_attention, walks
@@ -146,6 +147,18 @@ class TestScanAttention:
             u = F.silu(captured(layer, {"conv": layer.conv2d}, x)["conv"])
         assert u.dtype == torch.bfloat16
         assert_close("matrices", found[0], directions(layer, u[0]), 1e-6)
+
+    @pytest.mark.parametrize(
+        ("layer", "name", "shape"), [(SS2D(4), "x_proj_weight", (1, 2, 3, 4)), (Mamba(4), "A_log", (1, 5, 4))]
+    )
+    def test_pruned_weights_are_those_of_the_next_pass(self, layer: nn.Module, name: str, shape: tuple) -> None:
+        layer, plain, x = copy.deepcopy(layer), copy.deepcopy(layer), torch.randn(shape)
+        prune.l1_unstructured(layer, name, 0.5)
+        with torch.no_grad():
+            changed = getattr(layer, f"{name}_orig").normal_()
+            getattr(plain, name).copy_(changed * getattr(layer, f"{name}_mask"))
+        layer.compile(backend=lambda *_: pytest.fail("a graph would hide the scan"))
+        assert_close("matrices", scan_attention(layer, x), scan_attention(plain, x), 1e-6)
 
     def test_nothing_is_left_behind(self) -> None:
         layer, x = SS2D(4, dropout=0.5, backend=BACKEND), torch.randn(1, 5, 7, 4, requires_grad=True)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from helpers import assert_close
-from kan_mamba_layers import EMA, SS2D, KANLinear, Mamba, create_model, export_onnx, selective_scan
+from kan_mamba_layers import (
+    EMA,
+    SS2D,
+    KANConv2d,
+    KANLinear,
+    Mamba,
+    VSSBlock,
+    create_model,
+    export_onnx,
+    selective_scan,
+)
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -129,9 +139,41 @@ class TestOnnx:
         with pytest.raises(TypeError, match=r"example\[0\] must be a dense tensor of real numbers, got"):
             export_onnx(words, path, torch.zeros(2, 3, dtype=torch.complex64))
 
+    def test_a_model_that_writes_into_its_input(self, tmp_path: Path) -> None:
+        model, x = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(3, 3, 3)).eval(), torch.randn(2, 3, 8, 9)
+        before = x.clone()
+        assert export_onnx(model, tmp_path / "m.onnx", x).error < 1e-5
+        assert torch.equal(x, before)
+
+    def test_a_transformer_with_splines(self, tmp_path: Path) -> None:
+        """It reads the dtype of its linear layers' weights."""
+        model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model.linear1, model.linear2 = KANLinear(8, 16), KANLinear(16, 8)
+        sizes = {0: "batch", 1: "length"}
+        assert export_onnx(model.eval(), tmp_path / "m.onnx", torch.randn(2, 5, 8), sizes=sizes).error < 1e-5
+
+    @pytest.mark.parametrize(
+        ("layer", "inputs", "larger"),
+        [
+            (VSSBlock(8, channels_first=True), (torch.randn(2, 8, 6, 4), torch.ones(2, 6, 4).bool()), (4, 8, 10, 7)),
+            (KANConv2d(4, 3, 3), torch.randn(4, 6, 5), (4, 10, 8)),
+        ],
+        ids=["mask", "image without batch"],
+    )
+    def test_sizes_that_vary_by_default(self, layer: nn.Module, inputs: Any, larger: tuple, tmp_path: Path) -> None:
+        report = export_onnx(layer.eval(), tmp_path / "m.onnx", inputs)
+        assert report.error < 1e-5 and larger in report.shapes
+
+    def test_an_opset_that_is_not_written_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"torch\.onnx cannot write model with opset=99 and took (\d+); .*=\1$"):
+            export_onnx(KANLinear(3, 2).eval(), tmp_path / "m.onnx", opset=99)
+        assert not list(tmp_path.iterdir())
+
     def test_a_missing_folder_is_named_first(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nowhere.* is in a folder that does not exist"):
             export_onnx(KANLinear(3, 2).eval(), tmp_path / "nowhere" / "m.onnx")
+        with pytest.raises(ValueError, match="is a folder; name a file in it"):
+            export_onnx(KANLinear(3, 2).eval(), tmp_path)
 
     def test_an_operator_that_onnxruntime_lacks_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"float64.*model\.float\(\)"):
@@ -148,6 +190,7 @@ class TestOnnx:
             (nn.Sequential(nn.BatchNorm1d(3).train()).eval().append(nn.BatchNorm1d(3)), {}, "or a part of it"),
             (KANLinear(3, 2).eval().half(), {}, "float16"),
             (nn.Sequential(KANLinear(3, 2)).eval(), {}, "example is None"),
+            (KANLinear(3, 2).eval(), {"example": []}, r"example must have at least one tensor, got \[\]"),
             (KANLinear(3, 2).eval(), {"opset": 9}, "opset must be at least 18"),
             (KANLinear(3, 2).eval(), {"example": torch.randn(4, 5)}, "3 features"),
             (KANLinear(3, 2).eval(), {"example": torch.randn(1, 3)}, r"example\[0\] has size 1 in dimension 0"),

@@ -162,9 +162,28 @@ def test_flips_average_the_probabilities_of_the_flips_that_training_knows():
 def test_depth_scale_and_offset_of_the_image_do_not_matter(windows):
     image, network = picture(), pointwise(1, 1)
     expected = found(grey(network), image, windows=windows)
-    for other in (image.astype(np.uint16) * 257, image.astype(np.float32) * 0.01 - 3):
+    signed = image / 127.5 - 1
+    for other in (
+        image.astype(np.uint16) * 257,
+        image.astype(np.float32) * 0.01 - 3,
+        signed * 1e-300,
+        signed * 1.7e308,
+    ):
         p = found(grey(network), other, windows=windows)
         torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype, windows):
+    segmenter = grey(pointwise(1, 1))
+    expected = segmenter.probabilities(picture(), windows=windows)
+    torch.set_default_dtype(dtype)
+    try:
+        p = segmenter.probabilities(picture(), windows=windows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert p.dtype == np.float32 and np.array_equal(p, expected)
 
 
 def test_squares_are_those_of_pillow():
@@ -252,6 +271,11 @@ def test_what_is_no_image_is_refused(image, error, message):
         ({"classes": []}, TypeError, "classes must be a sequence of names"),
         ({"size": 1}, ValueError, "size must be at least 2"),
         ({"in_channels": 2}, ValueError, "in_channels must be 1 .* got 2"),
+        ({"in_channels": True}, TypeError, "in_channels must be an integer, got True"),
+        ({"flip_axes": -1}, TypeError, "flip_axes must be a sequence of axes, got -1"),
+        ({"flip_axes": None}, TypeError, "flip_axes must be a sequence of axes, got None"),
+        ({"flip_axes": "h"}, ValueError, "flip_axes may hold -2 .* got 'h'"),
+        ({"flip_axes": [None, -1]}, ValueError, "flip_axes may hold -2"),
         ({"flip_axes": [1]}, ValueError, "flip_axes may hold -2"),
         ({"flip_axes": [-1, -1]}, ValueError, "flip_axes may hold -2"),
     ],

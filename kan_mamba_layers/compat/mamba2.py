@@ -67,7 +67,8 @@ class Mamba2(CachedStates, Layer):
         for name, size in sizes.items():
             check_int(name, size, 1)
         check_number("expand", expand, 1 / d_model)
-        if expand * d_model % 1:
+        d_inner = round(expand * d_model)
+        if abs(expand * d_model - d_inner) > 1e-6:
             raise ValueError(
                 f"expand * d_model must be a whole number, got expand={expand} and d_model={d_model}; "
                 f"use expand={math.ceil(expand * d_model)}/{d_model}"
@@ -80,7 +81,7 @@ class Mamba2(CachedStates, Layer):
         self.d_conv = d_conv
         self.conv_init = conv_init
         self.expand = expand
-        self.d_inner = int(expand * d_model)
+        self.d_inner = d_inner
         self.headdim = headdim
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         self.ngroups = ngroups

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor, in order. Its first statement passes its ``locals()``."""
+    """The arguments of a constructor, in order. It passes its ``locals()`` before it makes any of its own."""
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 

@@ -13,12 +13,18 @@ def inner_sizes(d_model: int, d_state: int, d_conv: int, expand: float, dt_rank:
     check_int("d_model", d_model, 1)
     check_int("d_state", d_state, 1)
     check_int("d_conv", d_conv, 1)
-    check_number("expand", expand, 1 / d_model)
+    d_inner = multiple("expand", expand, d_model)
     if isinstance(dt_rank, str):
         check_choice("dt_rank", dt_rank, ("auto",))
         dt_rank = math.ceil(d_model / 16)
     check_int("dt_rank", dt_rank, 1)
-    return int(expand * d_model), dt_rank
+    return d_inner, dt_rank
+
+
+def multiple(name: str, factor: float, channels: int) -> int:
+    """``factor * channels``, rounded down to at least 1. A product that rounding left just below an integer is one."""
+    check_number(name, factor, 1 / channels)
+    return int(factor * channels + 1e-6)
 
 
 def check_steps(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
@@ -31,7 +37,8 @@ def check_steps(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
 def reset_steps(bias: Tensor, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
     """Draw step sizes that are log-uniform in ``[dt_min, dt_max]``."""
     low, high = math.log(dt_min), math.log(dt_max)
-    step = torch.rand(bias.shape, device=bias.device).mul(high - low).add(low).exp().clamp_min(dt_init_floor)
+    share = torch.rand(bias.shape, device=bias.device, dtype=torch.float32)
+    step = share.mul(high - low).add(low).exp().clamp_min(dt_init_floor)
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 

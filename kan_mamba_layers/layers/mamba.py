@@ -327,7 +327,9 @@ class Mamba(Layer):
         u, z = self.in_proj(x).mT.chunk(2, 1)  # b d l, b d l
         y, scan = self._scan(u, z, "", state=MambaState(conv, scan))
         y = self.out_proj(y.mT)
-        return y[:, 0] if single else y, MambaState(torch.cat([conv, u], -1)[..., -self.d_conv :], scan)
+        # A slice of all the inputs would keep them in memory.
+        conv = torch.cat([conv[..., u.shape[-1] :], u[..., -self.d_conv :]], -1)
+        return y[:, 0] if single else y, MambaState(conv, scan)
 
     def _check_input(self, x: Tensor) -> None:
         check_shape("x", x, ("any", "any", self.d_model), "b, l, d_model")

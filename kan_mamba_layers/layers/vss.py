@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kan_mamba_layers._check import check_int, check_mask, check_number, check_shape
 from kan_mamba_layers.layers.arguments import options_for
 from kan_mamba_layers.layers.drop_path import DropPath
+from kan_mamba_layers.layers.dynamics import multiple
 from kan_mamba_layers.layers.grid_scan import GridScan, MakeWalks
 from kan_mamba_layers.layers.module import Layer
 from kan_mamba_layers.layers.ss2d import SS2D
@@ -92,14 +93,12 @@ class VSSBlock(Layer):
         super().__init__()
         check_int("dim", dim, 1)
         check_number("mlp_ratio", mlp_ratio, 0.0)
-        if mlp_ratio:
-            check_number("mlp_ratio", mlp_ratio, 1 / dim)
+        hidden = multiple("mlp_ratio", mlp_ratio, dim) if mlp_ratio else 0
         self.dim = dim
         self.channels_first = channels_first
         self.norm = nn.LayerNorm(dim, **factory)
         self.op = SS2D(dim, d_state, d_conv, expand, dt_rank, **options)
         self.drop_path = DropPath(drop_path)
-        hidden = int(mlp_ratio * dim)
         self.norm2 = nn.LayerNorm(dim, **factory) if hidden else None
         self.mlp = _MLP(dim, hidden, **factory) if hidden else None
 

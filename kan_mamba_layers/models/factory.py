@@ -13,7 +13,7 @@ import torch
 from kan_mamba_layers.models.km_unet import KMUNet
 from kan_mamba_layers.models.km_unet_pp import KMUNetPP
 from kan_mamba_layers.models.model import Model, json_value
-from kan_mamba_layers.models.pretrained import folder_of, list_pretrained
+from kan_mamba_layers.models.pretrained import brought, list_pretrained
 from kan_mamba_layers.models.storage import read_arguments, read_class
 from kan_mamba_layers.models.vmamba import PUBLISHED, VMamba
 from kan_mamba_layers.models.vmamba_unet import VMambaUNet
@@ -137,7 +137,7 @@ def _pretrained(name: str, pretrained: str, overrides: dict[str, Any]) -> Model:
     if pretrained not in list_pretrained():
         raise ValueError(f"pretrained={pretrained!r} is not one of list_pretrained(): {', '.join(list_pretrained())}")
     cls, arguments = _MODELS[name]
-    folder = folder_of(pretrained)
+    folder = brought(pretrained)
     stored = read_arguments(folder)
     usual = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
     wanted = json.loads(json.dumps(json_value({**usual, **arguments, **overrides})))  # with lists for tuples, as stored

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from kan_mamba_layers._check import check_int
 
 
 class FeatureInfo:
@@ -18,8 +18,8 @@ class FeatureInfo:
         out_indices: the returned maps, negative ones counted from the end; None for all.
 
     Raises:
-        TypeError: ``out_indices`` is not a sequence of integers.
-        ValueError: ``out_indices`` is empty, or has an index of no map.
+        TypeError: ``out_indices`` is not a sequence of integers, or it is empty.
+        ValueError: ``out_indices`` has an index of no map.
 
     References:
         ``FeatureInfo`` of timm, whose names these are.
@@ -56,11 +56,8 @@ class FeatureInfo:
 def _indices(out_indices: Any, count: int) -> tuple[int, ...]:
     if not isinstance(out_indices, Sequence) or isinstance(out_indices, str) or not out_indices:
         raise TypeError(f"out_indices must be a sequence of integers, got {out_indices!r}; pass e.g. (0, {count - 1})")
-    for index in out_indices:
-        if isinstance(index, bool) or not isinstance(index, int | np.integer):
-            raise TypeError(f"out_indices must hold integers, got {out_indices!r}; pass e.g. (0, {count - 1})")
-        if not -count <= index < count:
-            raise ValueError(
-                f"out_indices must lie in 0 to {count - 1}, got {out_indices!r}; the model has {count} maps"
-            )
+    for i, index in enumerate(out_indices):
+        check_int(f"out_indices[{i}]", index, -count)
+        if index >= count:
+            raise ValueError(f"out_indices[{i}] must be less than {count}, the number of maps, got {index}; pass less")
     return tuple(int(index) % count for index in out_indices)

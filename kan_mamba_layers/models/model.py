@@ -54,7 +54,7 @@ class Model(Layer):
         Args:
             folder: created if it does not exist.
             dtype: of the stored parameters, such as ``torch.float16``, which halves the file; None for their own.
-                Buffers, such as the grids of splines, stay as they are, and a loaded model has its usual types.
+                Buffers and the grids of splines stay as they are, and a loaded model has its usual types.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -62,7 +62,7 @@ class Model(Layer):
             ValueError: a parameter is too large for ``dtype``, or the model has other parameters than a new one of the
                 same arguments. Weights that layers share are stored for each, and not shared again.
         """
-        write_model(folder, type(self).__name__, self.config, stored_state(self, dtype))
+        store(self, folder, dtype)
 
     @classmethod
     def from_pretrained(
@@ -152,7 +152,14 @@ def json_value(x: Any) -> Any:
     return x.item() if isinstance(x, np.generic) else x
 
 
-def stored_state(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def store(
+    model: Model, folder: str | Path, dtype: torch.dtype | None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model, and the settings of a segmenter."""
+    write_model(folder, type(model).__name__, model.config, _stored_state(model, dtype), settings)
+
+
+def _stored_state(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state with its parameters in another type, which a new model of the same arguments can load."""
     state, name = state_in(model, dtype), type(model).__name__
     try:

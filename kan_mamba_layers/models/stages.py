@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         """Replace the linear layer by one for ``num_classes``, on the norm's device and in its dtype."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
         self.head = nn.Linear(self.width, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
-        self.head.apply(draw_linear)
+        self.head.train(self.training).apply(draw_linear)
 
     def forward(self, x: Tensor) -> Tensor:  # b h w c -> b num_classes
         return self.head(self.norm(x).mean((1, 2)))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_mamba_layers.layers.kan import SplineLayer
+
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _BLOCK = 2**20  # bytes of a file that are read at a time
 
@@ -53,17 +55,24 @@ def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_in(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state of a module with its parameters in another type, which must hold their values."""
+    """The state of a module with its parameters in another type, which must hold their values.
+
+    Learned knots of splines keep their type, as those that are buffers.
+    """
     state = module.state_dict()
     if dtype is None:
         return state
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}; pass e.g. torch.float16")
-    for name, _ in module.named_parameters(remove_duplicate=False):
+    knots = {id(layer.grid) for layer in module.modules() if isinstance(layer, SplineLayer)}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in knots:
+            continue
         x = state[name]
-        if not x.to(dtype).isfinite().all():
+        lost = x[x.isfinite() & (x.abs() > torch.finfo(dtype).max)]
+        if lost.numel():
             raise ValueError(
-                f"dtype={dtype} cannot hold {name}, up to {x.abs().max():g}; store the model with dtype=None"
+                f"dtype={dtype} cannot hold {name}, up to {lost.abs().max():g}; store the model with dtype=None"
             )
         state[name] = x.to(dtype)
     return state

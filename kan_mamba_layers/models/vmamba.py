@@ -25,6 +25,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vmamba_base": {"depths": (2, 2, 15, 2), "dims": 128, "expand": 2.0, "drop_path": 0.6},
 }
 _STAGES = 4
+# Errors for a weight, named in the braces, that a checkpoint or the model itself lacks.
+_NOT_PUBLISHED = "the checkpoint has no {!r}, so it is not of a VMamba v2; pass the whole checkpoint"
+_CHANGED = "the model has no {!r}; undo what changed it, such as torch.nn.utils.prune or parametrize"
 
 
 class VMamba(Model):
@@ -181,7 +184,7 @@ class VMamba(Model):
             read = torch.load(checkpoint, map_location="cpu", weights_only=True)
         published, _ = convert_state_dict(read, "vmamba")
         ours = self.state_dict()
-        _check_arguments(arguments_of(published), arguments_of(ours))
+        _check_arguments(arguments_of(published, _NOT_PUBLISHED), arguments_of(ours, _CHANGED))
         stem, head = "patch_embed.0.weight", "classifier.head.weight"
         if self.config["in_channels"] == 1 and stem in published and published[stem].shape[1] == 3:
             published[stem] = published[stem].sum(1, keepdim=True)

@@ -39,12 +39,15 @@ def our_weight(key: str, value: Tensor) -> tuple[str, Tensor]:
     return key, value
 
 
-def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read off a converted state the arguments of the :class:`VMamba` that it belongs to."""
+def arguments_of(state: Mapping[str, Tensor], lacking: str) -> dict[str, Any]:
+    """Read off a converted state the arguments of the :class:`VMamba` that it belongs to.
+
+    ``lacking`` is the error for a state without a weight, with its name in braces.
+    """
 
     def size(name: str, dim: int = 0) -> int:
         if name not in state:
-            raise ValueError(f"the checkpoint has no {name!r}, so it is not of a VMamba v2; pass the whole checkpoint")
+            raise ValueError(lacking.format(name))
         return state[name].shape[dim]
 
     norms = [match for name in state if (match := re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.norm\.weight", name))]

@@ -21,8 +21,11 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
 
 def check_dtype(name: str, x: Tensor, weight_name: str, weight: object) -> None:
     """``x`` has the dtype of a weight that it is multiplied by, or autocast casts both; a weight may be missing."""
-    if isinstance(weight, Tensor) and x.dtype != weight.dtype and not autocast_is_on(x):
-        fix = "convert one" + ("" if torch.float64 in (x.dtype, weight.dtype) else ", or use torch.autocast")
+    if not isinstance(weight, Tensor) or x.dtype == weight.dtype:
+        return
+    is_wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves alone
+    if is_wide or not autocast_is_on(x):
+        fix = "convert one" + ("" if is_wide else ", or use torch.autocast")
         raise ValueError(f"{name} is {x.dtype} but {weight_name} is {weight.dtype}; {fix}")
 
 

@@ -26,6 +26,7 @@ from kan_mamba_layers import (
     KMUNet,
     KMUNetPP,
     Mamba,
+    VSSBlock,
     param_groups,
     walks,
 )
@@ -227,6 +228,48 @@ def test_gradients_have_the_strides_of_their_parameters(backend: Any) -> None:
         sum(y.square().sum() for y in (out if isinstance(out, list) else [out])).backward()
         for name, p in layer.named_parameters():
             assert p.grad.stride() == p.stride(), f"{name} of {type(layer).__name__}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_change_initial_values(dtype: torch.dtype) -> None:
+    calls = (SS2D, SS3D, Mamba, KANLinear, KANConv2d, EMA)
+    sizes = {KANLinear: (6, 5), KANConv2d: (4, 3, 3)}
+
+    def make(call: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return call(*sizes.get(call, (8,)), dtype=torch.float32).state_dict()
+
+    expected = [make(call) for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [make(call) for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], x) for name, x in other.items())
+
+
+@pytest.mark.parametrize("wide", ["x", "weights"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (SS2D(8), (1, 4, 4, 8)),
+        (SS3D(8), (1, 2, 2, 2, 8)),
+        (Mamba(8), (1, 5, 8)),
+        (EMA(8), (1, 8, 4, 4)),
+        (VSSBlock(8), (1, 4, 4, 8)),
+        (KANConv2d(4, 4, 3), (1, 4, 4, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_autocast_does_not_excuse_float64_which_it_leaves_alone(layer: nn.Module, shape: tuple, wide: str) -> None:
+    layer, x = copy.deepcopy(layer).to(torch.float64 if wide == "weights" else torch.float32), torch.randn(shape)
+    x = x.double() if wide == "x" else x
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=says("x is", "float64", "convert one$")),
+    ):
+        layer(x)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])

@@ -166,6 +166,15 @@ class TestStreaming:
         for name, grad, true in zip(names, grads, torch.autograd.grad(whole.sin().sum(), parameters), strict=True):
             assert_close(f"d{name}", grad, true, 1e-4)
 
+    @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+    def test_a_state_keeps_no_memory_but_its_own(self, backend: str) -> None:
+        layer = Mamba(4, backend=backend)
+        state = layer.allocate_state(2)
+        for length in (100, 2, 1):
+            _, state = layer.step(torch.randn(2, length, 4), state)
+            for part in state:
+                assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
     def test_a_state_may_be_used_twice(self) -> None:
         layer, x = Mamba(4), torch.randn(2, 3, 4)
         _, state = layer.step(x[:, :2], layer.allocate_state(2))

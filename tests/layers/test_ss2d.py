@@ -152,6 +152,13 @@ class TestParameters:
         layer = SS2D(16, dt_min=1e-6, dt_max=1e-5, dt_init_floor=0.01)
         assert_close("step", F.softplus(layer.dt_projs_bias.detach()), torch.full((4, 32), 0.01), 1e-4)
 
+    @pytest.mark.parametrize("width", [49, 100])
+    def test_every_width_can_be_had_by_its_factor(self, width: int) -> None:
+        """Although n / width * width is less than n for some."""
+        found = [SS2D(width, expand=n / width, device="meta").d_inner for n in range(1, 2 * width)]
+        assert found == list(range(1, 2 * width))
+        assert SS2D(5, expand=1.5).d_inner == 7 and SS2D(100, expand=0.29).d_inner == 29
+
     def test_automatic_rank_rounds_up(self) -> None:
         for d_model in (1, 16, 17, 100):
             assert SS2D(d_model, d_state=1).dt_projs_weight.shape[2] == math.ceil(d_model / 16)

@@ -79,6 +79,12 @@ def test_keys_are_the_published_ones() -> None:
     assert set(VSSBlock(4, conv_bias=True).state_dict()) == PUBLISHED | {"op.conv2d.bias"}
 
 
+def test_a_hidden_channel_is_not_lost_to_rounding() -> None:
+    """1 / 49 * 49 is less than 1 in float64."""
+    assert VSSBlock(49, mlp_ratio=1 / 49).mlp.fc1.out_features == 1
+    assert VSSBlock(4, mlp_ratio=0).mlp is None
+
+
 def test_drop_path_drops_both_branches_in_training_only() -> None:
     block, x = VSSBlock(4, drop_path=0.9), torch.randn(64, 2, 2, 4)
     whole = (block(x) == x).flatten(1).all(1)

@@ -104,6 +104,19 @@ class TestEach:
                 load(name)
 
 
+def test_a_folder_of_the_same_name_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("skin_lesion").mkdir()  # of images, say
+    assert Segmenter.from_pretrained("skin_lesion").classes == ("lesion",)
+    own = Segmenter(create_model("km_unet_pp_tiny", in_channels=1), ["own"], size=64, in_channels=1)
+    own.save_pretrained("skin_lesion")
+    with pytest.raises(ValueError, match=r"'skin_lesion' is one of .* and also a folder .* write './skin_lesion'"):
+        Segmenter.from_pretrained("skin_lesion")
+    for folder in ("./skin_lesion", Path("skin_lesion")):
+        assert Segmenter.from_pretrained(folder).classes == ("own",)
+    assert create_model("km_unet_pp_tiny", pretrained="skin_lesion").config["in_channels"] == 3
+
+
 def test_the_wheel_stays_small() -> None:
     """Weights and cards of the wheel, which may have 8 MB."""
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 7.5e6

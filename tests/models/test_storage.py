@@ -108,6 +108,29 @@ class TestStorage:
         state = safetensors.load_file(tmp_path / "model" / "model.safetensors")
         assert state.keys() == Small(8).state_dict().keys()
 
+    def test_learned_knots_keep_their_dtype(self, tmp_path: Path) -> None:
+        model = KMUNet(1, 2, widths=(4, 4, 4, 4, 4), d_state=1, expand=1, ema_factor=2)
+        for layer in model.modules():
+            if isinstance(layer, KANLinear):
+                layer.grid = torch.nn.Parameter(layer._buffers.pop("grid"))
+        model.save_pretrained(tmp_path, dtype=torch.float16)
+        stored, state = safetensors.load_file(tmp_path / "model.safetensors"), model.state_dict()
+        grids = [name for name in state if name.endswith(".grid")]
+        assert grids and all(torch.equal(stored[name], state[name]) for name in grids)
+        assert {x.dtype for name, x in stored.items() if name.endswith("spline_weight")} == {torch.float16}
+
+    @pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 1e5), (torch.float8_e4m3fn, 500.0)])
+    def test_a_dtype_holds_what_is_finite(self, dtype: torch.dtype, large: float, tmp_path: Path) -> None:
+        model = KMUNetPP(1, 2, widths=(8, 16))
+        weight = next(model.parameters())
+        with torch.no_grad():
+            weight.view(-1)[0] = float("nan")
+            model.save_pretrained(tmp_path, dtype=dtype)
+            assert next(from_pretrained(tmp_path).parameters()).isnan().sum() == 1
+            weight.view(-1)[1] = -large
+        with pytest.raises(ValueError, match=says(f"dtype={dtype} cannot hold encoder", f"up to {large:g};")):
+            model.save_pretrained(tmp_path, dtype=dtype)
+
     def test_another_backend(self, tmp_path: Path) -> None:
         KMUNet(widths=(8,) * 5, d_state=1, backend="triton").save_pretrained(tmp_path / "model")
         again = from_pretrained(tmp_path / "model", backend="chunked")

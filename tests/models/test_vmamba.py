@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_convert import stacked
 from tiny_models import assert_gradients, image, total
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from helpers import assert_close, says
 from kan_mamba_layers import VMamba, VMambaUNet, create_model, from_pretrained, param_groups
@@ -64,6 +65,13 @@ class TestVMamba:
             model.reset_classifier(0)
             assert_close("pooled", model(x), last.mean((2, 3)), 1e-5)
             assert model.config["num_classes"] == 0
+
+    @pytest.mark.parametrize("classes", [0, 2])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_new_classifier_is_in_the_mode_of_the_model(self, training: bool, classes: int) -> None:
+        model = small(3, 5).train(training)
+        model.reset_classifier(classes)
+        assert {module.training for module in model.modules()} == {training}
 
     @pytest.mark.parametrize("size", [(1, 1), (4, 4), (33, 1)])
     def test_tiny_images(self, size: tuple[int, int]) -> None:
@@ -137,6 +145,22 @@ class TestPublished:
         grey.load_published(self.state)
         with torch.no_grad():
             assert_close("logits", grey(x), self.model(x.expand(-1, 3, -1, -1)), 1e-5)
+
+    def test_sizes_that_a_factor_rounds(self) -> None:
+        """The factor that the error names makes the model of the checkpoint, although 15 / 11 * 11 is less than 15."""
+        options = {"depths": (1, 1, 1, 1), "dims": (11, 22, 44, 88), "num_classes": 2}
+        published = VMamba(expand=15 / 11, **options)
+        with pytest.raises(ValueError, match=says("expand is 1.3636", "model 1.0")):
+            VMamba(expand=1.0, **options).load_published(published.state_dict())
+        twin = VMamba(expand=15 / 11, **options)
+        twin.load_published(published.state_dict())
+        assert torch.equal(twin.classifier.head.weight, published.classifier.head.weight)
+
+    def test_a_model_that_was_changed_is_named(self) -> None:
+        pruned = small(3, 5)
+        prune.l1_unstructured(pruned.layers[0].blocks[0].op, "A_logs", 0.1)
+        with pytest.raises(ValueError, match=says("the model has no 'layers.0.blocks.0.op.A_logs'", "prune")):
+            pruned.load_published(self.state)
 
     @pytest.mark.parametrize(
         ("sizes", "options", "parts"),

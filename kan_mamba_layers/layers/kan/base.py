@@ -100,9 +100,8 @@ class SplineLayer(Layer):
         self.spline_weight = parameter(*edges, grid_size + spline_order)
         self.spline_scaler = parameter(*edges) if enable_standalone_scale_spline else None
         self.bias = parameter(edges[0]) if bias else None
-        exact = compute_dtype(self.base_weight)
         knots = grid_size + 2 * spline_order + 1
-        self.register_buffer("grid", torch.empty(features, knots, device=device, dtype=exact))
+        self.register_buffer("grid", torch.empty(features, knots, device=device, dtype=compute_dtype(self.base_weight)))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -118,9 +117,9 @@ class SplineLayer(Layer):
         inside = inner_knots(knots, self.spline_order).T  # g+1 1
         interpolate = torch.linalg.pinv(bspline_basis(inside, knots, self.spline_order, uniform=True)[:, 0])  # g+s g+1
         weight = self.spline_weight
-        noise = torch.rand(*weight.shape[:-1], self.grid_size + 1, device=weight.device) - 0.5  # o i ... g+1
-        noise *= self.scale_noise / self.grid_size
-        weight.copy_(noise @ interpolate.to(noise).T)
+        shape = (*weight.shape[:-1], self.grid_size + 1)
+        noise = torch.rand(shape, device=weight.device, dtype=torch.float32) - 0.5  # o i ... g+1
+        weight.copy_(noise * (self.scale_noise / self.grid_size) @ interpolate.to(noise).T)
         if self.spline_scaler is not None:
             self.spline_scaler.uniform_(-bound, bound).mul_(self.scale_spline)
         else:
@@ -209,14 +208,14 @@ class SplineLayer(Layer):
         r"""Return a penalty, a scalar, that favours few and small splines.
 
         With :math:`a_{oi}` the mean absolute spline coefficient of an edge and :math:`p = a / \sum a`, the penalty is
-        :math:`\lambda_1 \sum a + \lambda_2 \sum -p \log p`. It is finite even if edges are zero. Unlike
-        :meth:`edge_sizes` it sees the coefficients alone, neither ``base_weight`` nor ``spline_scaler``.
+        :math:`\lambda_1 \sum a + \lambda_2 \sum -p \log p`. It is finite even if edges are zero, and float32 at least.
+        Unlike :meth:`edge_sizes` it sees the coefficients alone, neither ``base_weight`` nor ``spline_scaler``.
 
         Args:
             regularize_activation: weight :math:`\lambda_1`.
             regularize_entropy: weight :math:`\lambda_2`.
         """
-        size = self.spline_weight.abs().mean(-1)  # o i ...
+        size = self.spline_weight.abs().mean(-1, dtype=compute_dtype(self.spline_weight))  # o i ...
         total = size.sum()
         share = size / total.clamp_min(torch.finfo(size.dtype).tiny)
         # An edge at zero must not add an infinite gradient.
@@ -288,7 +287,8 @@ class SplineLayer(Layer):
         """Set every edge whose size is at most ``threshold`` to exactly zero, base and spline.
 
         Training revives pruned edges, since their gradients are not zero. Two masks of ``torch.nn.utils.prune`` keep
-        them at zero, as in the example. ``prune.remove`` makes the masks permanent; call it before the next
+        them at zero, as in the example. The forward pass applies them: after an optimiser's step or ``load_state_dict``
+        call the layer before its other methods. ``prune.remove`` makes the masks permanent; call it before the next
         :meth:`prune_edges`, :meth:`update_grid` or :meth:`extend_grid`.
 
         Args:

@@ -42,11 +42,14 @@ def fit(layer: Splines, samples: Tensor, margin: float) -> None:  # m i
     grid = fit_knots(samples, layer.grid_size, layer.spline_order, margin, eps, dtype)  # i g+2s+1
     if not (2 * grid.abs().amax(1) + (grid[:, -1] - grid[:, 0]) < torch.finfo(dtype).max).all():
         low, high = samples.min().item(), samples.max().item()
-        raise ValueError(f"x must be small enough for knots in {dtype}, got {low} to {high}; normalise it first")
+        raise ValueError(
+            f"x must be small enough for knots in {dtype}, and so must margin, got {low} to {high} and "
+            f"margin={margin}; normalise x, or pass a smaller margin"
+        )
     inside = inner_knots(grid, layer.spline_order)  # i g+1
     shares = torch.linspace(0, 1, 4 * layer.grid_size + 1, dtype=grid.dtype, device=grid.device)[:, None]
     even = inside[:, 0] + shares * (inside[:, -1] - inside[:, 0])  # 4g+1 i
-    _refit(layer, grid, [samples, even], ridge=1e-5)
+    _refit(layer, grid, [samples, even], ridge=1e-5, cause="x", fix="check it for outliers")
 
 
 def refine(layer: Splines, grid_size: int) -> None:
@@ -61,13 +64,15 @@ def refine(layer: Splines, grid_size: int) -> None:
     shares = torch.arange(8, dtype=grid.dtype, device=grid.device) / 8
     points = inside[:, :-1, None] + shares * inside.diff(dim=1)[..., None]  # i g 8
     points = torch.cat([points.flatten(1), inside[:, -1:]], 1).T  # m i
-    _refit(layer, grid, [points], ridge=0.0)
+    fix = "convert the layer, e.g. layer.float()"
+    _refit(layer, grid, [points], ridge=0.0, cause=f"new_grid_size={grid_size}", fix=fix)
 
 
-def _refit(layer: Splines, grid: Tensor, samples: Sequence[Tensor], ridge: float) -> None:
+def _refit(layer: Splines, grid: Tensor, samples: Sequence[Tensor], *, ridge: float, cause: str, fix: str) -> None:
     """Move to the knots ``grid``, with the coefficients closest to the present splines at the samples.
 
-    Features whose knots stay keep their coefficients, bit for bit.
+    Features whose knots stay keep their coefficients, bit for bit. An error for coefficients that become too large
+    names ``cause`` and ``fix``.
     """
     check_whole(layer, "spline_weight")
     weight, before = layer.spline_weight, layer.grid
@@ -84,7 +89,7 @@ def _refit(layer: Splines, grid: Tensor, samples: Sequence[Tensor], ridge: float
         matrices[~moved] = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
     fitted = map_edges(matrices, weight)  # o i ... g'+s
     if not fitted.isfinite().all() and weight.isfinite().all():
-        raise ValueError(f"x leads to coefficients that are too large for {weight.dtype}; check it for outliers")
+        raise ValueError(f"{cause} leads to coefficients that are too large for {weight.dtype}; {fix}")
     write(layer, grid, fitted)
 
 

@@ -75,19 +75,25 @@ def take_size(layer: Splines, state_dict: Mapping[str, Any], prefix: str, errors
             f"spline_order={layer.spline_order}, so build it with the degree of the checkpoint."
         )
     elif bases != own.shape[-1] and grid[0] == len(layer.grid) and spline_weight[:-1] == own.shape[:-1]:
-        layer.spline_weight = _successor(own, own.detach().new_empty(spline_weight))
-        _replace_grid(layer, layer.grid.detach().new_empty(grid))
+        with torch.inference_mode(layer.grid.is_inference()):
+            layer.spline_weight = _successor(own, own.detach().new_empty(spline_weight))
+            _replace_grid(layer, layer.grid.detach().new_empty(grid))
 
 
 def keep_exact(layer: Splines, exact: Tensor) -> None:
-    """Take these knots where those of the layer are in half precision: rounded, they would be another function."""
-    if layer.grid.dtype.itemsize >= torch.float32.itemsize:
-        return
-    exact = exact.to(layer.grid.device)
-    if isinstance(layer.grid, nn.Parameter):
-        layer.grid.data = exact
+    """Take these knots where those of the layer are in half precision: rounded, they would be another function.
+
+    Knots that are learned stay a leaf, whose gradient has their dtype.
+    """
+    grid = layer.grid
+    if grid.dtype.itemsize >= torch.float32.itemsize:
+        if not grid.is_leaf:  # a buffer after its conversion
+            layer.grid = grid.detach().requires_grad_()
+    elif isinstance(grid, nn.Parameter):
+        grid.data = exact.to(grid.device)
+        grid.grad = None if grid.grad is None else grid.grad.to(grid.dtype)
     else:
-        layer.grid = exact.requires_grad_(layer.grid.requires_grad)
+        layer.grid = exact.to(grid.device).requires_grad_(grid.requires_grad)
 
 
 def _replace_grid(layer: Splines, grid: Tensor) -> None:

@@ -1,10 +1,12 @@
 """The stand-in for ``layer.weight``, for code that was written for ``nn.Linear`` or ``nn.Conv2d``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Metadata that may be read; everything else raises.
 _PROPERTIES = (
@@ -37,8 +39,10 @@ class EdgeWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", repr(func))
+        if name in ("__get__", "__set__"):
+            name = getattr(func.__self__, "__name__", name)  # type: ignore[attr-defined]
         raise TypeError(
-            f"{name} was called on the weight of a KAN layer, which has a function on every edge instead of a weight "
+            f"{name} was used on the weight of a KAN layer, which has a function on every edge instead of a weight "
             "matrix; call the layer, or use its base_weight and spline_weight (nn.MultiheadAttention multiplies by "
             "out_proj.weight and cannot have a KAN layer there)"
         )
@@ -46,8 +50,13 @@ class EdgeWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"EdgeWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
+    def __format__(self, format_spec: str) -> str:
+        return format(repr(self), format_spec)
+
 
 def edge_weight(base_weight: Tensor) -> EdgeWeight:
     """Stand for a weight like ``base_weight``, which may be sharded; it has no memory of its own."""
-    one = torch.empty((), dtype=base_weight.dtype, device=base_weight.device)
-    return one.expand(base_weight.shape).as_subclass(EdgeWeight)
+    # A real tensor under torch.export as well, whose fake ones cannot be of another class. Dynamo cannot leave a mode.
+    with nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes():
+        one = torch.empty((), dtype=base_weight.dtype, device=base_weight.device)
+        return one.expand(base_weight.shape).as_subclass(EdgeWeight)

@@ -101,12 +101,14 @@ def kan_linear(
     check_tensor("x", x)
     check_features("x", x, in_features)
     check_same_device("x", x, **weights, grid=grid)
-    for name, weight in weights.items():
-        check_dtype("x", x, name, weight)
+    autocast = autocast_is_on(x)
+    if not autocast:  # it converts weights of any dtype
+        for name, weight in weights.items():
+            check_dtype("x", x, name, weight)
     chosen = select("kan_linear", backend, x, spline_weight=spline_weight, grid=grid)
     uniform = uniform_if_known(grid) if uniform is None else uniform
     scaled = spline_weight if spline_scaler is None else spline_weight * spline_scaler.unsqueeze(-1)
-    casts = autocast_is_on(x) and x.dtype != torch.float64  # as for PyTorch's own products
+    casts = autocast and x.dtype != torch.float64  # as for PyTorch's own products
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     base_weight, scaled = base_weight.to(dtype), scaled.to(dtype)
     bias = None if bias is None else bias.to(dtype)

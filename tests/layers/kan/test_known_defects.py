@@ -289,6 +289,21 @@ class TestKnots:
         layer.load_state_dict({k: v.half() for k, v in layer.state_dict().items()}, assign=True)
         assert layer.grid.dtype == torch.float32 and layer(x.half()).isfinite().all()
 
+    @pytest.mark.parametrize("learned", ["buffer", "parameter"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_that_are_learned_go_on_in_another_dtype(self, learned: str, dtype: torch.dtype) -> None:
+        layer, x = KANLinear(2, 3), torch.rand(9, 2) - 0.5
+        layer.grid.requires_grad_()
+        if learned == "parameter":
+            layer.grid = torch.nn.Parameter(layer._buffers.pop("grid"))
+        layer(x).sum().backward()
+        layer.to(dtype)
+        optimizer = torch.optim.AdamW([layer.grid], foreach=False)
+        for _ in range(2):
+            optimizer.step()
+            layer(x.to(dtype)).sum().backward()
+            assert layer.grid.grad.dtype == layer.grid.dtype == torch.promote_types(dtype, torch.float32)
+
     def test_in_half_precision_from_inference_mode(self) -> None:
         layer = KANLinear(2, 3)
         with torch.inference_mode():

@@ -57,6 +57,13 @@ class TestForward:
         model = nn.Sequential(nn.Linear(3, 3), KANLinear(3, 2)).half()
         assert model[1].grid.dtype == torch.float32 and model[1].base_weight.dtype == torch.float16
 
+    def test_float64_under_autocast(self) -> None:
+        """Which leaves it alone, as it does PyTorch's own products: the weights become what the input is."""
+        layer, x = KANLinear(4, 3), torch.randn(20, 4, dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close("out", layer(x), layer_oracle(layer, x), 1e-6)
+            assert layer.double()(x.float()).dtype == torch.bfloat16
+
 
 class TestInitialValues:
     def test_noise_scales_the_splines_alone(self) -> None:
@@ -82,6 +89,14 @@ class TestRegularization:
         layer = KANLinear(3, 2)
         expected = penalty_oracle(layer, 0.7, 0.3)
         np.testing.assert_allclose(layer.regularization_loss(0.7, 0.3).item(), expected, rtol=1e-5)
+
+    def test_half_precision_does_not_overflow(self) -> None:
+        """With equal edges of size 1/2 it is o*i/2 + log(o*i)."""
+        layer = KANLinear(512, 512, dtype=torch.float16)
+        torch.nn.init.constant_(layer.spline_weight, 0.5)
+        loss = layer.regularization_loss()
+        assert loss.dtype == torch.float32
+        np.testing.assert_allclose(loss.item(), 2**17 + 18 * np.log(2), rtol=1e-6)
 
     def test_gradient_is_that_of_the_formula(self) -> None:
         layer = KANLinear(3, 2).double()

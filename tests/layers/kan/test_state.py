@@ -135,6 +135,15 @@ def test_replacing_state_in_inference_mode(call: Callable[[KANLinear, Tensor], N
     call(layer, x)  # and outside of it again
 
 
+def test_loading_another_size_in_inference_mode_leaves_parameters_that_train() -> None:
+    layer, grown, x = KANLinear(8, 6), KANLinear(8, 6, grid_size=10), torch.randn(5, 8)
+    with torch.inference_mode():
+        layer.load_state_dict(grown.state_dict())
+    layer(x).sum().backward()
+    grown(x).sum().backward()
+    assert torch.equal(layer.spline_weight.grad, grown.spline_weight.grad)
+
+
 class TestGrownGrids:
     @pytest.mark.parametrize("make", [lambda: with_large_splines(bias=True), lambda: convolution(4, 6, 3, groups=2)])
     @pytest.mark.parametrize("assign", [False, True])
@@ -235,10 +244,24 @@ class TestWeight:
             assert_close("layer", layer(x), expected, 1e-6)
             assert_close("model", model(x), expected, 1e-6)
 
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_code_that_asks_for_it_can_be_exported(self, strict: bool) -> None:
+        class Converting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = KANLinear(8, 6)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x.to(self.fc.weight.dtype))
+
+        model, x = Converting(), torch.randn(5, 8)
+        assert_close("out", exported(model, x, {}, strict)(x), layer_oracle(model.fc, x), 1e-5)
+
     def test_tells_where_and_how_large_it_would_be(self) -> None:
         weight = KANLinear(4, 3, dtype=torch.bfloat16, device="meta").weight
         assert (weight.shape, weight.dtype, weight.device.type) == ((3, 4), torch.bfloat16, "meta")
         assert weight.dim() == 2 and weight.size(1) == 4
+        assert f"{weight}" == str(weight) == "EdgeWeight(shape=(3, 4), dtype=torch.bfloat16, device='meta')"
         assert "weight" not in dict(KANLinear(4, 3).named_parameters())
         assert torch.zeros(1).to(KANConv2d(4, 3, 3).half().weight.dtype).dtype == torch.float16
 
@@ -260,6 +283,11 @@ class TestWeight:
     def test_has_no_values(self, use: Callable[[KANLinear], object]) -> None:
         with pytest.raises(TypeError, match=says("KAN layer", "base_weight")):
             use(KANLinear(4, 3))
+
+    @pytest.mark.parametrize("name", ["requires_grad", "grad", "T", "data", "is_leaf"])
+    def test_an_attribute_that_it_lacks_is_named(self, name: str) -> None:
+        with pytest.raises(TypeError, match=f"^{name} was used on the weight of a KAN layer"):
+            getattr(KANLinear(4, 3).weight, name)
 
     def test_attention_refuses_it_as_its_output(self) -> None:
         attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
