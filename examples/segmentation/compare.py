@@ -280,8 +280,8 @@ def interval(gains: pd.DataFrame) -> tuple[float | None, float | None]:
     The level `fold` of the index, if there is one, tells which subjects the same trainings scored, one for each seed.
     Subjects and trainings are random effects that cross within a fold. With R seeds of S subjects the mean squares of
     this analysis of variance give the variance of the mean, (MS_subjects + MS_trainings - MS_rest) / (S R), with
-    Satterthwaite's degrees of freedom. With one seed, Student's t over the folds covers the trainings. Few trainings
-    may be alike by chance, so the interval is never narrower than that of Student's t over either effect alone.
+    Satterthwaite's degrees of freedom. Few trainings may be alike by chance, and those of a fold share their images. So
+    the interval is never narrower than Student's t over subjects alone, trainings alone, or the means of the folds.
     """
     table = gains.to_numpy(dtype=float)
     (subjects, seeds), mean = table.shape, table.mean()
@@ -291,17 +291,22 @@ def interval(gains: pd.DataFrame) -> tuple[float | None, float | None]:
     folds, same = fold.nunique(), np.equal.outer(fold.to_numpy(), fold.to_numpy())  # subjects x subjects
     of_training = same / same.sum(axis=1) @ table  # subjects x seeds: the mean over the subjects of the fold
     of_fold, of_subject = of_training.mean(axis=1, keepdims=True), table.mean(axis=1, keepdims=True)
-    trainings = (of_training - of_fold, folds * (seeds - 1)) if seeds > 1 else (of_fold - mean, folds - 1)
-    rest = (table - of_training - of_subject + of_fold, (subjects - folds) * (seeds - 1))
-    squares, degrees = [], []
-    for effect, freedom in ((of_subject - of_fold, subjects - folds), trainings, rest):
-        degrees.append(max(freedom, 1))  # without freedom there is no effect
-        squares.append((np.broadcast_to(effect, table.shape) ** 2).sum() / degrees[-1])
-    candidates = list(zip(squares[:2], degrees[:2], strict=True))
+    effects = of_subject - of_fold, of_training - of_fold, table - of_training - of_subject + of_fold
+    inside = subjects - folds
+    degrees = [max(freedom, 1) for freedom in (inside, folds * (seeds - 1), inside * (seeds - 1))]
+    squares = [
+        (np.broadcast_to(effect, table.shape) ** 2).sum() / degree  # 0 where there is no freedom
+        for effect, degree in zip(effects, degrees, strict=True)
+    ]
+    candidates = [(square / table.size, degree) for square, degree in zip(squares[:2], degrees[:2], strict=True)]
     both = squares[0] + squares[1] - squares[2]
     if seeds > 1 and both > max(squares[:2]):
-        candidates.append((both, both**2 / sum(s**2 / d for s, d in zip(squares, degrees, strict=True))))
-    half = max(stats.t.ppf(0.975, degree) * (square / table.size) ** 0.5 for square, degree in candidates)
+        weight = sum(square**2 / degree for square, degree in zip(squares, degrees, strict=True))
+        candidates.append((both / table.size, both**2 / weight))
+    if folds > 1:  # their means, weighted by their subjects
+        share = same.sum() / subjects**2  # sum over the folds of the squared weights
+        candidates.append((((of_fold - mean) ** 2).mean() * share / (1 - share), folds - 1))
+    half = max(stats.t.ppf(0.975, degree) * variance**0.5 for variance, degree in candidates)
     return number(mean - half), number(mean + half)
 
 

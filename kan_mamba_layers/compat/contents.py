@@ -66,7 +66,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": _named(modules.Mamba, mamba2.Mamba2, functions.selective_scan_fn) | _INNER,
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.block": _named(blocks.Block),
-    # With the functions that the originals import, which programs read from here.
+    # With the functions that the originals import, because programs import them from here.
     "mamba_ssm.modules.mamba_simple": _named(modules.Mamba, functions.selective_scan_fn, inner.mamba_inner_fn)
     | {"Block": blocks.FirstBlock}
     | _CONVOLUTION
@@ -92,7 +92,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.layer_norm": _NORMS | {"_layer_norm_fwd": normalization.layer_norm_fwd},
     "mamba_ssm.ops.triton.layernorm": {
-        "RMSNorm": normalization.FirstRMSNorm,
+        "RMSNorm": normalization.RMSNorm,
         "layer_norm_fn": normalization.layernorm_layer_norm_fn,
         "rms_norm_fn": normalization.layernorm_rms_norm_fn,
     },

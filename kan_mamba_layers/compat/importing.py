@@ -42,7 +42,7 @@ class _StandIns(MetaPathFinder, Loader):
             return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
         parent, _, name = fullname.rpartition(".")
         if parent in MODULES:
-            # For any other package importlib.util.find_spec returns None: the list of names costs that.
+            # For any other package importlib.util.find_spec returns None: that is the price of the message.
             raise ModuleNotFoundError(_missing(parent, name), name=parent)
         return None
 
@@ -90,8 +90,9 @@ def _forget(name: str) -> None:
     """Remove a module, also from its parent, where ``from parent import name`` looks first."""
     module = sys.modules.pop(name)
     parent, _, last = name.rpartition(".")
-    if parent in sys.modules and vars(sys.modules[parent]).get(last) is module:
-        delattr(sys.modules[parent], last)
+    above = sys.modules.get(parent)  # may be None, which blocks an import
+    if getattr(above, last, None) is module:
+        delattr(above, last)
 
 
 def install(*, force: bool = False, keep: bool = False) -> None:

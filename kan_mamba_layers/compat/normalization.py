@@ -4,6 +4,8 @@ The sum of ``x`` and ``residual`` and its statistics are computed in float32 at 
 returned too, in the dtype of ``residual``; where none is given, in float32 if ``residual_in_fp32``, else in ``x``'s.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,7 +92,7 @@ def layer_norm_fwd(
 ) -> tuple[Normalized]:
     """Stand in for ``_layer_norm_fwd``, which ``mamba_ssm`` calls for the first of its results, the normalised values.
 
-    ``residual_dtype`` is that of another result.
+    ``residual_dtype`` is ignored: it concerns a result that is not returned.
     """
     return (layer_norm_fn(x, weight, bias, residual, eps=eps, is_rms_norm=is_rms_norm),)
 
@@ -132,17 +134,22 @@ def layernorm_rms_norm_fn(
 
 
 class RMSNorm(nn.Module):
-    """Stand in for ``RMSNorm``: root-mean-square normalisation with a weight, after an optional residual addition."""
+    """Stand in for ``RMSNorm``: root-mean-square normalisation with a weight, after an optional residual addition.
+
+    Version 1 has no ``dropout_p``: a device or None in its place is ``device``, and what follows it ``dtype``.
+    """
 
     def __init__(
         self,
         hidden_size: int,
         eps: float = 1e-5,
-        dropout_p: float = 0.0,
-        device: torch.device | str | None = None,
+        dropout_p: Any = 0.0,
+        device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if dropout_p is None or isinstance(dropout_p, str | torch.device):
+            dropout_p, device, dtype = 0.0, dropout_p, device if dtype is None else dtype
         self.eps = eps
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0 else None
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
@@ -167,19 +174,6 @@ class RMSNorm(nn.Module):
             prenorm=prenorm,
             residual_in_fp32=residual_in_fp32,
         )
-
-
-class FirstRMSNorm(RMSNorm):
-    """Stand in for ``RMSNorm`` of the module ``layernorm``, of version 1, which has no dropout."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(hidden_size, eps, device=device, dtype=dtype)
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:

@@ -153,4 +153,4 @@ def test_the_modules_differ_in_the_third_argument() -> None:
     dropped = norm(8, 1e-5, 0.5)
     assert max_error(dropped(x), dropped.eval()(x)) > 0.1
     old = function(OLD, "RMSNorm")(8, 1e-5, "cpu", torch.float16)
-    assert isinstance(old, norm) and old.weight.dtype == torch.float16
+    assert type(old) is norm and old.weight.dtype == torch.float16

@@ -149,23 +149,39 @@ def test_the_interval_covers_what_it_promises():
 
 
 @pytest.mark.parametrize("of_trainings", [0.0, 0.3, 0.6, 2.0])
-@pytest.mark.parametrize(("folds", "seeds"), [(1, 2), (1, 3), (5, 1), (5, 2), (5, 3)])
-def test_the_interval_covers_other_trainings_too(folds, seeds, of_trainings):
+@pytest.mark.parametrize(
+    ("sizes", "seeds"), [([30], 2), ([30], 3), ([6] * 5, 1), ([6] * 5, 3), ([20, 5, 5], 2)], ids=str
+)
+def test_the_interval_covers_other_trainings_too(sizes, seeds, of_trainings):
     """No difference in the mean; 30 subjects, and a training for each fold and seed. Subjects alone would not do."""
-    rng, draws, false, narrow, fold = np.random.default_rng(0), 1000, 0, 0, np.arange(30) % folds
+    rng, draws, false, narrow = np.random.default_rng(0), 1000, 0, 0
+    fold = np.repeat(range(len(sizes)), sizes)
     index = pd.MultiIndex.from_arrays([range(30), fold], names=["group", "fold"])
     for _ in range(draws):
-        trainings = of_trainings * rng.normal(0, 1, (folds, seeds))
+        trainings = of_trainings * rng.normal(0, 1, (len(sizes), seeds))
         gains = rng.normal(0, 1, (30, 1)) + trainings[fold] + rng.normal(0, 1, (30, seeds))
         low, high = interval(pd.DataFrame(gains, index))
         false += not low <= 0 <= high
         narrow += stats.ttest_1samp(gains.mean(axis=1), 0).pvalue < 0.05
-    assert false / draws < 0.07  # of one hundred of such draws none has more if 5 % are false
+    assert false / draws < 0.07  # 5 %, and three standard deviations of 1,000 draws
     assert of_trainings < 1 or narrow / draws > 0.2
 
 
+@pytest.mark.parametrize("sizes", [[6] * 5, [1] * 20], ids=str)
+def test_the_interval_covers_what_the_seeds_of_a_fold_share(sizes):
+    """Their training images and test subjects, also where every subject is a fold of its own."""
+    rng, draws, false = np.random.default_rng(0), 1000, 0
+    fold = np.repeat(range(len(sizes)), sizes)
+    index = pd.MultiIndex.from_arrays([range(len(fold)), fold], names=["group", "fold"])
+    for _ in range(draws):
+        gains = rng.normal(0, 1, (len(fold), 1)) + 0.5 * rng.normal(0, 1, (len(sizes), 1))[fold]
+        low, high = interval(pd.DataFrame(gains + rng.normal(0, 0.1, (len(fold), 2)), index))
+        false += not low <= 0 <= high
+    assert false / draws < 0.07
+
+
 def test_the_interval_over_folds_from_the_sums_of_squares():
-    """The same analysis inside each of three folds, by explicit sums; with one seed, Student's t over the folds."""
+    """The same analysis inside each of three folds, by explicit sums, and Student's t over the means of the folds."""
     rng = np.random.default_rng(3)
     parts = [rng.normal(0, 2, (n, 1)) + rng.normal(0, 1, (1, 2)) + rng.normal(0, 0.5, (n, 2)) for n in (5, 4, 6)]
     gains, sums = np.concatenate(parts), np.zeros(3)
@@ -178,6 +194,9 @@ def test_the_interval_over_folds_from_the_sums_of_squares():
     assert both > max(ms[:2])
     degrees = both**2 / (ms[0] ** 2 / 12 + ms[1] ** 2 / 3 + ms[2] ** 2 / 12)
     widths = [stats.t.ppf(0.975, d) * np.sqrt(s / 30) for s, d in ((ms[0], 12), (ms[1], 3), (both, degrees))]
+    shares, means = np.array([5, 4, 6]) / 15, np.array([part.mean() for part in parts])
+    spread = (shares * (means - gains.mean()) ** 2).sum() * (shares**2).sum() / (1 - (shares**2).sum())
+    widths.append(stats.t.ppf(0.975, 2) * np.sqrt(spread))
     index = pd.MultiIndex.from_arrays([range(15), np.repeat([4, 0, 2], (5, 4, 6))], names=["group", "fold"])
     expected = gains.mean() - max(widths), gains.mean() + max(widths)
     assert interval(pd.DataFrame(gains, index)) == pytest.approx(expected)

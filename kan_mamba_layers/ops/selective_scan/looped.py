@@ -50,7 +50,8 @@ def _end(state: Tensor, u: Tensor, delta: Tensor, B: Tensor, A: Tensor) -> tuple
 
 def _carry(state: Tensor, decay: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """From the state before a chunk to the one behind it; hands out the former, as a copy."""
-    return torch.where(state == 0, end, decay * state + end), state.clone()  # 0 times an infinite decay would be NaN
+    decay = torch.where((state == 0) & decay.isinf(), 0, decay)  # 0 times infinity would be NaN
+    return decay * state + end, state.clone()
 
 
 def _output(state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,9 +128,8 @@ def c_function(
     digest = _digest(sources)
     try:
         code = build(cache=True)(entry(digest, *constants))
-    except (
-        Exception
-    ):  # there is no such folder, or what it holds is damaged or outdated; a fault of `entry` comes again
+    except Exception:
+        # There is no such folder, or what it holds is damaged or outdated; an error of ``entry`` comes again.
         code = build()(entry(digest, *constants))
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(int(code.address))
     function.code = code  # type: ignore[attr-defined]  # keeps the machine code alive

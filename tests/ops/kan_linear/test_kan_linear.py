@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from helpers import LAYOUTS, assert_budget, assert_close, basis_oracle, gradients, kan_oracle, largest, says, to_array
 from kan_mamba_layers import bspline_basis, kan_linear, resolve
@@ -307,6 +312,20 @@ def test_a_silu_that_was_changed_is_called(backend: str) -> None:
         assert_close("hook", kan_linear(**inputs, base_activation=torch.nn.SiLU()), expected, 1e-12)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("register", [register_module_full_backward_hook, register_module_full_backward_pre_hook])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_silu_is_called_for_global_hooks_on_the_backward_pass(register: Callable[..., Any], backend: str) -> None:
+    called: list[object] = []
+    hook = register(lambda module, *_: called.append(module))
+    try:
+        inputs, activation = make_inputs((4,), scaler=False), torch.nn.SiLU()
+        inputs["x"].requires_grad_()
+        kan_linear(**inputs, spline_scaler=None, base_activation=activation, backend=backend).sum().backward()
+    finally:
+        hook.remove()
+    assert called == [activation]
 
 
 class TestDerivatives:

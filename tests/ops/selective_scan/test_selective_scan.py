@@ -320,6 +320,21 @@ def test_growing_states_that_begin_late_in_exported_loops() -> None:
     assert_close("last", last, expected_last, 1e-4)
 
 
+@pytest.mark.skipif(release("torch") < (2, 6), reason="needs PyTorch's operator of a loop")
+def test_gradients_through_states_of_zero_in_exported_loops() -> None:
+    """Of an input that begins late, and of a state to begin with that is zero."""
+    u, ones = torch.zeros(1, 1, 150, 2), torch.ones(1, 1, 150, 1)  # b k l d
+    u[:, :, 64:] = 1
+    state, found = torch.zeros(1, 1, 2, 1), []
+    for scan in (looped.scan, reference.scan):
+        leaves = [x.clone().requires_grad_() for x in (u, state)]
+        y, _ = scan(leaves[0], torch.full_like(u, 0.01), -torch.ones(1, 2, 1), ones, ones, leaves[1])
+        found.append(torch.autograd.grad(y[:, :, -1].sum(), leaves))
+    for grad, expected in zip(*found, strict=True):
+        assert (expected != 0).all()
+        assert_close("gradient", grad, expected, 1e-5)
+
+
 class TestBackends:
     @pytest.mark.parametrize(
         ("B", "C", "expected"),

@@ -5,6 +5,7 @@ nothing of the size of x times its bases is ever in memory. Nothing is added ato
 results repeat bit for bit.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -235,7 +236,7 @@ class _Launch:
         table[0] = knots
         for p in range(1, s + 1):
             table[p, :-p] = reciprocal(knots[p:] - knots[:-p])
-        table[s, -1] = torch.nextafter(knots[-s - 1], knots[s])  # see `last_inside`
+        table[s, -1] = torch.nextafter(knots[-s - 1], knots.new_tensor(-math.inf))  # see `last_inside`
         if self.constants["EXTRAPOLATION"] != "linear":
             return table, knots
         return table, end_slopes(grid, s).mT.contiguous()  # 2 g+s i
