@@ -355,7 +355,7 @@ def test_volumes_are_predicted_in_the_slices_of_the_training(tmp_path, layout, g
             assert getattr(written, f"Get{name}")() == pytest.approx(getattr(image, f"Get{name}")())
 
 
-@pytest.mark.parametrize("cuts", [(), [("PI", "")], [("PI", "as stored"), ("PI", "turned over")]])
+@pytest.mark.parametrize("cuts", [[("PI", "")], [("PI", "as stored"), ("PI", "turned over")]])
 def test_a_volume_that_does_not_tell_how_it_lies_is_not_predicted(tmp_path, cuts):
     save_volume(tmp_path / "a.mha", spine(1)[0], None)
     found = predict_case([tmp_path / "a.mha"], get_task("lumbar_spine"), lambda image: image[..., 0], cuts)
